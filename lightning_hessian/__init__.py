@@ -1,0 +1,19 @@
+"""Curvature regularization for PyTorch Lightning."""
+
+from lightning_hessian.callbacks import HessianRegularizer
+from lightning_hessian.curvature import HigherOrderError, higher_order
+from lightning_hessian.mixin import HessianRegularizationMixin
+from lightning_hessian.penalties import HessianTrace, Penalty, StepContext
+from lightning_hessian.verification import Verification, verify
+
+__all__ = [
+    "HessianRegularizationMixin",
+    "HessianRegularizer",
+    "HessianTrace",
+    "HigherOrderError",
+    "Penalty",
+    "StepContext",
+    "Verification",
+    "higher_order",
+    "verify",
+]

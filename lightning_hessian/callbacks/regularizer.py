@@ -1,0 +1,198 @@
+"""The callback that adds a curvature penalty to the loss of any LightningModule."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_hessian.injection import penalised
+from lightning_hessian.penalties import Penalty
+
+
+class HessianRegularizer(Callback):
+    r"""Train on loss + strength * penalty, without a change to the module.
+
+    When fitting starts the module's ``training_step`` is wrapped; when fitting ends, also by an exception, it is put
+    back. The penalty is added to the loss that the step returns (a tensor, a dict with "loss", or None), and there is
+    one backward pass, so accumulation, clipping, DDP and schedulers work as ever. The user's own logs keep the task
+    loss; logged besides are ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
+
+    Several of these callbacks on one Trainer share the forward pass, and each sees the task loss alone.
+
+    Args:
+        penalty: what to add, for example ``HessianTrace()``.
+        strength: its factor, at least 0; with 0 nothing is computed. A plain attribute: schedules may set it. Start
+            where strength * penalty is 1-10 % of the task loss.
+        every_n_steps: act on every n-th optimizer step only, with n times the strength.
+        warmup_steps: raise the strength linearly from 0 over this many optimizer steps.
+        on_nonfinite: what to do where the penalty is NaN or infinite: ``"skip"`` trains that step on the task loss
+            alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``) and warns once;
+            ``"raise"`` stops.
+        seed: of the probes. They depend on it, the step, the micro-batch and the rank, and never on global state.
+        allow_fp16: accept float16 precision, where the penalty's inner gradients are not loss-scaled and may vanish
+            or overflow.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        MisconfigurationException: when fitting starts, for what cannot work (manual optimization: use
+            :class:`HessianRegularizationMixin`; float16; sharded parameters; a frozen model; ``parameters`` that
+            match nothing), or in the step, for an output without a differentiable loss or an empty batch.
+        HigherOrderError: a layer or operator that cannot be differentiated often enough, by name.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_hessian import HessianRegularizer, HessianTrace
+        >>> trainer = L.Trainer(
+        ...     callbacks=[HessianRegularizer(HessianTrace(), strength=1e-3)],
+        ...     logger=False, enable_checkpointing=False,
+        ... )
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty,
+        strength: float = 1e-3,
+        every_n_steps: int = 1,
+        warmup_steps: int = 0,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+        seed: int = 0,
+        allow_fp16: bool = False,
+    ) -> None:
+        if not isinstance(penalty, Penalty):
+            raise ValueError(f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace().")
+        _check_strength(strength)
+        _check_count("every_n_steps", every_n_steps, least=1)
+        _check_count("warmup_steps", warmup_steps, least=0)
+        if on_nonfinite not in ("skip", "raise"):
+            raise ValueError(f"on_nonfinite={on_nonfinite!r} is unknown. Choose 'skip' or 'raise'.")
+        self.penalty = penalty
+        self.strength = strength
+        self.every_n_steps = every_n_steps
+        self.warmup_steps = warmup_steps
+        self.on_nonfinite = on_nonfinite
+        self.seed = seed
+        self.allow_fp16 = allow_fp16
+        self.nonfinite_steps = 0
+        self._tried_backward = False
+
+    def strength_at(self, step: int) -> float:
+        """The factor of the penalty at an optimizer step; 0 where it does not act."""
+        _check_strength(self.strength)
+        if step % self.every_n_steps:
+            return 0.0
+        ramp = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.strength * self.every_n_steps * ramp
+
+    def check(self, module: LightningModule) -> None:
+        """Refuse, before training, what cannot work on this module and its Trainer."""
+        trainer = module.trainer
+        if trainer.precision in ("16-mixed", "16-true") and not self.allow_fp16:
+            raise MisconfigurationException(
+                f"precision={trainer.precision!r}: the penalty differentiates the loss before it is scaled, so its "
+                "inner gradients may vanish or overflow in float16 and train on a wrong penalty in silence. "
+                "Use precision='bf16-mixed' or '32-true', or pass allow_fp16=True to try it all the same."
+            )
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise MisconfigurationException(
+                f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
+                "Hessian-vector products would be zero or fail. Use strategy='ddp' or one device."
+            )
+        try:
+            self.penalty.check(dict(module.named_parameters()))
+        except ValueError as error:
+            raise MisconfigurationException(f"The penalty {self.penalty.name} cannot be computed. {error}") from error
+
+    def try_backward(self, term: Tensor, parameters: Iterable[Tensor]) -> None:
+        """Once in a fit, see that the term can be differentiated, while an error still leaves all gradients alone."""
+        if not self._tried_backward and term.requires_grad:
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+            self._tried_backward = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} uses manual optimization, where the loss never passes through the "
+                "Trainer, so a callback cannot add to it. Inherit from HessianRegularizationMixin, set "
+                "`self.regularizer = HessianRegularizer(...)` in the module instead of passing it to the Trainer, and "
+                "compute the loss by `self.regularized(lambda: ...)` in `training_step`."
+            )
+        self.check(pl_module)
+        if self.strength == 0:
+            rank_zero_info(f"The penalty {self.penalty.name} has strength 0: it is not computed.")
+        self.nonfinite_steps = 0
+        self._tried_backward = False
+        current = pl_module.training_step
+        if not isinstance(current, _PenalisedStep):
+            current = _PenalisedStep(pl_module)
+            pl_module.training_step = current  # type: ignore[method-assign]
+        current.regularizers.append(self)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        _restore(pl_module)
+
+
+class _PenalisedStep:
+    """A module's ``training_step`` with the penalties of its regularizers added."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self.module = module
+        self.regularizers: list[HessianRegularizer] = []
+        self.instance_attribute = module.__dict__.get("training_step")
+        self.original = module.training_step
+        # Lightning looks at the signature to see what to pass.
+        functools.update_wrapper(self, self.original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def step() -> Any:
+            _refuse_empty_batch(args)
+            return self.original(*args, **kwargs)
+
+        return penalised(self.module, self.regularizers, step)
+
+    def restore(self) -> None:
+        if self.instance_attribute is None:
+            del self.module.training_step
+        else:
+            self.module.training_step = self.instance_attribute  # type: ignore[method-assign]
+
+
+def _restore(module: LightningModule) -> None:
+    if isinstance(current := module.training_step, _PenalisedStep):
+        current.restore()
+
+
+def _refuse_empty_batch(batch: Any) -> None:
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.numel()))
+    if sizes and not any(sizes):
+        raise MisconfigurationException(
+            "The batch is empty: none of its tensors has an entry, so its mean loss and the loss's curvature do not "
+            "exist. Look at the dataset and the sampler, or pass drop_last=True to the DataLoader."
+        )
+
+
+def _check_strength(strength: float) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+        raise ValueError(
+            f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
+            "A negative one would reward curvature."
+        )
+
+
+def _check_count(name: str, count: int, least: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{name}={count!r} must be a whole number of at least {least}.")

@@ -1,0 +1,165 @@
+"""Symmetric linear operators that are known by their products with vectors only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LinearOperator(Protocol):
+    """A symmetric n x n matrix A, known by v -> Av. Vectors are flat, of shape (n,)."""
+
+    @property
+    def size(self) -> int:
+        """n."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors live."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Their type."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Av, of shape (n,)."""
+
+
+class MatrixOperator:
+    """A dense symmetric matrix as an operator.
+
+    Example:
+        >>> MatrixOperator(torch.diag(torch.tensor([1.0, 2.0]))).matvec(torch.ones(2))
+        tensor([1., 2.])
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.size = matrix.size(0)
+        self.device = matrix.device
+        self.dtype = matrix.dtype
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.matrix @ v
+
+
+class _TensorOperator:
+    """What the Hessians share: their rows and columns are the entries of a list of tensors, one after the other."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.sizes = [tensor.numel() for tensor in self.tensors]
+        self.size = sum(self.sizes)
+        self.device = self.tensors[0].device
+        self.dtype = self.tensors[0].dtype
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """Cut a flat vector into views of the tensors' shapes."""
+        return [part.view_as(tensor) for part, tensor in zip(v.split(self.sizes), self.tensors, strict=True)]
+
+
+class HessianOperator(_TensorOperator):
+    """H = d^2 loss / d tensors^2, from the graph of one loss: Hv = d(g'v) / d tensors, reverse over reverse.
+
+    Where the loss does not depend on a tensor, or only linearly, the rows and columns are zero.
+
+    Args:
+        loss: a scalar with its graph, computed inside :class:`higher_order` if the products are to be differentiated.
+        tensors: with respect to what; leaves or intermediate results of the graph.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> HessianOperator((x**3).sum(), [x]).matvec(torch.ones(2))
+        tensor([ 6., 12.])
+    """
+
+    def __init__(self, loss: Tensor, tensors: Iterable[Tensor]) -> None:
+        super().__init__(tensors)
+        self.gradient = _gradient(loss, self.tensors)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return torch.cat([part.reshape(-1) for part in self._products(self.split(v), create_graph=False)])
+
+    def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
+        """v'Hv as a scalar that can be differentiated.
+
+        Args:
+            v: flat, of the length of all tensors, or of those in ``only``.
+            only: restrict to these tensors (by position); the graph behind the others is not walked.
+        """
+        kept = range(len(self.tensors)) if only is None else only
+        sizes = [self.sizes[i] for i in kept]
+        flat = list(v.split(sizes))
+        parts = [part.view_as(self.tensors[i]) for part, i in zip(flat, kept, strict=True)]
+        products = self._products(parts, create_graph=True, only=list(kept))
+        return torch.stack([torch.dot(a.reshape(-1), b) for a, b in zip(products, flat, strict=True)]).sum()
+
+    def _products(self, v: list[Tensor], create_graph: bool, only: list[int] | None = None) -> Sequence[Tensor]:
+        kept = range(len(self.tensors)) if only is None else only
+        # A gradient without a graph is constant: its row of H is zero.
+        curved = [(self.gradient[i], part) for i, part in zip(kept, v, strict=True) if self.gradient[i].requires_grad]
+        if not curved:
+            return [torch.zeros_like(part) for part in v]
+        return torch.autograd.grad(
+            [gradient for gradient, _ in curved],
+            [self.tensors[i] for i in kept],
+            [part for _, part in curved],
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+class BatchedHessianOperator(_TensorOperator):
+    """H of the mean loss over a fixed list of batches, each weighted by its number of samples.
+
+    A product goes through every batch and keeps the graph of one at a time, so memory does not grow with the number
+    of batches.
+
+    Args:
+        loss: ``loss(batch)`` returns the batch's mean loss with its graph.
+        tensors: with respect to what.
+        batches: the batches; they must stay the same within an estimate, so hand over a list.
+        samples: ``samples(batch)``, the number of samples; by default all batches count the same.
+
+    Example:
+        >>> x = torch.tensor([1.0], requires_grad=True)
+        >>> BatchedHessianOperator(lambda scale: scale * (x**2).sum(), [x], [1.0, 3.0]).matvec(torch.ones(1))
+        tensor([4.])
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Any], Tensor],
+        tensors: Iterable[Tensor],
+        batches: Sequence[Any],
+        samples: Callable[[Any], int] = lambda batch: 1,
+    ) -> None:
+        super().__init__(tensors)
+        if not batches:
+            raise ValueError("There is no batch to measure the Hessian on. Hand over at least one.")
+        self.loss = loss
+        self.batches = batches
+        counts = [samples(batch) for batch in batches]
+        self.weights = [count / sum(counts) for count in counts]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        with torch.enable_grad():
+            total = torch.zeros_like(v)
+            for batch, weight in zip(self.batches, self.weights, strict=True):
+                total += weight * HessianOperator(self.loss(batch), self.tensors).matvec(v)
+            return total
+
+
+def _gradient(loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
+    if not loss.requires_grad:
+        raise ValueError(
+            "The loss has no graph, so it has no derivatives. Compute it from the parameters with gradients enabled, "
+            "and without `.detach()`, `.item()` or `torch.no_grad()` on the way."
+        )
+    # Never `backward(create_graph=True)`: it ties parameters and gradients into a cycle that is not freed.
+    return torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True, materialize_grads=True)

@@ -1,0 +1,68 @@
+"""Choosing parameters by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+ParameterFilter = str | Sequence[str] | Callable[[str, Tensor], bool] | None
+"""A glob on parameter names, a list of globs, a predicate ``(name, parameter) -> bool``, or None for all."""
+
+
+def select_parameters(named: Mapping[str, Tensor], which: ParameterFilter = None) -> dict[str, Tensor]:
+    """Return the parameters that require a gradient and that ``which`` chooses, in their own order.
+
+    Args:
+        named: parameters by name, for example ``dict(module.named_parameters())``.
+        which: a glob (``"*.weight"``), a list of globs (one match suffices), a predicate
+            ``(name, parameter) -> bool``, or None for all that require a gradient.
+
+    Raises:
+        ValueError: nothing requires a gradient, or nothing is chosen; near names are listed.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> list(select_parameters(dict(net.named_parameters()), "*.weight"))
+        ['0.weight', '1.weight']
+    """
+    trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"None of the {len(named)} parameters requires a gradient, so the loss has no curvature to measure. "
+            "Unfreeze some of them with `parameter.requires_grad_(True)`."
+        )
+    if which is None:
+        return trainable
+    if callable(which):
+        chosen = {name: parameter for name, parameter in trainable.items() if which(name, parameter)}
+        if not chosen:
+            raise ValueError(
+                f"The predicate given as `parameters` chose none of the {len(trainable)} trainable parameters. "
+                f"Their names: {_listed(trainable)}."
+            )
+        return chosen
+
+    globs = [which] if isinstance(which, str) else list(which)
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in trainable):
+            frozen = [name for name in named if name not in trainable and fnmatchcase(name, glob)]
+            if frozen:
+                raise ValueError(
+                    f"parameters={glob!r} matches only frozen parameters ({_listed(frozen)}). "
+                    "Unfreeze them or choose others."
+                )
+            near = difflib.get_close_matches(glob, trainable, n=3, cutoff=0.0)
+            raise ValueError(
+                f"parameters={glob!r} matches no trainable parameter. Near names: {', '.join(near)}. "
+                "Globs are matched against the whole name, so begin with '*' to match an ending."
+            )
+    return {name: parameter for name, parameter in trainable.items() if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def _listed(names: Mapping[str, Tensor] | Sequence[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

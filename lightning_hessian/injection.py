@@ -1,0 +1,146 @@
+"""How a penalty becomes part of a step's loss; the callback and the mixin share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_hessian.curvature import ProbeSource, higher_order
+from lightning_hessian.penalties import StepContext
+
+if TYPE_CHECKING:
+    from lightning_hessian.callbacks.regularizer import HessianRegularizer
+
+
+def penalised(
+    module: LightningModule, regularizers: Sequence[HessianRegularizer], step: Callable[[], Any], call: int = 0
+) -> Any:
+    """Run ``step`` and add to the loss it returns the penalty of every regularizer that acts now.
+
+    All penalties share the one forward pass and see the task loss alone. Where none acts, ``step()`` is all that runs.
+
+    Args:
+        module: the LightningModule, attached to a Trainer.
+        regularizers: what to add.
+        step: computes the task loss: a scalar tensor, a mapping with "loss", or None to skip the batch.
+        call: which of several calls within one batch this is; the probes differ.
+    """
+    trainer = module.trainer
+    acting = [(r, strength) for r in regularizers if (strength := r.strength_at(trainer.global_step)) > 0]
+    if not acting:
+        return step()
+    with _left_as_found_on_error(module), higher_order(module) as context:
+        output = step()
+        loss = loss_of(output)
+        if loss is None:
+            return output
+        total = loss
+        parameters = dict(module.named_parameters())
+        # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
+        with torch.autocast(loss.device.type, enabled=False), context.explained():
+            for regularizer, strength in acting:
+                probes = ProbeSource(
+                    regularizer.seed,
+                    trainer.global_step,
+                    # Monotonic over epochs, and kept by checkpoints.
+                    trainer.fit_loop.total_batch_idx,
+                    trainer.global_rank,
+                    call,
+                )
+                value = regularizer.penalty.value(StepContext(loss, parameters, probes))
+                if _is_finite(value, module):
+                    term = strength * regularizer.penalty.term(value)
+                    regularizer.try_backward(term, parameters.values())
+                    total = total + term
+                    contribution = term.detach()
+                else:
+                    _report_nonfinite(module, regularizer, loss, value)
+                    contribution = torch.zeros_like(value.detach())
+                _log(module, regularizer, value.detach(), contribution)
+    return total if isinstance(output, Tensor) else {**output, "loss": total}
+
+
+def loss_of(output: Any) -> Tensor | None:
+    if output is None:
+        return None
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        what = f"a {type(output).__name__}"
+        if isinstance(output, Mapping):
+            what = f"a dict without a tensor under 'loss' (its keys: {', '.join(map(str, output)) or 'none'})"
+        raise MisconfigurationException(
+            f"The training step returned {what}, so there is no loss to add a penalty to. "
+            'Return the loss tensor, a dict {"loss": ...}, or None to skip the batch.'
+        )
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"The training step returned a loss of shape {tuple(loss.shape)}; a penalty needs a scalar. "
+            "Reduce it, for example by `.mean()`."
+        )
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "The loss that the training step returned has no graph, so neither it nor a penalty on its curvature "
+            "can be differentiated. Compute it from the model's parameters, without `.detach()`, `.item()` or "
+            "`torch.no_grad()` on the way."
+        )
+    return loss.reshape(())
+
+
+def _is_finite(value: Tensor, module: LightningModule) -> bool:
+    finite = math.isfinite(value.item())
+    trainer = module.trainer
+    # All ranks drop the penalty or none: they average one gradient.
+    return finite if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(finite, all=True)
+
+
+def _report_nonfinite(module: LightningModule, regularizer: HessianRegularizer, loss: Tensor, value: Tensor) -> None:
+    penalty = regularizer.penalty.name
+    cause = (
+        "The task loss itself is not finite."
+        if not math.isfinite(loss.item())
+        else "The task loss is finite: its derivatives overflow, or meet a point where they do not exist "
+        "(the square root or a norm at 0, for example)."
+    )
+    message = f"The penalty {penalty} is {value.item()} at step {module.trainer.global_step}. {cause}"
+    if regularizer.on_nonfinite == "raise":
+        raise FloatingPointError(f"{message} Lower the learning rate or the strength, or pass on_nonfinite='skip'.")
+    if regularizer.nonfinite_steps == 0:
+        rank_zero_warn(
+            f"{message} This step trains on the task loss alone, and so does every later one like it; "
+            f"`train/{penalty}_skipped` counts them. Pass on_nonfinite='raise' to stop instead."
+        )
+    regularizer.nonfinite_steps += 1
+    module.log(f"train/{penalty}_skipped", float(regularizer.nonfinite_steps), on_step=True, on_epoch=False)
+
+
+def _log(module: LightningModule, regularizer: HessianRegularizer, value: Tensor, contribution: Tensor) -> None:
+    several = module.trainer.world_size > 1
+    module.log(f"curvature/{regularizer.penalty.name}", value, on_step=True, on_epoch=False, sync_dist=several)
+    module.log("train/penalty", contribution, on_step=True, on_epoch=False, sync_dist=several)
+
+
+@contextmanager
+def _left_as_found_on_error(module: LightningModule) -> Iterator[None]:
+    """Put buffers and random states back if the step fails (parameters and gradients are not touched by it)."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    device = module.device
+    cpu_state = torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
+        raise

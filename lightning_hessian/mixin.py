@@ -1,0 +1,73 @@
+"""The same penalty inside a hand-written ``training_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_hessian.callbacks.regularizer import HessianRegularizer
+from lightning_hessian.injection import penalised
+
+Output = TypeVar("Output")
+
+
+class HessianRegularizationMixin(LightningModule):
+    """Adds ``self.regularized(...)`` to a LightningModule, for manual optimization or for a part of the loss only.
+
+    Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
+    as a callback as well.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_hessian import HessianRegularizationMixin, HessianRegularizer, HessianTrace
+        >>> class Net(HessianRegularizationMixin):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.automatic_optimization = False
+        ...         self.layer = nn.Linear(4, 2)
+        ...         self.regularizer = HessianRegularizer(HessianTrace(), strength=1e-3)
+        ...     def training_step(self, batch, batch_idx):
+        ...         x, y = batch
+        ...         optimizer = self.optimizers()
+        ...         optimizer.zero_grad()
+        ...         self.manual_backward(
+        ...             self.regularized(lambda: nn.functional.cross_entropy(self.layer(x), y))
+        ...         )
+        ...         optimizer.step()
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+    """
+
+    regularizer: HessianRegularizer | list[HessianRegularizer] | None = None
+
+    def regularized(self, loss: Callable[[], Output]) -> Output:
+        """Compute the loss and add strength * penalty to it.
+
+        Args:
+            loss: a function without arguments that runs the forward pass and returns the loss (a scalar tensor, or a
+                dict with "loss"). The forward pass must happen inside it: this is what makes its layers
+                differentiable three times.
+
+        Returns:
+            What ``loss`` returns, with the penalties added to the loss.
+
+        Raises:
+            MisconfigurationException: ``self.regularizer`` is not set, or the penalty cannot be computed here.
+        """
+        if not self.regularizer:
+            raise MisconfigurationException(
+                f"{type(self).__name__}.regularizer is not set, so there is no penalty to add. Set it in `__init__`: "
+                "`self.regularizer = HessianRegularizer(HessianTrace(), strength=1e-3)`."
+            )
+        regularizers = self.regularizer if isinstance(self.regularizer, list) else [self.regularizer]
+        for regularizer in regularizers:
+            regularizer.check(self)
+        batch = self.trainer.fit_loop.total_batch_idx
+        self._calls = (batch, self._calls[1] + 1 if self._calls[0] == batch else 0)
+        return penalised(self, regularizers, loss, call=self._calls[1])
+
+    _calls: tuple[int, int] = (-1, 0)

@@ -1,0 +1,329 @@
+"""Is the penalty's gradient right on this very model? Finite differences in float64 answer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_hessian.curvature import HessianOperator, HigherOrderError, ProbeSource, higher_order, select_parameters
+from lightning_hessian.injection import loss_of
+from lightning_hessian.penalties import Penalty, StepContext
+
+TOLERANCE = 1e-4
+"""The relative error above which a derivative is called wrong. Sound ones are nearer to 1e-8."""
+
+OUTSIDE = "the training step's or the penalty's own code, outside any layer"
+"""Named as the fault where every layer is right by itself."""
+
+_STEPS = (1e-4, 1e-5, 1e-6)
+_DIRECTIONS = 3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found. Errors are relative to central differences in float64.
+
+    Args:
+        penalty: the penalty, as printed.
+        value: the penalty's value on the batch.
+        loss_gradient_error: of the task loss's gradient. Where this one is wrong the loss is not the function that
+            its gradient belongs to: a straight-through estimator, a detached statistic, spectral norm in training.
+        hessian_error: of Hessian-vector products of the task loss.
+        penalty_gradient_error: of the gradient that the penalty trains with.
+        replaced: the layers that ``higher_order()`` had to replace, with their operator.
+        faults: the layers at fault where an error is too large.
+    """
+
+    penalty: str
+    value: float
+    loss_gradient_error: float
+    hessian_error: float
+    penalty_gradient_error: float
+    replaced: dict[str, str] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether all three derivatives agree with finite differences."""
+        return max(self.loss_gradient_error, self.hessian_error, self.penalty_gradient_error) < TOLERANCE
+
+    def __str__(self) -> str:
+        def row(what: str, error: float) -> str:
+            return f"  {what:<26}{error:9.1e}  {'right' if error < TOLERANCE else 'WRONG'}"
+
+        lines = [
+            f"{self.penalty}: the gradient is {'right' if self.ok else 'WRONG'} (value {self.value:.6g})",
+            "  relative error against central differences in float64",
+            row("gradient of the loss", self.loss_gradient_error),
+            row("Hessian-vector product", self.hessian_error),
+            row("gradient of the penalty", self.penalty_gradient_error),
+        ]
+        if self.replaced:
+            layers = ", ".join(f"{layer} ({operator})" for layer, operator in self.replaced.items())
+            lines.append(f"  replaced by higher_order(): {layers}")
+        if self.faults:
+            lines.append(f"  at fault: {', '.join(self.faults)}")
+        return "\n".join(lines)
+
+
+def verify(
+    module: nn.Module,
+    batch: Any,
+    penalty: Penalty,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+) -> Verification:
+    """Compare the penalty's gradient on a model and a batch of yours with central differences in float64.
+
+    Everything happens on a float64 copy; the module, its buffers and the random state stay as they are. The penalty's
+    probes and all randomness in the model (dropout) are the same in every evaluation. Where a derivative is wrong, the
+    layer at fault is the innermost whose own derivatives are wrong while those of all layers inside it are right.
+
+    Args:
+        module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
+        batch: a batch as the training step gets it; a few samples do.
+        penalty: for example ``HessianTrace()``.
+        loss: ``loss(module, batch)`` returns the task loss; by default the module's ``training_step(batch, 0)``.
+
+    Returns:
+        A report that prints readably; its ``ok`` says whether all is right.
+
+    Raises:
+        HigherOrderError: an operator has no double backward, or no third one.
+        MisconfigurationException: the step returns no differentiable loss, or optimization is manual and there is no
+            ``loss``.
+        ValueError: the penalty cannot be computed on these parameters.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
+        >>> from lightning_hessian import HessianTrace
+        >>> report = verify(net, torch.ones(5, 3), HessianTrace(), loss=lambda net, x: net(x).square().mean())
+        >>> report.ok, report.replaced
+        (True, {'1': 'layer_norm'})
+    """
+    if loss is None:
+        loss = _training_step_loss
+        if not isinstance(module, LightningModule) or not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"The training step of {type(module).__name__} returns no loss to verify (it is not a LightningModule, "
+                "or optimizes manually). Pass `loss=lambda module, batch: ...`, which computes it."
+            )
+    twin = _float64_copy(module)
+    batch = _float64(batch, next(module.parameters()).device)
+    penalty.check(dict(twin.named_parameters()))
+    tensors = list(select_parameters(dict(twin.named_parameters())).values())
+    context = higher_order(twin)
+
+    def task_loss() -> Tensor:
+        with context:
+            return loss(twin, batch)
+
+    def penalty_value(task: Tensor) -> Tensor:
+        return penalty(StepContext(task, dict(twin.named_parameters()), ProbeSource(seed=1)))
+
+    with _float64_by_default(), context.explained():
+        check = _Check(twin, task_loss, tensors)
+        first, second, third = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
+        value = penalty_value(check.evaluate()).item()
+        faults: tuple[str, ...] = ()
+        if max(first, second, third) >= TOLERANCE:
+            faults = _layers_at_fault(twin, check) or (OUTSIDE,)
+    return Verification(repr(penalty), value, first, second, third, context.replaced, faults)
+
+
+class _Check:
+    """Derivatives of a scalar function of some tensors against central differences."""
+
+    def __init__(self, module: nn.Module, function: Callable[[], Tensor], tensors: Sequence[Tensor]) -> None:
+        self.module = module
+        self.function = function
+        self.tensors = list(tensors)
+        self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        generator = torch.Generator().manual_seed(0)
+        # A direction moves each tensor in proportion to its own size, so that no step is too long for a small one.
+        self.directions = [
+            [torch.randn(t.shape, generator=generator).to(t) * _scale(t) for t in self.tensors]
+            for _ in range(_DIRECTIONS)
+        ]
+
+    def evaluate(self) -> Tensor:
+        """The function at the present tensors, with the same buffers and random numbers each time."""
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        devices = sorted({t.device.index or 0 for t in self.tensors if t.is_cuda})
+        with torch.random.fork_rng(devices), torch.enable_grad():
+            torch.manual_seed(0)
+            return self.function()
+
+    def loss_gradient(self) -> float:
+        return self.gradient_of(lambda value: value)
+
+    def hessian(self) -> float:
+        """Of v'Hv, which needs one derivative more than the gradient that is differenced."""
+        v = self.directions[0]
+        exact = [_quadratic_form(self.evaluate(), self.tensors, v).item()]
+        return self._error(exact, [v], lambda: _dot(self._gradient(self.evaluate()), v))
+
+    def gradient_of(self, measure: Callable[[Tensor], Tensor]) -> float:
+        gradient = self._gradient(measure(self.evaluate()))
+        exact = [_dot(gradient, direction).item() for direction in self.directions]
+        return self._error(exact, self.directions, lambda: measure(self.evaluate()))
+
+    def _gradient(self, value: Tensor) -> Sequence[Tensor]:
+        if not value.requires_grad:
+            return [torch.zeros_like(tensor) for tensor in self.tensors]
+        return torch.autograd.grad(value, self.tensors, allow_unused=True, materialize_grads=True)
+
+    def _error(self, exact: list[float], directions: list[list[Tensor]], value: Callable[[], Tensor]) -> float:
+        # Truncation wants a short step and rounding a long one: the best of a few is the differences' own error.
+        return min(self._error_at(step, exact, directions, value) for step in _STEPS)
+
+    def _error_at(
+        self, step: float, exact: list[float], directions: list[list[Tensor]], value: Callable[[], Tensor]
+    ) -> float:
+        differences = []
+        for direction in directions:
+            with self._moved(step, direction):
+                ahead = value().item()
+            with self._moved(-step, direction):
+                behind = value().item()
+            differences.append((ahead - behind) / (2 * step))
+        off = torch.tensor(exact) - torch.tensor(differences)
+        size = max(torch.tensor(differences).norm().item(), torch.tensor(exact).norm().item())
+        return off.norm().item() / size if size > 0 else 0.0
+
+    @contextmanager
+    def _moved(self, step: float, direction: list[Tensor]) -> Iterator[None]:
+        before = [tensor.detach().clone() for tensor in self.tensors]
+        with torch.no_grad():
+            for tensor, towards in zip(self.tensors, direction, strict=True):
+                tensor.add_(towards, alpha=step)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, old in zip(self.tensors, before, strict=True):
+                    tensor.copy_(old)
+
+
+def _layers_at_fault(module: nn.Module, check: _Check) -> tuple[str, ...]:
+    """The innermost layers whose derivatives are wrong by themselves, on the inputs they get in the model."""
+    calls: dict[str, tuple[nn.Module, Any, Any]] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda layer, args, kwargs: calls.setdefault(name, (layer, args, kwargs)) and None
+
+    handles = [
+        layer.register_forward_pre_hook(record(name), with_kwargs=True)
+        for name, layer in module.named_modules()
+        if name
+    ]
+    try:
+        check.evaluate()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    faults: list[str] = []
+    for name in sorted(calls, key=lambda name: -name.count(".")):
+        if any(fault.startswith(name + ".") for fault in faults):
+            continue
+        if _layer_error(*calls[name]) >= TOLERANCE:
+            faults.append(name)
+    return tuple(faults)
+
+
+def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
+    """The worst relative error of the layer's first, second and third derivative by its inputs and parameters."""
+    tensors: list[Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        tensors.append(tensor.detach().clone().requires_grad_())
+        return tensors[-1]
+
+    args, kwargs = apply_to_collection((args, kwargs), Tensor, leaf)
+    if not tensors:
+        return 0.0
+
+    def function() -> Tensor:
+        outputs: list[Tensor] = []
+        with higher_order(layer):
+            # A linear head alone would not look at products of the outputs' derivatives.
+            apply_to_collection(layer(*args, **kwargs), Tensor, lambda y: outputs.append(y))
+        value = torch.zeros(())
+        for index, y in enumerate(y for y in outputs if y.is_floating_point()):
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(index)).to(y)
+            value = value + (weights * y).sum() + (weights * y.square()).mean()
+        return value
+
+    check = _Check(layer, function, tensors)
+    try:
+        if not check.evaluate().requires_grad:
+            return 0.0
+        v = check.directions[0]
+        return max(
+            check.loss_gradient(),
+            check.hessian(),
+            check.gradient_of(lambda value: _quadratic_form(value, tensors, v)),
+        )
+    except HigherOrderError:
+        return float("inf")
+
+
+def _quadratic_form(loss: Tensor, tensors: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    return HessianOperator(loss, tensors).quadratic_form(torch.cat([part.reshape(-1) for part in v]))
+
+
+def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def _scale(tensor: Tensor) -> float:
+    size = tensor.detach().square().mean().sqrt().item()
+    return size if size > 0 else 0.1
+
+
+def _training_step_loss(module: Any, batch: Any) -> Tensor:
+    loss = loss_of(module.training_step(batch, 0))
+    if loss is None:
+        raise MisconfigurationException("The training step returned None for this batch. Pass one that has a loss.")
+    return loss
+
+
+def _float64_copy(module: nn.Module) -> nn.Module:
+    # The copy shares the Trainer, which user code may look at, but must not log to it.
+    trainer = getattr(module, "_trainer", None)
+    twin = copy.deepcopy(module, {id(trainer): trainer}).double()
+    if isinstance(twin, LightningModule):
+        for method in ("log", "log_dict"):
+            setattr(twin, method, lambda *args, **kwargs: None)
+    return twin
+
+
+def _float64(batch: Any, device: torch.device) -> Any:
+    def convert(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(device)
+        return tensor.double() if tensor.is_floating_point() else tensor.clone()
+
+    return apply_to_collection(batch, Tensor, convert)
+
+
+@contextmanager
+def _float64_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

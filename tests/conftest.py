@@ -1,0 +1,16 @@
+import logging
+import warnings
+
+import pytest
+import torch
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed_and_left_as_found():
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    assert torch.get_default_dtype() == dtype
