@@ -1,41 +1,61 @@
-"""Independent references: dense float64 Hessians and finite differences."""
-
-import copy
+"""Independent references: dense float64 Hessians, and differences of ordinary first-order gradients."""
 
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def dense_hessian(module, loss, names=None):
-    """The Hessian of ``loss(functional_module)`` by torch.func, as an n x n matrix over the named parameters."""
-    parameters = {k: v.detach() for k, v in module.named_parameters()}
+    """The Hessian of ``loss(call)`` by torch.func; ``call`` is the module as a function."""
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
     names = list(parameters) if names is None else names
-    sizes = [parameters[k].numel() for k in names]
+    sizes = [parameters[name].numel() for name in names]
 
     def of_vector(vector):
-        parts = {k: p.view_as(parameters[k]) for k, p in zip(names, vector.split(sizes), strict=True)}
+        parts = {name: p.view_as(parameters[name]) for name, p in zip(names, vector.split(sizes), strict=True)}
+        return loss(lambda *args: torch.func.functional_call(module, {**parameters, **parts}, args))
 
-        def call(*args):
-            return torch.func.functional_call(module, {**parameters, **parts}, args)
-
-        return loss(call)
-
-    return torch.func.hessian(of_vector)(torch.cat([parameters[k].reshape(-1) for k in names]))
+    return torch.func.hessian(of_vector)(torch.cat([parameters[name].reshape(-1) for name in names]))
 
 
-def gradient_by_differences(module, value, step=1e-5):
-    """d value(module) / d theta by central differences, one parameter at a time, on a copy."""
-    twin = copy.deepcopy(module)
-    theta = parameters_to_vector(twin.parameters()).detach().clone()
-    gradient = torch.zeros_like(theta)
-    for i in range(theta.numel()):
-        for sign in (1, -1):
-            moved = theta.clone()
-            moved[i] += sign * step
-            vector_to_parameters(moved, twin.parameters())
-            gradient[i] += sign * value(twin).item() / (2 * step)
-    return gradient
+class Differences:
+    """v'Hv and its gradient from nothing but first-order gradients of the module as PyTorch runs it."""
+
+    def __init__(self, module, loss, step=1e-4):
+        self.module = module
+        self.loss = loss
+        self.step = step
+        self.buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        self.theta = parameters_to_vector(module.parameters()).detach().clone()
+
+    def gradient(self, theta):
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        vector_to_parameters(theta, self.module.parameters())
+        torch.manual_seed(0)
+        parameters = list(self.module.parameters())
+        gradient = torch.autograd.grad(self.loss(self.module), parameters, allow_unused=True, materialize_grads=True)
+        vector_to_parameters(self.theta, self.module.parameters())
+        return flat(gradient).detach()
+
+    def quadratic_form(self, v, at=None):
+        at = self.theta if at is None else at
+        return self._derivative(lambda t: self.gradient(at + t * v) @ v).item()
+
+    def change_of_quadratic_form(self, v, direction):
+        """d/dt of v'H(theta + t direction)v at t = 0."""
+        return self._derivative(lambda t: self.quadratic_form(v, self.theta + t * direction))
+
+    def _derivative(self, f):
+        h = self.step  # five-point rule, error O(h^4)
+        return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+
+
+def flat(tensors):
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def relative_error(actual, expected):
-    return ((actual - expected).norm() / expected.norm()).item()
+    return (torch.as_tensor(actual) - torch.as_tensor(expected)).norm().item() / max(
+        torch.as_tensor(expected).norm().item(), 1e-300
+    )

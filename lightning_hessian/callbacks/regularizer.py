@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_hessian.curvature import refuse_lost_derivatives
 from lightning_hessian.injection import penalised
 from lightning_hessian.penalties import Penalty
 
@@ -115,6 +116,7 @@ class HessianRegularizer(Callback):
     def try_backward(self, term: Tensor, parameters: Iterable[Tensor]) -> None:
         """Once in a fit, see that the term can be differentiated, while an error still leaves all gradients alone."""
         if not self._tried_backward and term.requires_grad:
+            refuse_lost_derivatives(term)
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             self._tried_backward = True

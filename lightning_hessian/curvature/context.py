@@ -164,6 +164,35 @@ class higher_order(TorchFunctionMode):
             ) from error
 
 
+def refuse_lost_derivatives(value: Tensor) -> None:
+    """Look through the graph of a penalty for custom functions marked ``@once_differentiable``.
+
+    Their second derivative is not an error in ``torch.autograd.grad``: the branch is pruned before it could raise, and
+    the penalty silently lacks that part of the Hessian.
+
+    Raises:
+        HigherOrderError: there is one; it is named.
+    """
+    todo, seen, lost, custom = [value.grad_fn], set(), False, set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        lost |= node.name().endswith("autograd::Error") or type(node).__name__ == "Error"
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and hasattr(function.backward, "__wrapped__"):
+            custom.add(function.__qualname__)
+        todo.extend(following for following, _ in node.next_functions)
+    if lost:
+        named = f" ({', '.join(sorted(custom))})" if custom else ""
+        raise HigherOrderError(
+            f"The loss passes through a torch.autograd.Function whose backward is marked @once_differentiable{named}. "
+            "PyTorch would leave its part of the Hessian out of the penalty without an error. Write its backward "
+            "with differentiable operations and remove the mark; `lightning_hessian.verify` names the layer."
+        )
+
+
 def _refuse_layers(module: nn.Module) -> None:
     several = torch.distributed.is_available() and torch.distributed.is_initialized() and (
         torch.distributed.get_world_size() > 1
@@ -239,14 +268,13 @@ _MISSING_DERIVATIVE = (
     r"derivative for '?(?:aten::)?(\w+)'? is not implemented",
     r"(\w+):? does not support 3rd\+ order",
     r"(\w+) is not differentiable twice",
-    r"trying to differentiate twice a function that was marked with @once_differentiable()",
 )
 
 
 def _operator_without_derivative(message: str) -> str | None:
     for pattern in _MISSING_DERIVATIVE:
         if found := re.search(pattern, message, re.IGNORECASE):
-            return found.group(1).strip("_") or "marked @once_differentiable (a custom autograd.Function)"
+            return found.group(1).strip("_")
     return None
 
 

@@ -23,7 +23,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias; the statistics are the batch's or, in evaluation, the running."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, statistics of the batch or, in evaluation, the running ones."""
     x = _in_full_precision(input)
     if training:
         samples = x.numel() // x.size(1)
