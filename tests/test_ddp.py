@@ -1,0 +1,177 @@
+"""Two ranks equal one rank with the joined batch; estimates are reduced for the logs."""
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from nets import CPU, Classifier, data, weights
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import lightning_hessian as lh
+from lightning_hessian.curvature import ProbeSource
+
+STEPS = 3
+
+
+def callback(penalty, **settings):
+    return lh.HessianRegularizer(penalty, strength=0.02, **settings)
+
+
+class DealtInTurn(torch.utils.data.Sampler):
+    """Every second sample for each of two ranks, unshuffled (Lightning's own sampler shuffles)."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(range(dist.get_rank(), self.samples, 2))
+
+    def __len__(self):
+        return self.samples // 2
+
+
+class Result(L.Callback):
+    """Bring the weights of rank 0 and the logs home from the forked processes."""
+
+    def __init__(self, path):
+        self.path = path
+        self.logged = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+    def on_train_end(self, trainer, pl_module):
+        torch.save({"weights": weights(pl_module), "logged": self.logged}, self.path / f"{trainer.global_rank}.pt")
+
+
+def fit_two(tmp_path, module, regularizer, loader, **strategy):
+    result = Result(tmp_path)
+    dealt = DataLoader(loader.dataset, loader.batch_size, sampler=DealtInTurn(len(loader.dataset)))
+    trainer = L.Trainer(
+        **CPU,
+        max_steps=STEPS,
+        callbacks=[regularizer, result],
+        devices=2,
+        use_distributed_sampler=False,
+        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo", **strategy),
+    )
+    trainer.fit(module, dealt)
+    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+
+
+def joined(loader):
+    """The batches of both ranks, rank 0 first."""
+    x, y = loader.dataset.tensors
+    size = loader.batch_size
+    for step in range(STEPS):
+        parts = [slice(2 * size * step + rank, 2 * size * (step + 1), 2) for rank in range(2)]
+        yield torch.cat([x[p] for p in parts]), torch.cat([y[p] for p in parts])
+
+
+def fit_one(module, penalty_of, loader):
+    """One process, joined batches, the mean of what each rank adds."""
+    optimizer = module.configure_optimizers()
+    for step, (x, y) in enumerate(joined(loader)):
+        optimizer.zero_grad()
+        penalty_of(module, x, y, step).backward()
+        optimizer.step()
+    return weights(module)
+
+
+def exact(module, x, y, step):
+    with lh.higher_order():
+        loss = F.cross_entropy(module.net(x), y)
+    return loss + 0.02 * lh.HessianTrace(probes=-1)(lh.StepContext(loss, dict(module.named_parameters())))
+
+
+def with_each_ranks_own_probe(module, x, y, step):
+    total = 0
+    for rank, (inputs, targets) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+        with lh.higher_order():
+            loss = F.cross_entropy(module.net(inputs), targets)
+        source = ProbeSource(0, step, step, rank)
+        trace = lh.HessianTrace()(lh.StepContext(loss, dict(module.named_parameters()), source))
+        total = total + (loss + 0.02 * trace) / 2
+    return total
+
+
+class Unused(Classifier):
+    def __init__(self):
+        super().__init__(middle=nn.LayerNorm(6))
+        self.spare = nn.Linear(3, 3).double()
+
+
+CASES = {
+    "exact": (lh.HessianTrace(probes=-1), exact, {}),
+    "own probes": (lh.HessianTrace(), with_each_ranks_own_probe, {}),
+    "unused parameters": (lh.HessianTrace(probes=-1), exact, {"find_unused_parameters": True}),
+    "static graph": (lh.HessianTrace(), with_each_ranks_own_probe, {"static_graph": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_equal_one(tmp_path, case):
+    penalty, of_one, strategy = CASES[case]
+
+    def module():
+        return Unused() if case == "unused parameters" else Classifier(middle=nn.LayerNorm(6))
+
+    loader = data(8)
+    first, second = fit_two(tmp_path, module(), callback(penalty), loader, **strategy)
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], fit_one(module(), of_one, loader), rtol=1e-6, atol=1e-6)
+    # The logged value is the mean over ranks, the same on both.
+    assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
+    if case == "exact":
+        (x, y), fresh = next(joined(loader)), module()
+        with lh.higher_order():
+            loss = F.cross_entropy(fresh.net(x), y)
+        value = penalty(lh.StepContext(loss, dict(fresh.named_parameters())))
+        assert first["logged"][0]["curvature/hessian_trace"] == pytest.approx(value.item())
+
+
+class NotFiniteOnOneRank(lh.Penalty):
+    name = "odd"
+
+    def value(self, context):
+        bad = context.probes.step == 1 and dist.get_rank() == 1
+        return context.loss * (float("nan") if bad else 1.0)
+
+
+def test_a_penalty_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
+    def task_loss_alone_at_step_1(module, x, y, step):
+        return (1.0 if step == 1 else 1.02) * F.cross_entropy(module.net(x), y)
+
+    loader = data(8)
+    module = Classifier(middle=nn.LayerNorm(6))
+    first, _ = fit_two(tmp_path, module, callback(NotFiniteOnOneRank()), loader)
+    expected = fit_one(Classifier(middle=nn.LayerNorm(6)), task_loss_alone_at_step_1, loader)
+    torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_sync_batch_norm_is_refused_by_name(monkeypatch):
+    # DDP itself refuses these layers on a CPU, so several processes are pretended.
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(Classifier())
+    message = r"'net\.1' is a SyncBatchNorm.*sync_batchnorm=False"
+    with pytest.raises(lh.HigherOrderError, match=message), lh.higher_order(module):
+        pass
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_sharded_parameters_are_refused(strategy, monkeypatch):
+    import lightning.pytorch.strategies as strategies
+
+    sharded = getattr(strategies, strategy)
+    trainer = L.Trainer(**CPU)
+    module = Classifier()
+    module.trainer = trainer
+    monkeypatch.setattr(L.Trainer, "precision", "32-true")
+    monkeypatch.setattr(L.Trainer, "strategy", sharded.__new__(sharded))
+    with pytest.raises(MisconfigurationException, match=f"{strategy} shards the parameters"):
+        callback(lh.HessianTrace()).check(module)
