@@ -1,0 +1,83 @@
+"""The LightningModule of the command line: an ordinary classifier that knows nothing of penalties."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+
+class Classifier(LightningModule):
+    """Cross-entropy, SGD with momentum, and one cosine decay of the learning rate to 0.
+
+    Args:
+        net: images to logits.
+        classes: number of classes.
+        lr: the learning rate at the start.
+        momentum: of SGD.
+        weight_decay: of SGD.
+
+    Raises:
+        ValueError: a number is negative or not finite.
+    """
+
+    def __init__(
+        self, net: nn.Module, classes: int, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4
+    ) -> None:
+        super().__init__()
+        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.{name}={value!r} must be a finite number of at least 0.")
+        self.net = net
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.accuracy = nn.ModuleDict(
+            {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean cross-entropy of a batch."""
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._step(batch, "test")
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        accuracy = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
+        accuracy(logits, labels)
+        in_epoch: dict[str, Any] = {
+            "on_step": False,
+            "on_epoch": True,
+            "batch_size": len(labels),
+            "prog_bar": stage == "val",
+        }
+        self.log(f"{stage}/loss", loss, sync_dist=stage != "train", **in_epoch)
+        self.log(f"{stage}/accuracy", accuracy, **in_epoch)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

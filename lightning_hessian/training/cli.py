@@ -1,0 +1,123 @@
+"""The command ``lightning-hessian``: train a classifier with a curvature penalty, configured with Hydra."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import hydra
+import lightning as L
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from lightning_hessian.training.classifier import Classifier
+from lightning_hessian.training.report import Report, hessian_trace, report
+from lightning_hessian.training.user_errors import in_one_line
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+
+@dataclass
+class TraceConfig:
+    samples: int = 500
+    probes: int = 10
+
+
+@dataclass
+class Config:
+    """The types of the settings that are not handed to a class of their own."""
+
+    data: Any = MISSING
+    model: Any = MISSING
+    regularizer: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    seed: int = 0
+    resume: str | None = None
+
+
+def config_directory() -> Path:
+    """``conf/`` inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def train(config: DictConfig) -> Report:
+    """One run: train, test, measure the trace."""
+    if config.resume is not None and not Path(config.resume).is_file():
+        raise ValueError(f"resume={config.resume}: there is no such checkpoint.")
+    for name, least in {"samples": 1, "probes": 2}.items():
+        if config.trace[name] < least:
+            raise ValueError(f"trace.{name}={config.trace[name]} must be at least {least}.")
+    _check_trainer(config.trainer)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+    data = hydra.utils.instantiate(config.data)
+    net = hydra.utils.instantiate(config.model, shape=data.shape, classes=data.classes)
+    module = Classifier(net, data.classes, **config.optimizer)
+    callbacks: list[Any] = [ModelCheckpoint(directory / "checkpoints", save_last=True)]
+    if config.regularizer:
+        callbacks.append(hydra.utils.instantiate(config.regularizer))
+    logger = hydra.utils.instantiate(config.logger) if config.logger else False
+    if logger:
+        callbacks.append(LearningRateMonitor("step"))
+    trainer = hydra.utils.instantiate(
+        config.trainer, callbacks=callbacks, logger=logger, default_root_dir=str(directory)
+    )
+    OmegaConf.save(config, directory / "config.yaml", resolve=True)
+
+    trainer.fit(module, data, ckpt_path=config.resume)
+    trainer.test(module, data, verbose=False)
+    trace = hessian_trace(module, data, config.trace.samples, config.trace.probes, config.seed)
+    result = report(trainer, module, data, trace, config.trace.samples)
+    if trainer.is_global_zero:
+        print(result)
+    return result
+
+
+def _check_trainer(settings: DictConfig) -> None:
+    """Lightning does not look at the types of its settings: a word for a number would fail somewhere in the middle."""
+    hints = get_type_hints(L.Trainer.__init__)
+    for name, value in settings.items():
+        if isinstance(value, str) and name in hints and not _takes_words(hints[name]):
+            raise ValueError(f"trainer.{name}={value!r} must be a number (Trainer takes {hints[name]}).")
+
+
+def _takes_words(hint: Any) -> bool:
+    return hint in (str, Any) or isinstance(hint, str) or any(_takes_words(part) for part in get_args(hint))
+
+
+@hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
+def _run(config: DictConfig) -> float:
+    with in_one_line():
+        return train(config).test_loss
+
+
+def main() -> None:
+    """Entry point of the command."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints a page of its own for each error
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, about torch's trees
+    with in_one_line():
+        _run()
+
+
+ConfigStore.instance().store("schema", Config)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Data modules: images held in memory as bytes, normalised on the device, a batch at a time."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.error import URLError
+
+import torch
+import torchvision.datasets
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its files."""
+
+
+class DataUnavailable(RuntimeError):
+    """A data set is not on the disk and cannot be downloaded."""
+
+
+class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels in memory; a whole batch is one indexing operation."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+class ImageData(LightningDataModule):
+    """Training, validation and test images as (batch, channels, height, width) in float32, normalised.
+
+    The validation images are the last of the training images in a fixed random order, the same for every seed.
+
+    Args:
+        batch_size: images in a batch, on each device.
+        validation: how many training images are kept for validation.
+        train_samples: use only the first so many training images (in the fixed random order); None for all.
+        augment: random crop (padding of an eighth) and, for colour images, horizontal flip.
+        root: where data sets lie or are downloaded to.
+        seed: of the order of training batches, a function of seed and epoch (so a resumed run sees the same).
+
+    Raises:
+        ValueError: a number is out of its range.
+        DataUnavailable: when prepared, if the data are neither here nor to be had.
+    """
+
+    shape: ClassVar[tuple[int, int, int]]
+    classes: ClassVar[int] = 10
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        validation: int = 200,
+        train_samples: int | None = None,
+        augment: bool = False,
+        root: str = "data",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"batch_size": batch_size, "validation": validation, "train_samples": train_samples}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        self.batch_size = batch_size
+        self.validation = validation
+        self.train_samples = train_samples
+        self.augment = augment
+        self.root = Path(root)
+        self.seed = seed
+        self._sets: dict[str, TensorBatches] = {}
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        """All images of one part, bytes of shape (n, channels, height, width), and their labels."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        if self._sets:
+            return
+        images, labels = self.load(train=True)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        if self.validation >= len(order):
+            raise ValueError(f"validation={self.validation} leaves nothing of the {len(order)} training images.")
+        training, validation = order[: -self.validation], order[-self.validation :]
+        if self.train_samples is not None:
+            if self.train_samples > len(training):
+                raise ValueError(f"train_samples={self.train_samples}, but there are only {len(training)}.")
+            training = training[: self.train_samples]
+        self._sets = {
+            "train": TensorBatches(images[training], labels[training]),
+            "val": TensorBatches(images[validation], labels[validation]),
+            "test": TensorBatches(*self.load(train=False)),
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        trainer = self.trainer
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self._sets["train"],
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            seed=self.seed,
+        )
+        # A last batch of a few images would have odd batch-norm statistics and a noisy Hessian.
+        return self._loader("train", sampler=sampler, drop_last=len(self._sets["train"]) > self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def training_samples(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first ``count`` training images in batches, normalised and not augmented, to measure curvature on."""
+        part = self._sets["train"]
+        count = min(count, len(part))
+        size = min(self.batch_size, count)
+        return [
+            (self._normalised(part.images[i : min(i + size, count)]), part.labels[i : min(i + size, count)])
+            for i in range(0, count, size)
+        ]
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        images, labels = batch
+        if self.augment and self.trainer is not None and self.trainer.training:
+            images = _random_crop(images, padding=self.shape[-1] // 8)
+            if self.shape[0] == 3:
+                flipped = torch.rand(len(images), device=images.device) < 0.5
+                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return self._normalised(images), labels
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] for v in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+    def _loader(self, part: str, **settings: Any) -> DataLoader[Any]:
+        return DataLoader(self._sets[part], self.batch_size, collate_fn=_as_it_is, **settings)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _random_crop(images: Tensor, padding: int) -> Tensor:
+    """Shift each image by its own random offset, at most ``padding`` pixels, filling with zeros."""
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, [padding] * 4)
+    top, left = torch.randint(0, 2 * padding + 1, (2, n), device=images.device)
+    rows = top[:, None] + torch.arange(height, device=images.device)
+    columns = left[:, None] + torch.arange(width, device=images.device)
+    sample = torch.arange(n, device=images.device)[:, None, None]
+    return padded[sample, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Digits(ImageData):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8: 1,247 for training, 200 for validation, 350 for test."""
+
+    shape = (1, 8, 8)
+    mean, std = (0.305,), (0.376,)
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))
+        chosen = order[350:] if train else order[:350]
+        pixels = torch.from_numpy(images).view(-1, 1, 8, 8) * (255 / 16)
+        return pixels.round().to(torch.uint8)[chosen], torch.from_numpy(labels)[chosen]
+
+
+class _Torchvision(ImageData):
+    """A data set that torchvision reads, and downloads where there is a network."""
+
+    source: ClassVar[type]
+
+    def prepare_data(self) -> None:
+        for train in (True, False):
+            try:
+                self.source(self.root, train=train, download=False)
+            except RuntimeError:
+                self._fetch(train)
+
+    def _fetch(self, train: bool) -> None:
+        name = self.source.__name__
+        try:
+            self.source(self.root, train=train, download=True)
+        except (URLError, RuntimeError, OSError) as error:
+            raise DataUnavailable(
+                f"{name} is not in {self.root.resolve()} and could not be downloaded ({error}). Put torchvision's "
+                "files there, set data.root to where they are, or use data=digits, which needs no network."
+            ) from error
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        read = self.source(self.root, train=train)
+        images, labels = torch.as_tensor(read.data), torch.as_tensor(read.targets)
+        return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2), labels
+
+
+class MNIST(_Torchvision):
+    """60,000 + 10,000 handwritten digits, 28 x 28 (LeCun et al. 1998)."""
+
+    shape = (1, 28, 28)
+    mean, std = (0.1307,), (0.3081,)
+    source = torchvision.datasets.MNIST
+
+
+class FashionMNIST(_Torchvision):
+    """60,000 + 10,000 pieces of clothing, 28 x 28 (Xiao et al. 2017); Debian's package is used where installed."""
+
+    shape = (1, 28, 28)
+    mean, std = (0.2860,), (0.3530,)
+    source = torchvision.datasets.FashionMNIST
+
+    def _fetch(self, train: bool) -> None:
+        if not DEBIAN_FASHION_MNIST.is_dir():
+            return super()._fetch(train)
+        raw = self.root / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):
+            with gzip.open(packed) as source, (raw / packed.stem).open("wb") as target:
+                shutil.copyfileobj(source, target)
+
+
+class CIFAR10(_Torchvision):
+    """50,000 + 10,000 colour photographs of 10 classes, 32 x 32 (Krizhevsky 2009)."""
+
+    shape = (3, 32, 32)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    source = torchvision.datasets.CIFAR10
+
+
+class CIFAR100(CIFAR10):
+    """50,000 + 10,000 colour photographs of 100 classes, 32 x 32 (Krizhevsky 2009)."""
+
+    classes = 100
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    source = torchvision.datasets.CIFAR100

@@ -1,0 +1,86 @@
+"""Image classifiers: small ones with smooth activations, and two known architectures cut to small images."""
+
+from __future__ import annotations
+
+import torchvision
+from torch import nn
+
+Shape = tuple[int, int, int]
+
+
+def _check(**settings: int) -> None:
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+
+
+def mlp(shape: Shape, classes: int, width: int = 256, depth: int = 2) -> nn.Sequential:
+    """``depth`` hidden layers of ``width`` units with SiLU.
+
+    Example:
+        >>> sum(p.numel() for p in mlp((1, 8, 8), 10, width=32).parameters())
+        3466
+    """
+    _check(width=width, depth=depth)
+    size = shape[0] * shape[1] * shape[2]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for _ in range(depth):
+        layers += [nn.Linear(size, width), nn.SiLU()]
+        size = width
+    return nn.Sequential(*layers, nn.Linear(size, classes))
+
+
+def cnn(shape: Shape, classes: int, width: int = 32) -> nn.Sequential:
+    """Three 3 x 3 convolutions with batch norm and SiLU, the last two of stride 2, then the mean over the image.
+
+    Example:
+        >>> import torch
+        >>> cnn((1, 8, 8), 10, width=8)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    _check(width=width)
+
+    def block(channels: int, out: int, stride: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(out), nn.SiLU()]
+
+    return nn.Sequential(
+        *block(shape[0], width, 1),
+        *block(width, 2 * width, 2),
+        *block(2 * width, 2 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, classes),
+    )
+
+
+def resnet18(shape: Shape, classes: int) -> nn.Module:
+    """torchvision's ResNet-18 with the stem for small images: a 3 x 3 convolution of stride 1 and no max-pool."""
+    net = torchvision.models.resnet18(num_classes=classes)
+    net.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+def vit(
+    shape: Shape, classes: int, patch: int | None = None, width: int = 64, depth: int = 4, heads: int = 4
+) -> nn.Module:
+    """torchvision's vision transformer, small: ``depth`` blocks of ``width`` features, on square patches.
+
+    Args:
+        shape: of one image: channels, height, width.
+        classes: number of outputs.
+        patch: the patches' side in pixels; by default 4, and 2 for images of less than 16 pixels.
+        width: features of a token.
+        depth: number of blocks.
+        heads: attention heads.
+    """
+    patch = (4 if shape[-1] >= 16 else 2) if patch is None else patch
+    _check(patch=patch, width=width, depth=depth, heads=heads)
+    if shape[-1] % patch or width % heads:
+        raise ValueError(
+            f"patch={patch} must divide the image's side, {shape[-1]}, and heads={heads} must divide width={width}."
+        )
+    net = torchvision.models.VisionTransformer(shape[-1], patch, depth, heads, width, 2 * width, num_classes=classes)
+    net.conv_proj = nn.Conv2d(shape[0], width, patch, patch)
+    return net

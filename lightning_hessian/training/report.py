@@ -1,0 +1,83 @@
+"""What a finished run is told by: test accuracy and loss, and the trace of the Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_hessian.curvature import (
+    BatchedHessianOperator,
+    TraceEstimate,
+    higher_order,
+    hutchinson_trace,
+    select_parameters,
+)
+from lightning_hessian.training.classifier import Classifier
+from lightning_hessian.training.data import ImageData
+
+
+@dataclass(frozen=True)
+class Report:
+    """The end of a run.
+
+    Args:
+        test_accuracy: share of the test images that are classified rightly.
+        test_loss: mean cross-entropy on the test images.
+        trace: tr(H) of the mean loss over ``trace_samples`` training images, in evaluation mode.
+        trace_samples: how many images that were.
+        directory: where the run left its files.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    trace: TraceEstimate
+    trace_samples: int
+    directory: Path
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"test accuracy   {self.test_accuracy:.4f}",
+                f"test loss       {self.test_loss:.4f}",
+                f"Hessian trace   {self.trace.estimate:.4g} +- {self.trace.standard_error:.2g} "
+                f"({self.trace.matvecs} probes, {self.trace_samples} training images, evaluation mode)",
+                f"files           {self.directory}",
+                f"TensorBoard     tensorboard --logdir '{self.directory}'",
+            ]
+        )
+
+
+def hessian_trace(module: Classifier, data: ImageData, samples: int, probes: int, seed: int) -> TraceEstimate:
+    """tr(H) of the mean training loss by Hutchinson's method, in evaluation mode, on a fixed set of images."""
+    batches = [
+        (images.to(module.device), labels.to(module.device)) for images, labels in data.training_samples(samples)
+    ]
+
+    def loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        with higher_order(module):
+            return module.loss(batch)
+
+    training = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        parameters = select_parameters(dict(module.named_parameters())).values()
+        operator = BatchedHessianOperator(loss, parameters, batches, lambda batch: len(batch[1]))
+        return hutchinson_trace(operator, probes, seed)
+    finally:
+        for child, mode in training.items():
+            child.training = mode
+
+
+def report(trainer: Trainer, module: Classifier, data: ImageData, trace: TraceEstimate, samples: int) -> Report:
+    """Put together what ``trainer.test`` measured and the trace."""
+    metrics = trainer.callback_metrics
+    return Report(
+        float(metrics["test/accuracy"]),
+        float(metrics["test/loss"]),
+        trace,
+        min(samples, len(data.train_dataloader().dataset)),  # type: ignore[arg-type]
+        Path(trainer.default_root_dir),
+    )

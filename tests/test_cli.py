@@ -1,0 +1,205 @@
+"""The command line, in this process: a run, its files, its errors, sweeps, resuming, every config."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_hessian.training import cli
+from lightning_hessian.training.data import DEBIAN_FASHION_MNIST, Digits, FashionMNIST, _random_crop
+
+QUICK = [
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+    "trainer.enable_model_summary=false",
+    "model=mlp",
+    "model.width=16",
+    "data.batch_size=256",
+    "trainer.max_epochs=2",
+    "trainer.log_every_n_steps=1",
+    "trace.samples=64",
+]
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command in an empty folder; give back what it printed and its exit status."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lightning-hessian", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return out, err, status
+
+    return command
+
+
+def scalars(directory):
+    events = EventAccumulator(str(directory)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run, tmp_path):
+    out, _, status = run(*QUICK, "hydra.run.dir=here")
+    assert status == 0
+    assert re.search(r"test accuracy +0\.\d+", out)
+    assert re.search(r"test loss +\d+\.\d+", out)
+    assert re.search(r"Hessian trace +\S+ \+- \S+ \(10 probes, 64 training images, evaluation mode\)", out)
+    assert re.search(r"TensorBoard +tensorboard --logdir '.*here'", out)
+    logged = scalars(tmp_path / "here")
+    assert {"curvature/hessian_trace", "train/penalty", "train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= (
+        set(logged)
+    )
+    # Both were recorded in float32.
+    torch.testing.assert_close(
+        torch.tensor(logged["train/penalty"]), 1e-3 * torch.tensor(logged["curvature/hessian_trace"])
+    )
+    assert (tmp_path / "here/checkpoints/last.ckpt").is_file()
+    assert OmegaConf.load(tmp_path / "here/config.yaml").regularizer.strength == 1e-3
+
+
+def test_same_seed_same_numbers_and_another_seed_others(run):
+    def numbers(*arguments):
+        return run(*QUICK, *arguments)[0].split("files")[0]
+
+    first = numbers()
+    assert first == numbers()
+    assert first != numbers("seed=1")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch):
+    whole, _, _ = run(*QUICK, "hydra.run.dir=whole")
+
+    def interrupt(module):
+        if module.current_epoch == 1:
+            raise ConnectionError
+
+    with monkeypatch.context() as patch, pytest.raises(ConnectionError):
+        patch.setattr(cli.Classifier, "on_train_epoch_start", interrupt)
+        run(*QUICK, "hydra.run.dir=part")
+    resumed, _, status = run(*QUICK, "hydra.run.dir=rest", "resume=part/checkpoints/last.ckpt")
+    assert status == 0
+    assert whole.split("files")[0] == resumed.split("files")[0]
+
+
+def test_a_sweep_over_the_strength(run, tmp_path):
+    out, _, status = run("-m", *QUICK, "regularizer.strength=0,1e-4,1e-3", "hydra.sweep.dir=sweep")
+    assert status == 0
+    assert out.count("test accuracy") == 3
+    assert "curvature/hessian_trace" not in scalars(tmp_path / "sweep/0")
+    assert "curvature/hessian_trace" in scalars(tmp_path / "sweep/2")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["regularizer=none"],
+        ["logger=csv"],
+        ["logger=none"],
+        ["model=mlp", "model.width=8"],
+        ["model=cnn", "model.width=4"],
+        ["model=vit", "model.width=8", "model.depth=1", "model.heads=2"],
+        ["model=resnet18", "data.batch_size=4", "regularizer.penalty.keep=0.02", "trace.probes=2", "trace.samples=4"],
+        ["data.augment=true", "trainer.accumulate_grad_batches=2"],
+    ],
+    ids=" ".join,
+)
+def test_every_config_runs(run, arguments):
+    _, err, status = run(*QUICK[:3], "data.batch_size=32", "trainer.fast_dev_run=1", "trace.samples=16", *arguments)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("experiment", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
+def test_every_experiment_composes(run, experiment):
+    out, _, status = run(f"experiment={experiment}", "--cfg", "job", "--resolve")
+    assert status == 0
+    assert OmegaConf.create(out).data._target_.startswith("lightning_hessian")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("regularizer.strenght=1", "no option regularizer.strenght; did you mean regularizer.strength?"),
+        ("regularizer.strength=-1", "regularizer: strength=-1 must be a finite number of at least 0"),
+        ("regularizer.strength=abc", "regularizer: strength='abc'"),
+        ("regularizer.penalty.keep=2", "regularizer.penalty: keep=2 is a probability"),
+        ("regularizer.penalty.parameters=net.O.*", "Near names: net."),
+        ("model=resnt18", "Available options in 'model': cnn mlp resnet18 vit"),
+        ("modle=cnn", "no option modle; did you mean model?"),
+        ("model.width=0", "model: width=0"),
+        ("data.batch_size=0", "data: batch_size=0"),
+        ("optimizer.lr=abc", "optimizer.lr: Value 'abc'"),
+        ("optimizer.lr=-1", "optimizer.lr=-1"),
+        ("seed=abc", "seed: Value 'abc'"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs='abc' must be a number"),
+        ("trainer.precision=7", "trainer: Precision 7 is invalid"),
+        ("trace.probes=1", "trace.probes=1"),
+        ("resume=nothing.ckpt", "resume=nothing.ckpt: there is no such checkpoint"),
+    ],
+)
+def test_a_wrong_option_gives_one_line_that_names_it(run, argument, message):
+    _, err, status = run(*QUICK, argument)
+    lines = [line for line in err.splitlines() if line.startswith("lightning-hessian: ")]
+    assert status == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+def test_data_that_cannot_be_had_give_one_line(run, monkeypatch):
+    import torchvision
+
+    def no_network(*_, **__):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+    _, err, status = run(*QUICK, "data=cifar10")
+    assert status == 2
+    assert "CIFAR10 is not in" in err
+    assert "use data=digits" in err
+
+
+def test_digits_are_split_without_overlap_and_in_the_same_way_for_every_seed():
+    parts = {}
+    for seed in (0, 1):
+        data = Digits(seed=seed)
+        data.setup("fit")
+        parts[seed] = data._sets
+        assert [len(data._sets[part]) for part in ("train", "val", "test")] == [1247, 200, 350]
+    assert torch.equal(parts[0]["train"].images, parts[1]["train"].images)
+    images, _ = next(iter(data.val_dataloader()))
+    assert images.shape[1:] == (1, 8, 8)
+    normalised = torch.cat([batch for batch, _ in data.training_samples(1247)])
+    assert abs(normalised.mean()) < 0.02
+    assert abs(normalised.std() - 1) < 0.02
+
+
+def test_random_crop_shifts_each_image_by_itself():
+    images = torch.arange(64.0).view(1, 1, 8, 8).repeat(50, 2, 1, 1)
+    cropped = _random_crop(images, padding=1)
+    assert cropped.shape == images.shape
+    assert len({tuple(image.flatten().tolist()) for image in cropped}) > 5
+    padded = torch.nn.functional.pad(images[0], [1] * 4)
+    windows = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    assert all(any(torch.equal(image, window) for window in windows) for image in cropped)
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_fashion_mnist_from_debians_package(tmp_path):
+    data = FashionMNIST(root=str(tmp_path), train_samples=100, validation=5000)
+    data.prepare_data()
+    data.setup("fit")
+    assert [len(data._sets[part]) for part in ("train", "val", "test")] == [100, 5000, 10000]
+    assert data._sets["test"].images.shape[1:] == (1, 28, 28)
+    normalised = torch.cat([batch for batch, _ in data.training_samples(100)])
+    assert abs(normalised.mean()) < 0.1
