@@ -440,12 +440,16 @@ def test_lightning_cli(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
 
+    class Model(Classifier):
+        def __init__(self):
+            super().__init__()
+
     class Data(L.LightningDataModule):
         def train_dataloader(self):
             return data()
 
     cli = LightningCLI(
-        Classifier,
+        Model,
         Data,
         args=[
             "fit",
