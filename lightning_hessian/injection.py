@@ -64,7 +64,8 @@ def penalised(
                 else:
                     _report_nonfinite(module, regularizer, loss, value)
                     contribution = torch.zeros_like(value.detach())
-                _log(module, regularizer, value.detach(), contribution)
+                _log(module, f"curvature/{regularizer.penalty.name}", value.detach())
+                _log(module, "train/penalty", contribution)
     return total if isinstance(output, Tensor) else {**output, "loss": total}
 
 
@@ -118,13 +119,13 @@ def _report_nonfinite(module: LightningModule, regularizer: HessianRegularizer, 
             f"`train/{penalty}_skipped` counts them. Pass on_nonfinite='raise' to stop instead."
         )
     regularizer.nonfinite_steps += 1
-    module.log(f"train/{penalty}_skipped", float(regularizer.nonfinite_steps), on_step=True, on_epoch=False)
+    _log(module, f"train/{penalty}_skipped", float(regularizer.nonfinite_steps), reduce=False)
 
 
-def _log(module: LightningModule, regularizer: HessianRegularizer, value: Tensor, contribution: Tensor) -> None:
-    several = module.trainer.world_size > 1
-    module.log(f"curvature/{regularizer.penalty.name}", value, on_step=True, on_epoch=False, sync_dist=several)
-    module.log("train/penalty", contribution, on_step=True, on_epoch=False, sync_dist=several)
+def _log(module: LightningModule, name: str, value: Tensor | float, reduce: bool = True) -> None:
+    several = reduce and module.trainer.world_size > 1
+    # With the batch size given Lightning does not look for it, which a step that takes an iterator would not survive.
+    module.log(name, value, on_step=True, on_epoch=False, sync_dist=several, batch_size=1)
 
 
 @contextmanager

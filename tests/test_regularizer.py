@@ -6,6 +6,7 @@ import weakref
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import CPU, Classifier, Recorder, data, fit, weights
@@ -214,6 +215,41 @@ def test_fit_validate_and_test_on_one_device():
     trainer.fit(module, data(), data())
     trainer.validate(module, data())
     trainer.test(module, data())
+
+
+class TakesTheIterator(Classifier):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+class WithClosure(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+
+@pytest.mark.parametrize("module", [TakesTheIterator, WithClosure])
+def test_other_ways_to_call_the_training_step(module):
+    module, callback = module(), regularizer()
+    before = weights(module)
+    fit(module, [WeightAveraging(), callback], max_epochs=2)
+    assert not torch.equal(before, weights(module))
+    fit(module, [callback])  # the same callback again
+
+
+def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path):
+    # The same batch all along: where the data go on after a restart is the data loader's affair.
+    loader = DataLoader([next(iter(data(dtype=torch.float32)))] * 6, batch_size=None)
+    whole, second = Classifier(dtype=torch.float32), Classifier(dtype=torch.float32)
+
+    class SaveAtTwo(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "at-two.ckpt")
+
+    fit(whole, [regularizer(), SaveAtTwo()], loader)
+    fit(second, [regularizer()], loader, ckpt_path=tmp_path / "at-two.ckpt")
+    assert torch.equal(weights(whole), weights(second))
 
 
 @pytest.mark.parametrize("compiled", ["submodule", "module"])
