@@ -26,8 +26,8 @@ class HessianRegularizer(Callback):
     When fitting starts the module's ``training_step`` is wrapped; when fitting ends, also by an exception, it is put
     back. The penalty is added to the loss that the step returns (a tensor, a dict with "loss", or None), and there is
     one backward pass, so accumulation, clipping, DDP and schedulers work as ever. The user's own logs keep the task
-    loss; logged besides are ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added. (Between
-    the steps on which the penalty acts, Lightning repeats the last values in its logs.)
+    loss; logged besides are ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
+    (Between the steps on which the penalty acts, Lightning repeats the last values in its logs.)
 
     Several of these callbacks on one Trainer share the forward pass, and each sees the task loss alone.
 

@@ -1,0 +1,32 @@
+"""The Python blocks of the README run, one after the other, in an empty folder."""
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(block, namespace)
+    assert "the gradient is right" in capsys.readouterr().out
+    assert all(parameter.grad is not None for parameter in namespace["net"].parameters())
+    manual = namespace["Manual"]()
+    before = torch.cat([p.detach().flatten() for p in manual.parameters()])
+    trainer = namespace["L"].Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.fit(manual, namespace["data"])
+    assert not torch.equal(before, torch.cat([p.detach().flatten() for p in manual.parameters()]))
+
+
+def test_every_choice_in_the_table_of_groups_is_a_file():
+    conf = Path(__file__).parents[1] / "conf"
+    for group in ("data", "model", "regularizer", "trainer", "logger", "experiment"):
+        (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, re.MULTILINE)
+        named = set(re.findall(r"`(\w+)`", row))
+        assert {path.stem for path in (conf / group).glob("*.yaml")} == named
