@@ -70,7 +70,7 @@ class Classifier(LightningModule):
             "batch_size": len(labels),
             "prog_bar": stage == "val",
         }
-        self.log(f"{stage}/loss", loss, sync_dist=stage != "train", **in_epoch)
+        self.log(f"{stage}/loss", loss, sync_dist=True, **in_epoch)
         self.log(f"{stage}/accuracy", accuracy, **in_epoch)
         return loss
 
