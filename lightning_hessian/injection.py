@@ -20,53 +20,55 @@ if TYPE_CHECKING:
     from lightning_hessian.callbacks.regularizer import HessianRegularizer
 
 
-def penalised(
-    module: LightningModule, regularizers: Sequence[HessianRegularizer], step: Callable[[], Any], call: int = 0
-) -> Any:
+def penalised(module: LightningModule, regularizers: Sequence[HessianRegularizer], step: Callable[[], Any]) -> Any:
     """Run ``step`` and add to the loss it returns the penalty of every regularizer that acts now.
 
-    All penalties share the one forward pass and see the task loss alone. Where none acts, ``step()`` is all that runs.
+    All penalties share the one forward pass and see the task loss alone. Where none acts, and outside of training (a
+    validation step may call the training step), ``step()`` is all that runs.
 
     Args:
         module: the LightningModule, attached to a Trainer.
         regularizers: what to add.
         step: computes the task loss: a scalar tensor, a mapping with "loss", or None to skip the batch.
-        call: which of several calls within one batch this is; the probes differ.
     """
     trainer = module.trainer
-    acting = [(r, strength) for r in regularizers if (strength := r.strength_at(trainer.global_step)) > 0]
-    if not acting:
+    batch = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
+    # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
+    now = trainer.global_step if module.automatic_optimization else batch
+    acting = [(r, strength) for r in regularizers if (strength := r.strength_at(now)) > 0]
+    if not acting or not trainer.training or not torch.is_grad_enabled():
         return step()
     with _left_as_found_on_error(module), higher_order(module) as context:
         output = step()
         loss = loss_of(output)
         if loss is None:
             return output
-        total = loss
         parameters = dict(module.named_parameters())
+        terms: list[Tensor] = []
+        logged: dict[str, Tensor] = {}
         # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
         with torch.autocast(loss.device.type, enabled=False), context.explained():
             for regularizer, strength in acting:
-                probes = ProbeSource(
-                    regularizer.seed,
-                    trainer.global_step,
-                    # Monotonic over epochs, and kept by checkpoints.
-                    trainer.fit_loop.total_batch_idx,
-                    trainer.global_rank,
-                    call,
-                )
+                probes = ProbeSource(regularizer.seed, now, batch, trainer.global_rank)
                 value = regularizer.penalty.value(StepContext(loss, parameters, probes))
+                logged[_new_name(f"curvature/{regularizer.penalty.name}", logged)] = value.detach()
                 if _is_finite(value, module):
-                    term = strength * regularizer.penalty.term(value)
-                    regularizer.try_backward(term, parameters.values())
-                    total = total + term
-                    contribution = term.detach()
+                    terms.append(strength * regularizer.penalty.term(value))
+                    regularizer.try_backward(terms[-1], parameters.values())
                 else:
                     _report_nonfinite(module, regularizer, loss, value)
-                    contribution = torch.zeros_like(value.detach())
-                _log(module, f"curvature/{regularizer.penalty.name}", value.detach())
-                _log(module, "train/penalty", contribution)
-    return total if isinstance(output, Tensor) else {**output, "loss": total}
+    penalty = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
+    for name, value in {**logged, "train/penalty": penalty.detach()}.items():
+        _log(module, name, value)
+    if not terms:
+        return output
+    return loss + penalty if isinstance(output, Tensor) else {**output, "loss": loss + penalty}
+
+
+def _new_name(name: str, taken: Mapping[str, Tensor]) -> str:
+    """The name, numbered from the second penalty that has it."""
+    alike = sum(other == name or other.startswith(name + "_") for other in taken)
+    return f"{name}_{alike + 1}" if alike else name
 
 
 def loss_of(output: Any) -> Tensor | None:
@@ -104,13 +106,19 @@ def _is_finite(value: Tensor, module: LightningModule) -> bool:
 
 def _report_nonfinite(module: LightningModule, regularizer: HessianRegularizer, loss: Tensor, value: Tensor) -> None:
     penalty = regularizer.penalty.name
-    cause = (
-        "The task loss itself is not finite."
-        if not math.isfinite(loss.item())
-        else "The task loss is finite: its derivatives overflow, or meet a point where they do not exist "
-        "(the square root or a norm at 0, for example)."
-    )
-    message = f"The penalty {penalty} is {value.item()} at step {module.trainer.global_step}. {cause}"
+    if math.isfinite(value.item()):
+        what, cause = "not finite on another process", "It is finite on this one."
+    elif not math.isfinite(loss.item()):
+        what, cause = str(value.item()), "The task loss itself is not finite: is the batch empty?"
+    else:
+        what, cause = (
+            str(value.item()),
+            (
+                "The task loss is finite: its derivatives overflow, or meet a point where they do not exist "
+                "(the square root or a norm at 0, for example)."
+            ),
+        )
+    message = f"The penalty {penalty} is {what} at step {module.trainer.global_step}. {cause}"
     if regularizer.on_nonfinite == "raise":
         raise FloatingPointError(f"{message} Lower the learning rate or the strength, or pass on_nonfinite='skip'.")
     if regularizer.nonfinite_steps == 0:
@@ -131,7 +139,12 @@ def _log(module: LightningModule, name: str, value: Tensor | float, reduce: bool
 @contextmanager
 def _left_as_found_on_error(module: LightningModule) -> Iterator[None]:
     """Put buffers and random states back if the step fails (parameters and gradients are not touched by it)."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    buffers = [
+        (layer, name, buffer, buffer.detach().clone())
+        for layer in module.modules()
+        for name, buffer in layer._buffers.items()
+        if buffer is not None
+    ]
     device = module.device
     cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -139,8 +152,10 @@ def _left_as_found_on_error(module: LightningModule) -> Iterator[None]:
         yield
     except BaseException:
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for layer, name, buffer, before in buffers:
+                layer._buffers[name] = buffer
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         torch.set_rng_state(cpu_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, device)

@@ -65,9 +65,6 @@ class HessianRegularizationMixin(LightningModule):
             )
         regularizers = self.regularizer if isinstance(self.regularizer, list) else [self.regularizer]
         for regularizer in regularizers:
-            regularizer.check(self)
-        batch = self.trainer.fit_loop.total_batch_idx
-        self._calls = (batch, self._calls[1] + 1 if self._calls[0] == batch else 0)
-        return penalised(self, regularizers, loss, call=self._calls[1])
-
-    _calls: tuple[int, int] = (-1, 0)
+            if not regularizer.has_begun(self.trainer):
+                regularizer.begin(self)
+        return penalised(self, regularizers, loss)

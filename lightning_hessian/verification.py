@@ -13,9 +13,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import HessianOperator, HigherOrderError, ProbeSource, higher_order, select_parameters
 from lightning_hessian.injection import loss_of
+from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.penalties import Penalty, StepContext
 
 TOLERANCE = 1e-4
@@ -111,19 +113,23 @@ def verify(
     """
     if loss is None:
         loss = _training_step_loss
-        if not isinstance(module, LightningModule) or not module.automatic_optimization:
+        if (
+            not isinstance(module, LightningModule)
+            or not module.automatic_optimization
+            or isinstance(module, HessianRegularizationMixin)
+        ):
             raise MisconfigurationException(
-                f"The training step of {type(module).__name__} returns no loss to verify (it is not a LightningModule, "
-                "or optimizes manually). Pass `loss=lambda module, batch: ...`, which computes it."
+                f"The training step of {type(module).__name__} returns no loss to verify: it is not a LightningModule, "
+                "optimizes manually, or adds its penalty itself. Pass `loss=lambda module, batch: ...`."
             )
     twin = _float64_copy(module)
-    batch = _float64(batch, next(module.parameters()).device)
     penalty.check(dict(twin.named_parameters()))
     tensors = list(select_parameters(dict(twin.named_parameters())).values())
+    batch = _float64(batch, tensors[0].device)
     context = higher_order(twin)
 
     def task_loss() -> Tensor:
-        with context:
+        with _FullPrecision(), context:
             return loss(twin, batch)
 
     def penalty_value(task: Tensor) -> Tensor:
@@ -131,7 +137,12 @@ def verify(
 
     with _float64_by_default(), context.explained():
         check = _Check(twin, task_loss, tensors)
-        first, second, third = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
+        try:
+            first, second, third = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
+        except HigherOrderError as error:
+            if named := _layers_at_fault(twin, check):
+                raise HigherOrderError(f"{error} At fault: {', '.join(named)}.") from error
+            raise
         value = penalty_value(check.evaluate()).item()
         faults: tuple[str, ...] = ()
         if max(first, second, third) >= TOLERANCE:
@@ -220,7 +231,12 @@ def _layers_at_fault(module: nn.Module, check: _Check) -> tuple[str, ...]:
     calls: dict[str, tuple[nn.Module, Any, Any]] = {}
 
     def record(name: str) -> Callable[..., None]:
-        return lambda layer, args, kwargs: calls.setdefault(name, (layer, args, kwargs)) and None
+        def keep(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            # As they are now: a layer further on may change its inputs in place.
+            if name not in calls:
+                calls[name] = (layer, *apply_to_collection((args, kwargs), Tensor, lambda t: t.detach().clone()))
+
+        return keep
 
     handles = [
         layer.register_forward_pre_hook(record(name), with_kwargs=True)
@@ -252,15 +268,20 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
         tensors.append(tensor.detach().clone().requires_grad_())
         return tensors[-1]
 
+    def inputs() -> Any:
+        # Clones, because a layer may work in place.
+        return apply_to_collection((args, kwargs), Tensor, lambda t: t.clone() if t.requires_grad else t)
+
     args, kwargs = apply_to_collection((args, kwargs), Tensor, leaf)
     if not tensors:
         return 0.0
 
     def function() -> Tensor:
         outputs: list[Tensor] = []
-        with higher_order(layer):
+        own_args, own_kwargs = inputs()
+        with _FullPrecision(), higher_order(layer) as context, context.explained():
             # A linear head alone would not look at products of the outputs' derivatives.
-            apply_to_collection(layer(*args, **kwargs), Tensor, lambda y: outputs.append(y))
+            apply_to_collection(layer(*own_args, **own_kwargs), Tensor, lambda y: outputs.append(y))
         value = torch.zeros(())
         for index, y in enumerate(y for y in outputs if y.is_floating_point()):
             weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(index)).to(y)
@@ -277,7 +298,7 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
             check.hessian(),
             check.gradient_of(lambda value: _quadratic_form(value, tensors, v)),
         )
-    except HigherOrderError:
+    except RuntimeError:  # no derivative at all
         return float("inf")
 
 
@@ -304,8 +325,9 @@ def _training_step_loss(module: Any, batch: Any) -> Tensor:
 def _float64_copy(module: nn.Module) -> nn.Module:
     # The copy shares the Trainer, which user code may look at, but must not log to it.
     trainer = getattr(module, "_trainer", None)
-    twin = copy.deepcopy(module, {id(trainer): trainer}).double()
+    twin = copy.deepcopy(module).double()
     if isinstance(twin, LightningModule):
+        twin._trainer = trainer
         for method in ("log", "log_dict"):
             setattr(twin, method, lambda *args, **kwargs: None)
     return twin
@@ -317,6 +339,17 @@ def _float64(batch: Any, device: torch.device) -> Any:
         return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
     return apply_to_collection(batch, Tensor, convert)
+
+
+class _FullPrecision(TorchFunctionMode):
+    """Layers that compute a part in float32 on purpose do it in float64: their rounding is not to be judged here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run,
     assert re.search(r"test accuracy +0\.\d+", out)
     assert re.search(r"test loss +\d+\.\d+", out)
     assert re.search(r"Hessian trace +\S+ \+- \S+ \(10 probes, 64 training images, evaluation mode\)", out)
-    assert re.search(r"TensorBoard +tensorboard --logdir '.*here'", out)
+    assert re.search(r"TensorBoard +\S*tensorboard --logdir '.*here'", out)
     logged = scalars(tmp_path / "here")
     assert {"curvature/hessian_trace", "train/penalty", "train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= (
         set(logged)
@@ -112,6 +112,7 @@ def test_a_sweep_over_the_strength(run, tmp_path):
         ["model=vit", "model.width=8", "model.depth=1", "model.heads=2"],
         ["model=resnet18", "data.batch_size=4", "regularizer.penalty.keep=0.02", "trace.probes=2", "trace.samples=4"],
         ["data.augment=true", "trainer.accumulate_grad_batches=2"],
+        ["trainer=ddp", "trainer.strategy=ddp_fork", "model=mlp"],
     ],
     ids=" ".join,
 )
@@ -142,10 +143,14 @@ def test_every_experiment_composes(run, experiment):
         ("optimizer.lr=abc", "optimizer.lr: Value 'abc'"),
         ("optimizer.lr=-1", "optimizer.lr=-1"),
         ("seed=abc", "seed: Value 'abc'"),
-        ("trainer.max_epochs=abc", "trainer.max_epochs='abc' must be a number"),
+        ("trainer.max_epochs=abc", "trainer.max_epochs='abc' is not what Trainer takes"),
         ("trainer.precision=7", "trainer: Precision 7 is invalid"),
         ("trace.probes=1", "trace.probes=1"),
         ("resume=nothing.ckpt", "resume=nothing.ckpt: there is no such checkpoint"),
+        (f"resume={__file__}", "is not a checkpoint"),
+        ("trainer.deterministic=true", "add this argument of Lightning's Trainer by +trainer.deterministic=..."),
+        ("data.augment=maybe", "data: augment='maybe'"),
+        ("regularizer.penalty.parameters=[]", "chooses none"),
     ],
 )
 def test_a_wrong_option_gives_one_line_that_names_it(run, argument, message):
@@ -204,3 +209,10 @@ def test_fashion_mnist_from_debians_package(tmp_path):
     assert data._sets["test"].images.shape[1:] == (1, 28, 28)
     normalised = torch.cat([batch for batch, _ in data.training_samples(100)])
     assert abs(normalised.mean()) < 0.1
+
+
+@pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_fashion_mnist_on_the_command_line(run):
+    quick = ["trainer.fast_dev_run=1", "trace.samples=16", "trace.probes=2", "model.width=8"]
+    _, err, status = run(*QUICK[:3], "experiment=fmnist_cnn", *quick)
+    assert status == 0, err

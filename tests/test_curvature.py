@@ -102,7 +102,7 @@ def test_kept_tensors_are_never_none_and_the_factor_is_their_probability(count, 
         assert abs(share - probability) <= 4 * (probability * (1 - probability) / len(draws)) ** 0.5
 
 
-@pytest.mark.parametrize("field", ["seed", "step", "micro_batch", "rank", "call"])
+@pytest.mark.parametrize("field", ["seed", "step", "micro_batch", "rank"])
 def test_every_part_of_the_key_changes_the_probe(field):
     assert not torch.equal(ProbeSource(**{field: 1}).rademacher(64, 0), ProbeSource().rademacher(64, 0))
     assert not torch.equal(ProbeSource().rademacher(64, 1), ProbeSource().rademacher(64, 0))
@@ -132,6 +132,11 @@ def test_a_glob_without_match_lists_near_names():
         select_parameters(NAMED, ["0.*", "2.*"])
     with pytest.raises(ValueError, match="predicate"):
         select_parameters(NAMED, lambda name, parameter: False)
+
+
+def test_an_empty_list_of_globs_is_refused():
+    with pytest.raises(ValueError, match="chooses none"):
+        select_parameters(NAMED, [])
 
 
 def test_frozen_parameters_are_left_out_and_said_to_be_frozen():

@@ -174,4 +174,4 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     monkeypatch.setattr(L.Trainer, "precision", "32-true")
     monkeypatch.setattr(L.Trainer, "strategy", sharded.__new__(sharded))
     with pytest.raises(MisconfigurationException, match=f"{strategy} shards the parameters"):
-        callback(lh.HessianTrace()).check(module)
+        callback(lh.HessianTrace()).begin(module)

@@ -1,9 +1,10 @@
 """HessianRegularizationMixin: the same penalty in a hand-written training step."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import Classifier, Recorder, fit, weights
+from nets import CPU, Classifier, Recorder, data, fit, weights
 from torch.nn import functional as F
 
 import lightning_hessian as lh
@@ -14,14 +15,12 @@ class Manual(lh.HessianRegularizationMixin, Classifier):
         super().__init__(**settings)
         self.automatic_optimization = False
         self.regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
-        self.calls = 1
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        for _ in range(self.calls):
-            self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(x), y)))
+        self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(x), y)))
         optimizer.step()
 
 
@@ -51,19 +50,46 @@ def test_automatic_optimization_equals_the_callback():
     assert torch.equal(weights(mixed), weights(automatic))
 
 
-def test_several_losses_in_one_step_have_different_probes():
-    drawn = []
+def test_every_n_steps_counts_batches_where_several_optimizers_step():
+    class Two(Manual):
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 3)]
+
+        def training_step(self, batch, batch_idx):
+            for optimizer, regularizer in zip(self.optimizers(), self.both, strict=True):
+                self.regularizer = regularizer
+                optimizer.zero_grad()
+                self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(batch[0]), batch[1])))
+                optimizer.step()
+
+    acted = []
 
     class Watched(lh.HessianTrace):
         def value(self, context):
-            drawn.append(context.probes.rademacher(8, 0).tolist())
+            acted.append((self, context.probes.micro_batch))
             return super().value(context)
 
-    module = Manual()
-    module.calls = 2
-    module.regularizer = lh.HessianRegularizer(Watched(), strength=0.02)
-    fit(module, max_steps=2)
-    assert len({tuple(v) for v in drawn}) == len(drawn) == 4
+    module = Two()
+    module.both = [lh.HessianRegularizer(Watched(), strength=0.01, every_n_steps=2) for _ in range(2)]
+    fit(module)
+    for regularizer in module.both:
+        assert [batch for penalty, batch in acted if penalty is regularizer.penalty] == [0, 2, 4]
+
+
+def test_a_validation_step_may_use_the_regularized_loss():
+    class Shared(Automatic):
+        def validation_step(self, batch, batch_idx):
+            self.training_step(batch, batch_idx)
+
+    module = Shared(lh.HessianRegularizer(lh.HessianTrace(), strength=0.02))
+    trainer = L.Trainer(**CPU, max_epochs=1)
+    trainer.fit(module, data(), data())
+
+
+def test_callback_and_mixin_together_are_refused():
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
+    with pytest.raises(MisconfigurationException, match="Keep one"):
+        fit(Automatic(regularizer), [lh.HessianRegularizer(lh.HessianTrace())])
 
 
 def test_several_regularizers():

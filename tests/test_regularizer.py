@@ -1,6 +1,8 @@
 """HessianRegularizer: what it trains, what it logs, what it leaves as found, and what it refuses."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import lightning as L
@@ -93,8 +95,7 @@ def test_none_skips_the_batch():
 
 def test_every_n_steps_acts_on_every_nth_with_n_times_the_strength():
     ours, reference = Classifier(), Classifier()
-    recorder = Recorder()
-    fit(ours, [regularizer(every_n_steps=3), recorder])
+    fit(ours, [regularizer(every_n_steps=3)])
     by_hand(reference, lambda step: 0.06 if step % 3 == 0 else 0.0, 6)
     assert_same(ours, reference)
 
@@ -141,7 +142,6 @@ def test_every_n_steps_counts_optimizer_steps_under_accumulation():
 
 
 def test_micro_batches_draw_different_probes():
-    values = []
     module = Classifier(lr=0.0, middle=nn.LayerNorm(6))
     batch = next(iter(data(8)))
     loader = DataLoader([batch] * 4, batch_size=None)
@@ -197,8 +197,11 @@ def test_logs_the_raw_value_the_contribution_and_leaves_the_task_loss(tmp_path):
 def test_several_callbacks_share_the_forward_and_see_the_task_loss_alone():
     first = regularizer(0.02, penalty=lh.HessianTrace(parameters="net.0.*"))
     second = regularizer(0.03, penalty=lh.HessianTrace(parameters="net.3.*"))
-    ours, reference = Classifier(), Classifier()
-    fit(ours, [first, second])
+    ours, reference, recorder = Classifier(), Classifier(), Recorder()
+    fit(ours, [first, second, recorder])
+    row = recorder.rows[0]
+    added = 0.02 * row["curvature/hessian_trace"] + 0.03 * row["curvature/hessian_trace_2"]
+    assert row["train/penalty"] == pytest.approx(added)
 
     class Both(lh.HessianTrace):
         def value(self, context):
@@ -228,13 +231,64 @@ class WithClosure(Classifier):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
 
 
-@pytest.mark.parametrize("module", [TakesTheIterator, WithClosure])
-def test_other_ways_to_call_the_training_step(module):
-    module, callback = module(), regularizer()
-    before = weights(module)
-    fit(module, [WeightAveraging(), callback], max_epochs=2)
-    assert not torch.equal(before, weights(module))
-    fit(module, [callback])  # the same callback again
+def test_a_step_that_takes_the_iterator():
+    ours, reference = TakesTheIterator(), Classifier()
+    fit(ours, [regularizer()])
+    by_hand(reference, lambda step: 0.02, 6)
+    assert_same(ours, reference)
+
+
+def test_a_closure_sees_one_function_in_all_its_calls():
+    drawn = []
+
+    class Watched(lh.HessianTrace):
+        def value(self, context):
+            drawn.append((context.probes.step, context.probes.rademacher(16, 0).tolist()))
+            return super().value(context)
+
+    fit(WithClosure(), [regularizer(penalty=Watched())], max_steps=2)
+    for step in (0, 1):
+        probes = [probe for at, probe in drawn if at == step]
+        assert len(probes) > 1
+        assert all(probe == probes[0] for probe in probes)
+
+
+def test_the_same_callback_again_and_with_averaged_weights():
+    callback, first, second = regularizer(), Classifier(), Classifier()
+    fit(first, [WeightAveraging(), callback])
+    fit(second, [WeightAveraging(), callback])
+    assert torch.equal(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_made_during_fit_is_not_penalised(copied):
+    class Copy(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.copy = copied(pl_module)
+
+    keep, plain = Copy(), Classifier()
+    fit(Classifier(), [regularizer(), keep])
+    fit(keep.copy)
+    fit(plain)
+    assert torch.equal(weights(keep.copy), weights(plain))
+
+
+def test_a_validation_step_may_call_the_training_step():
+    class Shared(Classifier):
+        def validation_step(self, batch, batch_idx):
+            self.training_step(batch, batch_idx)
+
+    ours, plain = Shared(), Classifier()
+    trainer = L.Trainer(**CPU, max_epochs=1, callbacks=[regularizer()])
+    trainer.fit(ours, data(), data())
+    fit(plain, [regularizer()])
+    assert torch.equal(weights(ours), weights(plain))
+
+
+def test_the_same_callback_twice_is_refused():
+    callback = regularizer()
+    with pytest.raises(MisconfigurationException, match="twice"):
+        fit(Classifier(), [callback, callback])
 
 
 def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path):
@@ -404,6 +458,7 @@ def test_a_nonfinite_penalty_can_raise():
         ({"warmup_steps": -1}, "warmup_steps=-1"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore'"),
         ({"penalty": "hessian_trace"}, "not a Penalty"),
+        ({"seed": "abc"}, "seed='abc'"),
     ],
 )
 def test_bad_arguments(settings, message):

@@ -117,3 +117,51 @@ def test_manual_optimization_needs_the_loss():
     net.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="Pass `loss="):
         lh.verify(net, BATCH, lh.HessianTrace())
+
+
+class InFloat32(nn.Module):
+    """An RMS norm that computes in float32 on purpose, as language models have it."""
+
+    def forward(self, x):
+        y = x.to(torch.float32)
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class OnceDifferentiable(nn.Module):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    def forward(self, x):
+        return self.Function.apply(x)
+
+
+def test_a_layer_that_computes_in_float32_is_not_blamed():
+    assert lh.verify(Net(odd=InFloat32()), BATCH, lh.HessianTrace()).ok
+
+
+def test_a_layer_in_place_beside_a_faulty_one_does_no_harm():
+    net = Net(odd=nn.Sequential(Odd(), nn.ReLU(inplace=True)))
+    assert lh.verify(net, BATCH, lh.HessianTrace()).faults == ("body.2.0",)
+
+
+def test_a_layer_without_derivatives_is_named():
+    with pytest.raises(lh.HigherOrderError, match=r"@once_differentiable.*At fault: body\.2\."):
+        lh.verify(Net(odd=OnceDifferentiable()), BATCH, lh.HessianTrace())
+
+
+def test_a_step_may_look_at_its_trainer():
+    class Looks(Net):
+        def training_step(self, batch, batch_idx):
+            assert self.trainer.max_epochs == 7
+            return super().training_step(batch, batch_idx)
+
+    net = Looks()
+    net.trainer = L.Trainer(max_epochs=7, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert lh.verify(net, BATCH, lh.HessianTrace()).ok

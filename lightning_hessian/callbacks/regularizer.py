@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from types import MethodType
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +16,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_hessian.curvature import refuse_lost_derivatives
 from lightning_hessian.injection import penalised
 from lightning_hessian.penalties import Penalty
 
@@ -35,12 +35,14 @@ class HessianRegularizer(Callback):
         penalty: what to add, for example ``HessianTrace()``.
         strength: its factor, at least 0; with 0 nothing is computed. A plain attribute: schedules may set it. Start
             where strength * penalty is 1-10 % of the task loss.
-        every_n_steps: act on every n-th optimizer step only, with n times the strength.
-        warmup_steps: raise the strength linearly from 0 over this many optimizer steps.
-        on_nonfinite: what to do where the penalty is NaN or infinite: ``"skip"`` trains that step on the task loss
-            alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``) and warns once;
+        every_n_steps: act on every n-th optimizer step only, with n times the strength. (In manual optimization,
+            where several optimizers may step, batches are counted.)
+        warmup_steps: raise the strength linearly from 0 over this many steps.
+        on_nonfinite: what to do where the penalty's value is NaN or infinite: ``"skip"`` trains that step on the task
+            loss alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``) and warns once;
             ``"raise"`` stops.
-        seed: of the probes. They depend on it, the step, the micro-batch and the rank, and never on global state.
+        seed: of the probes, a whole number. They depend on it, the step, the micro-batch and the rank, and never on
+            global state.
         allow_fp16: accept float16 precision, where the penalty's inner gradients are not loss-scaled and may vanish
             or overflow.
 
@@ -77,6 +79,8 @@ class HessianRegularizer(Callback):
         _check_count("warmup_steps", warmup_steps, least=0)
         if on_nonfinite not in ("skip", "raise"):
             raise ValueError(f"on_nonfinite={on_nonfinite!r} is unknown. Choose 'skip' or 'raise'.")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} must be a whole number.")
         self.penalty = penalty
         self.strength = strength
         self.every_n_steps = every_n_steps
@@ -86,6 +90,7 @@ class HessianRegularizer(Callback):
         self.allow_fp16 = allow_fp16
         self.nonfinite_steps = 0
         self._tried_backward = False
+        self._begun_for: int | None = None
 
     def strength_at(self, step: int) -> float:
         """The factor of the penalty at an optimizer step; 0 where it does not act."""
@@ -95,9 +100,20 @@ class HessianRegularizer(Callback):
         ramp = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         return self.strength * self.every_n_steps * ramp
 
-    def check(self, module: LightningModule) -> None:
-        """Refuse, before training, what cannot work on this module and its Trainer."""
-        trainer = module.trainer
+    def begin(self, module: LightningModule) -> None:
+        """Start anew for a fit; refuse, before training, what cannot work on this module and its Trainer."""
+        self._refuse(module, module.trainer)
+        if self.strength == 0:
+            rank_zero_info(f"The penalty {self.penalty.name} has strength 0: it is not computed.")
+        self.nonfinite_steps = 0
+        self._tried_backward = False
+        self._begun_for = id(module.trainer)
+
+    def has_begun(self, trainer: Trainer) -> bool:
+        """Whether :meth:`begin` was called for this Trainer."""
+        return self._begun_for == id(trainer)
+
+    def _refuse(self, module: LightningModule, trainer: Trainer) -> None:
         if trainer.precision in ("16-mixed", "16-true") and not self.allow_fp16:
             raise MisconfigurationException(
                 f"precision={trainer.precision!r}: the penalty differentiates the loss before it is scaled, so its "
@@ -117,7 +133,6 @@ class HessianRegularizer(Callback):
     def try_backward(self, term: Tensor, parameters: Iterable[Tensor]) -> None:
         """Once in a fit, see that the term can be differentiated, while an error still leaves all gradients alone."""
         if not self._tried_backward and term.requires_grad:
-            refuse_lost_derivatives(term)
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             self._tried_backward = True
@@ -130,15 +145,18 @@ class HessianRegularizer(Callback):
                 "`self.regularizer = HessianRegularizer(...)` in the module instead of passing it to the Trainer, and "
                 "compute the loss by `self.regularized(lambda: ...)` in `training_step`."
             )
-        self.check(pl_module)
-        if self.strength == 0:
-            rank_zero_info(f"The penalty {self.penalty.name} has strength 0: it is not computed.")
-        self.nonfinite_steps = 0
-        self._tried_backward = False
+        if getattr(pl_module, "regularizer", None) and hasattr(pl_module, "regularized"):
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} adds a penalty by the mixin's `regularizer`, and the Trainer has a "
+                "HessianRegularizer as well: one would see the other's penalty as part of the loss. Keep one."
+            )
+        self.begin(pl_module)
         current = pl_module.training_step
         if not isinstance(current, _PenalisedStep):
             current = _PenalisedStep(pl_module)
             pl_module.training_step = current  # type: ignore[method-assign]
+        if self in current.regularizers:
+            raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
         current.regularizers.append(self)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,11 +184,25 @@ class _PenalisedStep:
 
         return penalised(self.module, self.regularizers, step)
 
+    def __reduce__(self) -> Any:
+        # A copy of the module made in the middle of a fit has its own, plain training step.
+        if isinstance(self.original, MethodType):
+            return _bound, (self.original.__func__, self.module)
+        return _itself, (self.original,)
+
     def restore(self) -> None:
         if self.instance_attribute is None:
             del self.module.training_step
         else:
             self.module.training_step = self.instance_attribute  # type: ignore[method-assign]
+
+
+def _bound(function: Any, module: LightningModule) -> Any:
+    return MethodType(function, module)
+
+
+def _itself(step: Any) -> Any:
+    return step
 
 
 def _restore(module: LightningModule) -> None:
@@ -189,7 +221,7 @@ def _refuse_empty_batch(batch: Any) -> None:
 
 
 def _check_strength(strength: float) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+    if isinstance(strength, bool) or not isinstance(strength, SupportsFloat) or not 0 <= float(strength) < math.inf:
         raise ValueError(
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
             "A negative one would reward curvature."

@@ -1,6 +1,6 @@
 """Matrix-free curvature in pure torch: operators, probes, estimators, and ``higher_order()``."""
 
-from lightning_hessian.curvature.context import HigherOrderError, higher_order, refuse_lost_derivatives
+from lightning_hessian.curvature.context import HigherOrderError, higher_order, refuse_unsound_graph
 from lightning_hessian.curvature.operators import (
     BatchedHessianOperator,
     HessianOperator,
@@ -22,6 +22,6 @@ __all__ = [
     "TraceEstimate",
     "higher_order",
     "hutchinson_trace",
-    "refuse_lost_derivatives",
+    "refuse_unsound_graph",
     "select_parameters",
 ]

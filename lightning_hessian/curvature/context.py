@@ -14,6 +14,9 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import norms
@@ -38,6 +41,10 @@ def _layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps
     return norms.layer_norm(x, shape, weight, bias, eps)
 
 
+def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return (x + 3).clamp(0, 6) / 6  # the fused one has no double backward
+
+
 # The functions of torch.nn.functional and the lower-level ones of torch take their arguments in different orders.
 _REPLACED: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: norms.batch_norm,
@@ -49,6 +56,7 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch.layer_norm: _layer_norm,
     torch.rms_norm: norms.rms_norm,
     torch._weight_norm: norms.weight_norm,
+    F.hardsigmoid: _hardsigmoid,
 }
 
 # Entry points to the fused kernels that return the statistics too: silently wrong, and nobody needs them by name.
@@ -99,11 +107,12 @@ class higher_order(TorchFunctionMode):
         super().__init__()
         self.replaced: dict[str, str] = {}
         self._module = module
+        self._recomputes = False
         self._first_caller: dict[str, nn.Module] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> higher_order:
-        if self._module is not None:
+        if self._module is not None and not self._recomputes:
             _refuse_layers(self._module)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -126,7 +135,10 @@ class higher_order(TorchFunctionMode):
             return func(*args, **kwargs)
         if (primitive := _REPLACED.get(func)) is not None:
             self.replaced[self.layer_name(_calling_module())] = name.lstrip("_")
-            return primitive(*args, **kwargs)
+            with norms.statistics_at_rest() if self._recomputes else nullcontext():
+                return primitive(*args, **kwargs)
+        if self._recomputes and func is Tensor.add_ and _counts_batches(args[0]):
+            return args[0]
         if func in _REFUSED:
             raise HigherOrderError(
                 f"{self.layer_name(_calling_module())} calls torch.{name}, whose third derivative is silently wrong, "
@@ -136,6 +148,13 @@ class higher_order(TorchFunctionMode):
             self._first_caller[name] = caller
         with torch.backends.cudnn.flags(enabled=False) if func in _RECURRENT else nullcontext():
             return func(*args, **kwargs)
+
+    def _recomputing(self) -> higher_order:
+        """A context in which a part of the forward pass is run again; it reports to this one."""
+        again = higher_order()
+        again._module, again.replaced, again._first_caller = self._module, self.replaced, self._first_caller
+        again._recomputes = True
+        return again
 
     def layer_name(self, layer: nn.Module | None) -> str:
         """The layer's full name in the module given, else its class."""
@@ -155,7 +174,8 @@ class higher_order(TorchFunctionMode):
         except RuntimeError as error:
             if isinstance(error, HigherOrderError) or (operator := _operator_without_derivative(str(error))) is None:
                 raise
-            caller = next((m for name, m in self._first_caller.items() if _same_operator(name, operator)), None)
+            called = [name for name in self._first_caller if _same_operator(name, operator)]
+            caller = self._first_caller[max(called, key=len)] if called else None
             where = f" (called in {self.layer_name(caller)})" if caller is not None else ""
             raise HigherOrderError(
                 f"The operator {operator}{where} cannot be differentiated three times, as a curvature penalty needs. "
@@ -164,33 +184,54 @@ class higher_order(TorchFunctionMode):
             ) from error
 
 
-def refuse_lost_derivatives(value: Tensor) -> None:
-    """Look through the graph of a penalty for custom functions marked ``@once_differentiable``.
+# Nodes of fused kernels whose third derivative is wrong, and of the fused weight norm, whose second one is.
+_FUSED_NORM = re.compile(r"(Layer|Batch|Rms)_?Norm\w*Backward", re.IGNORECASE)
+_FUSED_WEIGHT_NORM = re.compile(r"WeightNorm\w*Backward", re.IGNORECASE)
 
-    Their second derivative is not an error in ``torch.autograd.grad``: the branch is pruned before it could raise, and
-    the penalty silently lacks that part of the Hessian.
+
+def refuse_unsound_graph(loss: Tensor, derivatives: int = 3) -> None:
+    """Look through the graph of a loss for operators whose higher derivatives are silently wrong or left out.
+
+    However they got there: around ``higher_order()``, by TorchScript, by ``torch.ops``. A function marked
+    ``@once_differentiable`` is no error in ``torch.autograd.grad``: its branch is pruned before it could raise, and
+    the Hessian silently lacks that part.
+
+    Args:
+        loss: a scalar with its graph.
+        derivatives: how many will be taken: 2 to measure curvature, 3 to train on it.
 
     Raises:
         HigherOrderError: there is one; it is named.
     """
-    todo, seen, lost, custom = [value.grad_fn], set(), False, set()
+    todo, seen = [loss.grad_fn], set()
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        lost |= node.name().endswith("autograd::Error") or type(node).__name__ == "Error"
+        name = node.name()
+        fused = _FUSED_WEIGHT_NORM.search(name) or (derivatives > 2 and _FUSED_NORM.search(name))
+        if fused and "GroupNorm" not in name:
+            raise HigherOrderError(
+                f"The loss passes through the fused kernel of {name}, whose higher derivatives are silently wrong, and "
+                "so would the curvature be. Compute the loss inside `with higher_order():`, and call the layer from "
+                "torch.nn or torch.nn.functional there, not by TorchScript or torch.ops. "
+                "`lightning_hessian.verify` names the layer."
+            )
         function = getattr(node, "_forward_cls", None)
-        if function is not None and hasattr(function.backward, "__wrapped__"):
-            custom.add(function.__qualname__)
+        if function is not None and _once_differentiable(function):
+            raise HigherOrderError(
+                f"The loss passes through {function.__qualname__}, whose backward is marked @once_differentiable. "
+                "PyTorch would leave its part of the Hessian out without an error. Write its backward with "
+                "differentiable operations and remove the mark. `lightning_hessian.verify` names the layer."
+            )
         todo.extend(following for following, _ in node.next_functions)
-    if lost:
-        named = f" ({', '.join(sorted(custom))})" if custom else ""
-        raise HigherOrderError(
-            f"The loss passes through a torch.autograd.Function whose backward is marked @once_differentiable{named}. "
-            "PyTorch would leave its part of the Hessian out of the penalty without an error. Write its backward "
-            "with differentiable operations and remove the mark; `lightning_hessian.verify` names the layer."
-        )
+
+
+def _once_differentiable(function: Any) -> bool:
+    return getattr(function.backward, "__globals__", {}).get("__name__") == "torch.autograd.function" and hasattr(
+        function.backward, "__wrapped__"
+    )
 
 
 def _refuse_layers(module: nn.Module) -> None:
@@ -204,11 +245,26 @@ def _refuse_layers(module: nn.Module) -> None:
                 "penalty can be differentiated through it. Train with `sync_batchnorm=False` (each process then "
                 "normalises by its own batch), or use GroupNorm."
             )
+        if layer.training and _spectral_norm(layer):
+            raise HigherOrderError(
+                f"The layer {name!r} is a spectral norm in training mode: each forward pass moves the vectors of its "
+                "power iteration and treats them as constants, so the loss is not the function that its derivatives "
+                "belong to. Call `.eval()` on this layer after a warm-up, or use weight norm."
+            )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise HigherOrderError(
+                f"The layer {name!r} has sparse gradients, which have no double backward. Pass sparse=False."
+            )
         if isinstance(layer, torch.jit.ScriptModule):
             raise HigherOrderError(
                 f"The layer {name!r} is TorchScript, whose fused operators cannot be exchanged for ones that are "
                 "differentiable three times. Use the Python module it was made from."
             )
+
+
+def _spectral_norm(layer: nn.Module) -> bool:
+    hooks = layer._forward_pre_hooks.values()
+    return isinstance(layer, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 @contextmanager
@@ -225,8 +281,9 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
     def in_higher_order(generator: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generator)
         def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            # The generator calls this to recompute; the first run is the caller's own.
             def recomputed(*inputs: Any, **keywords: Any) -> Any:
-                with higher_order():
+                with context._recomputing():
                     return function(*inputs, **keywords)
 
             return generator(recomputed, *args, **kwargs)
@@ -251,6 +308,11 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(checkpoint, name, original)
+
+
+def _counts_batches(tensor: Tensor) -> bool:
+    layer = _calling_module()
+    return isinstance(layer, _NormBase) and tensor is layer.num_batches_tracked
 
 
 def _calling_module() -> nn.Module | None:
@@ -279,5 +341,6 @@ def _operator_without_derivative(message: str) -> str | None:
 
 
 def _same_operator(called: str, missing: str) -> bool:
-    bare = missing.removesuffix("_backward")
-    return called.strip("_") == bare or bare.startswith(called.strip("_"))
+    # `cdist` and `_cdist_backward`; the longest name that fits is the one, `embedding_bag` before `embedding`.
+    bare = called.strip("_")
+    return bool(bare) and missing.startswith(bare)

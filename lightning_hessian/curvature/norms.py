@@ -7,7 +7,9 @@ Each function has the signature and the side effects of its namesake in ``torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -116,9 +118,22 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (like.dim() - 2))
 
 
+_AT_REST = threading.local()
+
+
+@contextmanager
+def statistics_at_rest() -> Iterator[None]:
+    """Inside, running statistics do not move: a checkpointed region is run again, its batch has been counted."""
+    _AT_REST.now = True
+    try:
+        yield
+    finally:
+        _AT_REST.now = False
+
+
 @torch.no_grad()
 def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
-    if running is not None:
+    if running is not None and not getattr(_AT_REST, "now", False):
         running.mul_(1 - momentum).add_(batch.detach().to(running.dtype), alpha=momentum)
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_hessian.curvature.context import refuse_unsound_graph
+
 
 class LinearOperator(Protocol):
     """A symmetric n x n matrix A, known by v -> Av. Vectors are flat, of shape (n,)."""
@@ -58,7 +60,8 @@ class _TensorOperator:
 
     def split(self, v: Tensor) -> list[Tensor]:
         """Cut a flat vector into views of the tensors' shapes."""
-        return [part.view_as(tensor) for part, tensor in zip(v.split(self.sizes), self.tensors, strict=True)]
+        parts = zip(v.split(self.sizes), self.tensors, strict=True)
+        return [part.view_as(tensor).to(tensor.dtype) for part, tensor in parts]
 
 
 class HessianOperator(_TensorOperator):
@@ -69,6 +72,11 @@ class HessianOperator(_TensorOperator):
     Args:
         loss: a scalar with its graph, computed inside :class:`higher_order` if the products are to be differentiated.
         tensors: with respect to what; leaves or intermediate results of the graph.
+        differentiable: whether :meth:`quadratic_form` will be differentiated, which not every graph allows.
+
+    Raises:
+        ValueError: the loss has no graph.
+        HigherOrderError: the graph has an operator whose derivatives would be silently wrong.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -76,12 +84,14 @@ class HessianOperator(_TensorOperator):
         tensor([ 6., 12.])
     """
 
-    def __init__(self, loss: Tensor, tensors: Iterable[Tensor]) -> None:
+    def __init__(self, loss: Tensor, tensors: Iterable[Tensor], differentiable: bool = False) -> None:
         super().__init__(tensors)
+        refuse_unsound_graph(loss, derivatives=3 if differentiable else 2)
         self.gradient = _gradient(loss, self.tensors)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return torch.cat([part.reshape(-1) for part in self._products(self.split(v), create_graph=False)])
+        products = self._products(self.split(v), create_graph=False)
+        return torch.cat([part.reshape(-1).to(self.dtype) for part in products])
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
         """v'Hv as a scalar that can be differentiated.
@@ -92,10 +102,12 @@ class HessianOperator(_TensorOperator):
         """
         kept = range(len(self.tensors)) if only is None else only
         sizes = [self.sizes[i] for i in kept]
-        flat = list(v.split(sizes))
+        # A model may mix types: each part of the probe takes its tensor's.
+        flat = [part.to(self.tensors[i].dtype) for part, i in zip(v.split(sizes), kept, strict=True)]
         parts = [part.view_as(self.tensors[i]) for part, i in zip(flat, kept, strict=True)]
         products = self._products(parts, create_graph=True, only=list(kept))
-        return torch.stack([torch.dot(a.reshape(-1), b) for a, b in zip(products, flat, strict=True)]).sum()
+        dots = [torch.dot(a.reshape(-1), b).to(self.dtype) for a, b in zip(products, flat, strict=True)]
+        return torch.stack(dots).sum()
 
     def _products(self, v: list[Tensor], create_graph: bool, only: list[int] | None = None) -> Sequence[Tensor]:
         kept = range(len(self.tensors)) if only is None else only

@@ -47,6 +47,8 @@ def select_parameters(named: Mapping[str, Tensor], which: ParameterFilter = None
         return chosen
 
     globs = [which] if isinstance(which, str) else list(which)
+    if not globs:
+        raise ValueError("parameters=[] chooses none. Pass a glob such as '*.weight', or None for all parameters.")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in trainable):
             frozen = [name for name in named if name not in trainable and fnmatchcase(name, glob)]

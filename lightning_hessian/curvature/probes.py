@@ -23,7 +23,6 @@ class ProbeSource:
         step: the optimizer step.
         micro_batch: the batch within the run, which tells the micro-batches of one accumulated step apart.
         rank: the process, so that ranks draw independent probes.
-        call: which of several losses within the micro-batch.
 
     Example:
         >>> source = ProbeSource(seed=0, step=7)
@@ -35,12 +34,11 @@ class ProbeSource:
     step: int = 0
     micro_batch: int = 0
     rank: int = 0
-    call: int = 0
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False, compare=False)
 
     def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator on ``device`` whose stream depends on the key and ``index`` only."""
-        key = f"{self.seed}/{self.step}/{self.micro_batch}/{self.rank}/{self.call}/{index}".encode()
+        key = f"{self.seed}/{self.step}/{self.micro_batch}/{self.rank}/{index}".encode()
         device = torch.device(device)
         generator = self._generators.setdefault(device, torch.Generator(device))
         return generator.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
@@ -73,9 +71,9 @@ class ProbeSource:
         """
         # A stream of its own (negative index): the signs of the kept tensors must not depend on who was kept.
         generator = self.generator(-1 - index)
-        kept = (torch.rand(count, generator=generator) < keep).nonzero().flatten().tolist()
+        kept = (torch.rand(count, generator=generator, device="cpu") < keep).nonzero().flatten().tolist()
         if not kept:
-            kept = [int(torch.randint(count, (1,), generator=generator))]
+            kept = [int(torch.randint(count, (1,), generator=generator, device="cpu"))]
         return kept, 1 / (keep + (1 - keep) ** count / count)
 
 
@@ -93,5 +91,5 @@ def rademacher(size: int, generator: torch.Generator, dtype: torch.dtype = torch
 
 @cache
 def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> Tensor:
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    bits = torch.arange(256, device="cpu").unsqueeze(1) >> torch.arange(8, device="cpu") & 1
     return (2 * bits - 1).to(device, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal, SupportsFloat, get_args
 
 import torch
 from torch import Tensor
@@ -77,13 +77,13 @@ class HessianTrace(Penalty):
             raise ValueError(f"probes={probes!r} must be a whole number of at least 1, or -1 for the exact trace.")
         if method not in get_args(Method):
             raise ValueError(f"method={method!r} is unknown. Choose one of {', '.join(get_args(Method))}.")
-        if not isinstance(keep, int | float) or not 0 < keep <= 1:
+        if isinstance(keep, bool) or not isinstance(keep, SupportsFloat) or not 0 < float(keep) <= 1:
             raise ValueError(f"keep={keep!r} is a probability and must lie in (0, 1].")
         if drop not in get_args(Drop):
             raise ValueError(f"drop={drop!r} is unknown. Choose one of {', '.join(get_args(Drop))}.")
         if probes == -1 and keep < 1:
             raise ValueError(f"probes=-1 asks for the exact trace and keep={keep} for a random part of it: choose one.")
-        if clamp is not None and (not isinstance(clamp, int | float) or not math.isfinite(clamp)):
+        if clamp is not None and (not isinstance(clamp, SupportsFloat) or not math.isfinite(clamp)):
             raise ValueError(f"clamp={clamp!r} must be a finite number, the lower bound of the penalty, or None.")
         self.probes = probes
         self.method = method
@@ -105,10 +105,10 @@ class HessianTrace(Penalty):
     def value(self, context: StepContext) -> Tensor:
         chosen = list(select_parameters(context.parameters, self.parameters).values())
         if self.probes == -1:
-            return _exact_trace(HessianOperator(context.loss, chosen))
+            return _exact_trace(HessianOperator(context.loss, chosen, differentiable=True))
         if self.keep < 1 and self.drop == "tensor":
             return self._over_kept_tensors(context, chosen)
-        hessian = HessianOperator(context.loss, chosen)
+        hessian = HessianOperator(context.loss, chosen, differentiable=True)
         probes = [self._probe(context, hessian, index) for index in range(self.probes)]
         return torch.stack([hessian.quadratic_form(v) for v in probes]).mean()
 
@@ -122,7 +122,7 @@ class HessianTrace(Penalty):
         draws = [context.probes.kept_tensors(len(chosen), self.keep, i) for i in range(self.probes)]
         # One first gradient serves all probes; it stops at the tensors that no probe keeps.
         needed = sorted({tensor for kept, _ in draws for tensor in kept})
-        hessian = HessianOperator(context.loss, [chosen[i] for i in needed])
+        hessian = HessianOperator(context.loss, [chosen[i] for i in needed], differentiable=True)
         terms = []
         for index, (kept, factor) in enumerate(draws):
             only = [needed.index(i) for i in kept]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -58,8 +59,9 @@ def config_directory() -> Path:
 
 def train(config: DictConfig) -> Report:
     """One run: train, test, measure the trace."""
-    if config.resume is not None and not Path(config.resume).is_file():
-        raise ValueError(f"resume={config.resume}: there is no such checkpoint.")
+    if config.resume is not None and not zipfile.is_zipfile(config.resume):
+        what = "is not a checkpoint" if Path(config.resume).exists() else "there is no such checkpoint"
+        raise ValueError(f"resume={config.resume}: {what}. A run leaves one in its checkpoints/last.ckpt.")
     for name, least in {"samples": 1, "probes": 2}.items():
         if config.trace[name] < least:
             raise ValueError(f"trace.{name}={config.trace[name]} must be at least {least}.")
@@ -83,6 +85,7 @@ def train(config: DictConfig) -> Report:
 
     trainer.fit(module, data, ckpt_path=config.resume)
     trainer.test(module, data, verbose=False)
+    data.setup("fit")  # where processes were spawned, only they have done it
     trace = hessian_trace(module, data, config.trace.samples, config.trace.probes, config.seed)
     result = report(trainer, module, data, trace, config.trace.samples)
     if trainer.is_global_zero:
@@ -95,7 +98,7 @@ def _check_trainer(settings: DictConfig) -> None:
     hints = get_type_hints(L.Trainer.__init__)
     for name, value in settings.items():
         if isinstance(value, str) and name in hints and not _takes_words(hints[name]):
-            raise ValueError(f"trainer.{name}={value!r} must be a number (Trainer takes {hints[name]}).")
+            raise ValueError(f"trainer.{name}={value!r} is not what Trainer takes ({hints[name]}).")
 
 
 def _takes_words(hint: Any) -> bool:

@@ -75,6 +75,8 @@ class ImageData(LightningDataModule):
         for name, value in {"batch_size": batch_size, "validation": validation, "train_samples": train_samples}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if not isinstance(augment, bool):
+            raise ValueError(f"augment={augment!r} must be true or false.")
         self.batch_size = batch_size
         self.validation = validation
         self.train_samples = train_samples
@@ -229,8 +231,10 @@ class FashionMNIST(_Torchvision):
         raw = self.root / "FashionMNIST" / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):
-            with gzip.open(packed) as source, (raw / packed.stem).open("wb") as target:
+            partial = raw / f"{packed.stem}.partial"
+            with gzip.open(packed) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target)
+            partial.replace(raw / packed.stem)  # only whole files, also after an interruption
 
 
 class CIFAR10(_Torchvision):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hessian.curvature import (
     BatchedHessianOperator,
@@ -29,6 +32,7 @@ class Report:
         trace: tr(H) of the mean loss over ``trace_samples`` training images, in evaluation mode.
         trace_samples: how many images that were.
         directory: where the run left its files.
+        tensorboard: whether there are events to look at.
     """
 
     test_accuracy: float
@@ -36,6 +40,7 @@ class Report:
     trace: TraceEstimate
     trace_samples: int
     directory: Path
+    tensorboard: bool
 
     def __str__(self) -> str:
         return "\n".join(
@@ -45,9 +50,13 @@ class Report:
                 f"Hessian trace   {self.trace.estimate:.4g} +- {self.trace.standard_error:.2g} "
                 f"({self.trace.matvecs} probes, {self.trace_samples} training images, evaluation mode)",
                 f"files           {self.directory}",
-                f"TensorBoard     tensorboard --logdir '{self.directory}'",
             ]
+            + ([f"TensorBoard     {_TENSORBOARD} --logdir '{self.directory}'"] if self.tensorboard else [])
         )
+
+
+# Of this environment, which need not be on the PATH.
+_TENSORBOARD = shutil.which("tensorboard") or Path(sys.executable).with_name("tensorboard")
 
 
 def hessian_trace(module: Classifier, data: ImageData, samples: int, probes: int, seed: int) -> TraceEstimate:
@@ -80,4 +89,5 @@ def report(trainer: Trainer, module: Classifier, data: ImageData, trace: TraceEs
         trace,
         min(samples, len(data.train_dataloader().dataset)),  # type: ignore[arg-type]
         Path(trainer.default_root_dir),
+        isinstance(trainer.logger, TensorBoardLogger),
     )

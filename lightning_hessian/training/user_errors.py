@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hydra.errors import HydraException, InstantiationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -52,6 +54,8 @@ def _message(error: BaseException) -> str:
     if "is not in struct" in str(at_setting) or "not in '" in str(at_setting):
         near = difflib.get_close_matches(key, [str(k) for k in at_setting.parent_node or ()], n=1)
         hint = f"; did you mean {setting.removesuffix(key)}{near[0]}?" if near else ""
+        if setting == f"trainer.{key}" and key in inspect.signature(Trainer).parameters:
+            hint = f" in the configuration; add this argument of Lightning's Trainer by +{setting}=..."
         return f"there is no option {setting}{hint}"
     return f"{setting}: {str(at_setting).splitlines()[0]}"
 
