@@ -77,7 +77,7 @@ class higher_order(TorchFunctionMode):
 
     - batch, layer, instance and RMS norm and the fused weight norm run as primitives (the fused kernels have wrong
       third derivatives, pytorch#175754 and #186256; the fused weight norm a wrong second one); running statistics
-      move as in the fused operator;
+      move as in the fused operator; so does hardsigmoid, whose kernel has no double backward;
     - attention runs on the math backend (pytorch#116350), recurrent layers without cuDNN (pytorch#5261);
     - compiled modules run eagerly (pytorch#91469);
     - checkpointed regions (``use_reentrant=False``) are recomputed in the same way.
@@ -85,8 +85,9 @@ class higher_order(TorchFunctionMode):
     Only the forward pass needs the context; call ``torch.autograd.grad`` and ``backward`` inside or outside.
 
     Args:
-        module: the model. Layers that cannot be made right (SyncBatchNorm across processes, TorchScript) are then
-            found before anything runs, and errors give layers their full names.
+        module: the model. Layers that cannot be made right (SyncBatchNorm across processes, spectral norm in training
+            mode, sparse embeddings, TorchScript) are then found before anything runs, and errors give layers their
+            full names.
 
     Attributes:
         replaced: the layers whose fused operator was replaced, by name, with the operator's name.
@@ -210,15 +211,15 @@ def refuse_unsound_graph(loss: Tensor, derivatives: int = 3) -> None:
             continue
         seen.add(node)
         name = node.name()
+        function = getattr(node, "_forward_cls", None)  # of a custom torch.autograd.Function
         fused = _FUSED_WEIGHT_NORM.search(name) or (derivatives > 2 and _FUSED_NORM.search(name))
-        if fused and "GroupNorm" not in name:
+        if fused and function is None:
             raise HigherOrderError(
                 f"The loss passes through the fused kernel of {name}, whose higher derivatives are silently wrong, and "
                 "so would the curvature be. Compute the loss inside `with higher_order():`, and call the layer from "
                 "torch.nn or torch.nn.functional there, not by TorchScript or torch.ops. "
                 "`lightning_hessian.verify` names the layer."
             )
-        function = getattr(node, "_forward_cls", None)
         if function is not None and _once_differentiable(function):
             raise HigherOrderError(
                 f"The loss passes through {function.__qualname__}, whose backward is marked @once_differentiable. "
