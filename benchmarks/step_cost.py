@@ -8,7 +8,7 @@ Methods, in turn in every round, so that a machine whose speed drifts treats the
 - SAM: two passes, the second at the weights moved along the gradient (Foret et al. 2020);
 - hand-written: the usual recipe for loss + strength * v'Hv, `torch.autograd.grad` twice on PyTorch's fused operators
   (attention on the math backend, without which it does not run). Its gradient is wrong or missing through norms;
-- autograd: `HessianTrace()` inside `higher_order()`, as the callback runs it;
+- autograd: `HessianTrace()` inside `higher_order()`, as in the callback without its logging;
 - keep 0.5, keep 0.1: the same with tensor dropout.
 
 The time is the median over rounds; the memory what one step needs beyond the model at rest (on Linux or CUDA). The

@@ -9,7 +9,7 @@ warnings.filterwarnings("ignore", module="lightning")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed_and_left_as_found():
+def _fixed_seed_and_default_dtype_left_alone():
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
