@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from nets import OnceDifferentiable
 from oracles import Differences, flat, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -293,21 +294,6 @@ class Bag(nn.Module):
 
     def forward(self, x):
         return x.sum(1) * F.embedding_bag(torch.arange(4).view(4, 1), self.bag)
-
-
-class OnceDifferentiable(nn.Module):
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return 2 * gradient
-
-    def forward(self, x):
-        return self.Function.apply(x)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from nets import OnceDifferentiable
 from torch import nn
 from torch.nn import functional as F
 
@@ -125,21 +126,6 @@ class InFloat32(nn.Module):
     def forward(self, x):
         y = x.to(torch.float32)
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-class OnceDifferentiable(nn.Module):
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return 2 * gradient
-
-    def forward(self, x):
-        return self.Function.apply(x)
 
 
 def test_a_layer_that_computes_in_float32_is_not_blamed():
