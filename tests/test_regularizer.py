@@ -8,7 +8,7 @@ import weakref
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import CPU, Classifier, Recorder, data, fit, weights
@@ -255,8 +255,8 @@ def test_a_closure_sees_one_function_in_all_its_calls():
 
 def test_the_same_callback_again_and_with_averaged_weights():
     callback, first, second = regularizer(), Classifier(), Classifier()
-    fit(first, [WeightAveraging(), callback])
-    fit(second, [WeightAveraging(), callback])
+    fit(first, [StochasticWeightAveraging(0.05), callback], max_epochs=3)
+    fit(second, [StochasticWeightAveraging(0.05), callback], max_epochs=3)
     assert torch.equal(weights(first), weights(second))
 
 
