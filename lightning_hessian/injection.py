@@ -32,12 +32,12 @@ def penalised(module: LightningModule, regularizers: Sequence[HessianRegularizer
         step: computes the task loss: a scalar tensor, a mapping with "loss", or None to skip the batch.
     """
     trainer = module.trainer
-    batch = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
-    now = trainer.global_step if module.automatic_optimization else batch
+    now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx
     acting = [(r, strength) for r in regularizers if (strength := r.strength_at(now)) > 0]
     if not acting or not trainer.training or not torch.is_grad_enabled():
         return step()
+    batch = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     with _left_as_found_on_error(module), higher_order(module) as context:
         output = step()
         loss = loss_of(output)
