@@ -3,7 +3,15 @@
 from lightning_hessian.callbacks import HessianRegularizer
 from lightning_hessian.curvature import HigherOrderError, higher_order
 from lightning_hessian.mixin import HessianRegularizationMixin
-from lightning_hessian.penalties import HessianTrace, Penalty, StepContext
+from lightning_hessian.penalties import (
+    HessianTrace,
+    InputGradientNorm,
+    InputHessianNorm,
+    InputPenalty,
+    JacobianNorm,
+    Penalty,
+    StepContext,
+)
 from lightning_hessian.verification import Verification, verify
 
 __all__ = [
@@ -11,6 +19,10 @@ __all__ = [
     "HessianRegularizer",
     "HessianTrace",
     "HigherOrderError",
+    "InputGradientNorm",
+    "InputHessianNorm",
+    "InputPenalty",
+    "JacobianNorm",
     "Penalty",
     "StepContext",
     "Verification",

@@ -1,10 +1,9 @@
-"""How a penalty becomes part of a step's loss; the callback and the mixin share it."""
+"""How penalties become part of a step's loss; the callback and the mixin share it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,56 +12,75 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_hessian.curvature import ProbeSource, higher_order
-from lightning_hessian.penalties import StepContext
+from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.passes import Passes
+from lightning_hessian.penalties import InputPenalty, Penalty
+from lightning_hessian.state import left_as_found_on_error
 
 if TYPE_CHECKING:
     from lightning_hessian.callbacks.regularizer import HessianRegularizer
 
 
-def penalised(module: LightningModule, regularizers: Sequence[HessianRegularizer], step: Callable[[], Any]) -> Any:
-    """Run ``step`` and add to the loss it returns the penalty of every regularizer that acts now.
+def penalised(
+    module: LightningModule,
+    regularizers: Sequence[HessianRegularizer],
+    step: Callable[[Any], Any],
+    batch: Any = None,
+    all_inputs: bool = False,
+) -> Any:
+    """Run ``step(batch)`` and add to the loss it returns the penalties of every regularizer that acts now.
 
-    All penalties share the one forward pass and see the task loss alone. Where none acts, and outside of training (a
-    validation step may call the training step), ``step()`` is all that runs.
+    The penalties share their forward passes (see :class:`Passes`), and each sees the task loss alone. Where none acts,
+    and outside of training (a validation step may call the training step), ``step(batch)`` is all that runs.
 
     Args:
         module: the LightningModule, attached to a Trainer.
         regularizers: what to add.
         step: computes the task loss: a scalar tensor, a mapping with "loss", or None to skip the batch.
+        batch: what penalties on the inputs find them in.
+        all_inputs: whether every tensor of the batch is an input.
     """
     trainer = module.trainer
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
     now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx
-    acting = [(r, strength) for r in regularizers if (strength := r.strength_at(now)) > 0]
+    acting = [
+        (regularizer, penalty, strength)
+        for regularizer in regularizers
+        for penalty, strength in zip(regularizer.penalties, regularizer.strengths_at(now), strict=True)
+        if strength > 0
+    ]
     if not acting or not trainer.training or not torch.is_grad_enabled():
-        return step()
-    batch = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
-    with _left_as_found_on_error(module), higher_order(module) as context:
-        output = step()
-        loss = loss_of(output)
+        return step(batch)
+    count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
+    with left_as_found_on_error(module, module.device):
+        passes = Passes(module, step, batch, [penalty for _, penalty, _ in acting], loss_of, all_inputs)
+        task = passes.task()
+        output, loss = task.output, task.loss
         if loss is None:
             return output
-        parameters = dict(module.named_parameters())
+        parameters = list(module.parameters())
         terms: list[Tensor] = []
         logged: dict[str, Tensor] = {}
         # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
-        with torch.autocast(loss.device.type, enabled=False), context.explained():
-            for regularizer, strength in acting:
-                probes = ProbeSource(regularizer.seed, now, batch, trainer.global_rank)
-                value = regularizer.penalty.value(StepContext(loss, parameters, probes))
-                logged[_new_name(f"curvature/{regularizer.penalty.name}", logged)] = value.detach()
-                if _is_finite(value, module):
-                    terms.append(strength * regularizer.penalty.term(value))
-                    regularizer.try_backward(terms[-1], parameters.values())
-                else:
-                    _report_nonfinite(module, regularizer, loss, value)
-    penalty = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
-    for name, value in {**logged, "train/penalty": penalty.detach()}.items():
+        with torch.autocast(loss.device.type, enabled=False):
+            for regularizer, penalty, strength in acting:
+                probes = ProbeSource(regularizer.seed, now, count, trainer.global_rank)
+                if passes.coupling and isinstance(penalty, InputPenalty):
+                    regularizer.say_own_pass(penalty, passes.coupling_names())
+                with passes.explained(penalty):
+                    value = penalty.value(passes.context(penalty, probes))
+                    logged[_new_name(f"curvature/{penalty.name}", logged)] = value.detach()
+                    if _is_finite(value, module):
+                        terms.append(strength * penalty.term(value))
+                        regularizer.try_backward(penalty, terms[-1], parameters)
+                    else:
+                        _report_nonfinite(module, regularizer, penalty, loss, value)
+    added = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
+    for name, value in {**logged, "train/penalty": added.detach()}.items():
         _log(module, name, value)
     if not terms:
         return output
-    return loss + penalty if isinstance(output, Tensor) else {**output, "loss": loss + penalty}
+    return loss + added if isinstance(output, Tensor) else {**output, "loss": loss + added}
 
 
 def _new_name(name: str, taken: Mapping[str, Tensor]) -> str:
@@ -104,8 +122,9 @@ def _is_finite(value: Tensor, module: LightningModule) -> bool:
     return finite if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(finite, all=True)
 
 
-def _report_nonfinite(module: LightningModule, regularizer: HessianRegularizer, loss: Tensor, value: Tensor) -> None:
-    penalty = regularizer.penalty.name
+def _report_nonfinite(
+    module: LightningModule, regularizer: HessianRegularizer, penalty: Penalty, loss: Tensor, value: Tensor
+) -> None:
     if math.isfinite(value.item()):
         what, cause = "not finite on another process", "It is finite on this one."
     elif not math.isfinite(loss.item()):
@@ -118,45 +137,19 @@ def _report_nonfinite(module: LightningModule, regularizer: HessianRegularizer, 
                 "(the square root or a norm at 0, for example)."
             ),
         )
-    message = f"The penalty {penalty} is {what} at step {module.trainer.global_step}. {cause}"
+    message = f"The penalty {penalty.name} is {what} at step {module.trainer.global_step}. {cause}"
     if regularizer.on_nonfinite == "raise":
         raise FloatingPointError(f"{message} Lower the learning rate or the strength, or pass on_nonfinite='skip'.")
     if regularizer.nonfinite_steps == 0:
         rank_zero_warn(
             f"{message} This step trains on the task loss alone, and so does every later one like it; "
-            f"`train/{penalty}_skipped` counts them. Pass on_nonfinite='raise' to stop instead."
+            f"`train/{penalty.name}_skipped` counts them. Pass on_nonfinite='raise' to stop instead."
         )
     regularizer.nonfinite_steps += 1
-    _log(module, f"train/{penalty}_skipped", float(regularizer.nonfinite_steps), reduce=False)
+    _log(module, f"train/{penalty.name}_skipped", float(regularizer.nonfinite_steps), reduce=False)
 
 
 def _log(module: LightningModule, name: str, value: Tensor | float, reduce: bool = True) -> None:
     several = reduce and module.trainer.world_size > 1
     # With the batch size given Lightning does not look for it, which a step that takes an iterator would not survive.
     module.log(name, value, on_step=True, on_epoch=False, sync_dist=several, batch_size=1)
-
-
-@contextmanager
-def _left_as_found_on_error(module: LightningModule) -> Iterator[None]:
-    """Put buffers and random states back if the step fails (parameters and gradients are not touched by it)."""
-    buffers = [
-        (layer, name, buffer, buffer.detach().clone())
-        for layer in module.modules()
-        for name, buffer in layer._buffers.items()
-        if buffer is not None
-    ]
-    device = module.device
-    cpu_state = torch.get_rng_state()
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for layer, name, buffer, before in buffers:
-                layer._buffers[name] = buffer
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-        torch.set_rng_state(cpu_state)
-        if cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, device)
-        raise

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from lightning_hessian.callbacks.regularizer import HessianRegularizer
 from lightning_hessian.injection import penalised
+from lightning_hessian.penalties import InputPenalty
 
 Output = TypeVar("Output")
 
@@ -44,13 +46,15 @@ class HessianRegularizationMixin(LightningModule):
 
     regularizer: HessianRegularizer | list[HessianRegularizer] | None = None
 
-    def regularized(self, loss: Callable[[], Output]) -> Output:
+    def regularized(self, loss: Callable[..., Output], inputs: Tensor | Sequence[Tensor] | None = None) -> Output:
         """Compute the loss and add strength * penalty to it.
 
         Args:
-            loss: a function without arguments that runs the forward pass and returns the loss (a scalar tensor, or a
-                dict with "loss"). The forward pass must happen inside it: this is what makes its layers
-                differentiable three times.
+            loss: a function that runs the forward pass and returns the loss (a scalar tensor, or a dict with "loss").
+                The forward pass must happen inside it: this is what makes its layers differentiable three times.
+                Without ``inputs`` it takes no argument.
+            inputs: what the penalties on the inputs differentiate by, one tensor or several of shape (samples, ...),
+                handed to ``loss`` as its arguments: the batch's images, or embeddings computed before.
 
         Returns:
             What ``loss`` returns, with the penalties added to the loss.
@@ -67,4 +71,15 @@ class HessianRegularizationMixin(LightningModule):
         for regularizer in regularizers:
             if not regularizer.has_begun(self.trainer):
                 regularizer.begin(self)
-        return penalised(self, regularizers, loss)
+        if inputs is None:
+            on_inputs = [
+                p for r in regularizers for p in r.penalties if isinstance(p, InputPenalty) and p.layer is None
+            ]
+            if on_inputs:
+                raise MisconfigurationException(
+                    f"The penalty {on_inputs[0].name} differentiates by the inputs, which the mixin does not see. Hand "
+                    "them over: `self.regularized(lambda x: loss(x), inputs=x)`."
+                )
+            return penalised(self, regularizers, lambda _: loss())
+        given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+        return penalised(self, regularizers, lambda tensors: loss(*tensors), given, all_inputs=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any, Literal, SupportsFloat
 
@@ -12,12 +13,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_hessian.injection import penalised
-from lightning_hessian.penalties import Penalty
+from lightning_hessian.penalties import InputPenalty, Penalty
 
 
 class HessianRegularizer(Callback):
@@ -29,12 +30,14 @@ class HessianRegularizer(Callback):
     loss; logged besides are ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
     (Between the steps on which the penalty acts, Lightning repeats the last values in its logs.)
 
-    Several of these callbacks on one Trainer share the forward pass, and each sees the task loss alone.
+    Several penalties, in one of these callbacks or in several on one Trainer, share the forward pass, and each sees
+    the task loss alone.
 
     Args:
-        penalty: what to add, for example ``HessianTrace()``.
-        strength: its factor, at least 0; with 0 nothing is computed. A plain attribute: schedules may set it. Start
-            where strength * penalty is 1-10 % of the task loss.
+        penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
+        strength: its factor, at least 0; with 0 nothing is computed. For a list of penalties a list of factors, or
+            one for all. A plain attribute: schedules may set it. Start where strength * penalty is 1-10 % of the
+            task loss.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (In manual optimization,
             where several optimizers may step, batches are counted.)
         warmup_steps: raise the strength linearly from 0 over this many steps.
@@ -64,17 +67,19 @@ class HessianRegularizer(Callback):
 
     def __init__(
         self,
-        penalty: Penalty,
-        strength: float = 1e-3,
+        penalty: Penalty | Sequence[Penalty],
+        strength: float | Sequence[float] = 1e-3,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
         seed: int = 0,
         allow_fp16: bool = False,
     ) -> None:
-        if not isinstance(penalty, Penalty):
-            raise ValueError(f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace().")
-        _check_strength(strength)
+        penalties = [penalty] if isinstance(penalty, Penalty) else penalty
+        if not isinstance(penalties, Sequence) or not penalties or not all(isinstance(p, Penalty) for p in penalties):
+            raise ValueError(
+                f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace(), or a list of them."
+            )
         _check_count("every_n_steps", every_n_steps, least=1)
         _check_count("warmup_steps", warmup_steps, least=0)
         if on_nonfinite not in ("skip", "raise"):
@@ -82,31 +87,49 @@ class HessianRegularizer(Callback):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed={seed!r} must be a whole number.")
         self.penalty = penalty
+        self.penalties = tuple(penalties)
         self.strength = strength
+        self._strengths()
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self.on_nonfinite = on_nonfinite
         self.seed = seed
         self.allow_fp16 = allow_fp16
         self.nonfinite_steps = 0
-        self._tried_backward = False
+        self._tried_backward: set[int] = set()
+        self._said_own_pass = False
         self._begun_for: int | None = None
 
-    def strength_at(self, step: int) -> float:
-        """The factor of the penalty at an optimizer step; 0 where it does not act."""
-        _check_strength(self.strength)
+    def strengths_at(self, step: int) -> list[float]:
+        """The factor of each penalty at an optimizer step; 0 where it does not act."""
+        strengths = self._strengths()
         if step % self.every_n_steps:
-            return 0.0
+            return [0.0] * len(strengths)
         ramp = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        return self.strength * self.every_n_steps * ramp
+        return [strength * self.every_n_steps * ramp for strength in strengths]
+
+    def _strengths(self) -> list[float]:
+        if not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
+            _check_strength(self.strength)
+            return [self.strength] * len(self.penalties)
+        if len(self.strength) != len(self.penalties):
+            raise ValueError(
+                f"strength={self.strength!r} has {len(self.strength)} factors for {len(self.penalties)} penalties. "
+                "Give one for each, or a single number for all."
+            )
+        for strength in self.strength:
+            _check_strength(strength)
+        return list(self.strength)
 
     def begin(self, module: LightningModule) -> None:
         """Start anew for a fit; refuse, before training, what cannot work on this module and its Trainer."""
         self._refuse(module, module.trainer)
-        if self.strength == 0:
-            rank_zero_info(f"The penalty {self.penalty.name} has strength 0: it is not computed.")
+        for penalty, strength in zip(self.penalties, self._strengths(), strict=True):
+            if strength == 0:
+                rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")
         self.nonfinite_steps = 0
-        self._tried_backward = False
+        self._tried_backward = set()
+        self._said_own_pass = False
         self._begun_for = id(module.trainer)
 
     def has_begun(self, trainer: Trainer) -> bool:
@@ -125,17 +148,30 @@ class HessianRegularizer(Callback):
                 f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
                 "Hessian-vector products would be zero or fail. Use strategy='ddp' or one device."
             )
-        try:
-            self.penalty.check(dict(module.named_parameters()))
-        except ValueError as error:
-            raise MisconfigurationException(f"The penalty {self.penalty.name} cannot be computed. {error}") from error
+        for penalty in self.penalties:
+            try:
+                penalty.check(dict(module.named_parameters()))
+                if isinstance(penalty, InputPenalty) and penalty.layer is not None:
+                    _check_layer(penalty.layer, module)
+            except ValueError as error:
+                raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
 
-    def try_backward(self, term: Tensor, parameters: Iterable[Tensor]) -> None:
+    def try_backward(self, penalty: Penalty, term: Tensor, parameters: Iterable[Tensor]) -> None:
         """Once in a fit, see that the term can be differentiated, while an error still leaves all gradients alone."""
-        if not self._tried_backward and term.requires_grad:
+        if id(penalty) not in self._tried_backward and term.requires_grad:
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
-            self._tried_backward = True
+            self._tried_backward.add(id(penalty))
+
+    def say_own_pass(self, penalty: Penalty, layers: Sequence[str]) -> None:
+        """Once in a fit, say why a penalty on the inputs costs a forward pass of its own."""
+        if not self._said_own_pass:
+            rank_zero_warn(
+                f"Batch norm in training mode ({', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}) couples "
+                f"the samples of a batch, so a sample has no input derivatives of its own. {penalty.name} is computed "
+                "in a second forward pass, with the running statistics. (GroupNorm would need none.)"
+            )
+            self._said_own_pass = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
@@ -178,11 +214,16 @@ class _PenalisedStep:
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        def step() -> Any:
-            _refuse_empty_batch(args)
-            return self.original(*args, **kwargs)
+        _refuse_empty_batch((args, kwargs))
+        # Whatever Lightning hands over, the batch in it is found: a step takes it first, or by its name.
+        batch = args[0] if args else kwargs.get("batch")
 
-        return penalised(self.module, self.regularizers, step)
+        def step(batch: Any) -> Any:
+            if args:
+                return self.original(batch, *args[1:], **kwargs)
+            return self.original(**{**kwargs, "batch": batch} if "batch" in kwargs else kwargs)
+
+        return penalised(self.module, self.regularizers, step, batch)
 
     def __reduce__(self) -> Any:
         # A copy of the module made in the middle of a fit has its own, plain training step.
@@ -226,6 +267,13 @@ def _check_strength(strength: float) -> None:
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
             "A negative one would reward curvature."
         )
+
+
+def _check_layer(layer: str, module: LightningModule) -> None:
+    names = [name for name, _ in module.named_modules() if name]
+    if layer not in names:
+        near = ", ".join(difflib.get_close_matches(layer, names, n=3, cutoff=0.0))
+        raise ValueError(f"layer={layer!r} is not a layer of {type(module).__name__}. Near names: {near}.")
 
 
 def _check_count(name: str, count: int, least: int) -> None:

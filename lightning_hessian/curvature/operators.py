@@ -167,6 +167,69 @@ class BatchedHessianOperator(_TensorOperator):
             return total
 
 
+class SampleHessians:
+    """H_i = d^2 l_i / d x_i^2 of all samples: one product of the summed loss's Hessian is H_i v_i in every row.
+
+    That holds where no sample's loss depends on another's input, so not through batch norm in training mode.
+
+    Args:
+        summed_loss: sum_i l_i with its graph, computed inside :class:`higher_order`.
+        inputs: x, one tensor or several, each of shape (samples, ...); a vector has the entries of all.
+        differentiable: whether the products will be differentiated, which not every graph allows.
+
+    Raises:
+        ValueError: the loss has no graph.
+        HigherOrderError: the graph has an operator whose derivatives would be silently wrong.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [2.0]], requires_grad=True)
+        >>> SampleHessians((x**3).sum(), [x]).matvec(torch.ones(2, 1))
+        tensor([[ 6.],
+                [12.]])
+    """
+
+    def __init__(self, summed_loss: Tensor, inputs: Sequence[Tensor], differentiable: bool = False) -> None:
+        refuse_unsound_graph(summed_loss, derivatives=3 if differentiable else 2)
+        self.inputs = list(inputs)
+        self._gradients = _gradient(summed_loss, self.inputs)
+
+    @property
+    def gradient(self) -> Tensor:
+        """Of each sample's loss by its input, of shape (samples, n), with its graph."""
+        return rows(self._gradients)
+
+    def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        """H_i v_i, of shape (samples, n)."""
+        parts = split_rows(v, self.inputs)
+        # A gradient without a graph is constant: its rows of H are zero.
+        curved = [
+            (gradient, part) for gradient, part in zip(self._gradients, parts, strict=True) if gradient.requires_grad
+        ]
+        if not curved:
+            return torch.zeros_like(v)
+        products = torch.autograd.grad(
+            [gradient for gradient, _ in curved],
+            self.inputs,
+            [part for _, part in curved],
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return rows(products)
+
+
+def rows(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of shape (samples, ...) as one of shape (samples, n), side by side."""
+    return torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
+
+
+def split_rows(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Undo :func:`rows`: parts of the shapes and types of the tensors ``like``."""
+    parts = v.split([tensor[0].numel() for tensor in like], dim=1)
+    return [part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
+
+
 def _gradient(loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
     if not loss.requires_grad:
         raise ValueError(

@@ -1,15 +1,17 @@
-"""What every penalty is: a function of one step's loss and parameters that knows nothing of Lightning."""
+"""What every penalty is: a function of one step's loss, parameters and inputs that knows nothing of Lightning."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from lightning_hessian.curvature import ProbeSource, select_parameters
+from lightning_hessian.batches import InputChoice
+from lightning_hessian.curvature import ProbeSource, higher_order, select_parameters, watch_losses
 
 
 @dataclass(frozen=True)
@@ -17,14 +19,77 @@ class StepContext:
     """What one training step offers a penalty.
 
     Args:
-        loss: the batch-mean loss L(theta), with its graph, computed inside ``higher_order()``.
+        loss: the loss L(theta), with its graph, computed inside ``higher_order()``.
         parameters: the model's parameters theta, by name.
         probes: where random vectors come from.
+        inputs: the step's inputs x, each of shape (samples, ...), in the graph of the loss. The penalties on the
+            inputs need them.
+        losses: the calls of loss functions that were seen in the step; they tell whether the loss is the mean or the
+            sum of the samples' losses l_i (where none was seen, it is taken for the mean).
+        outputs: logits or predictions, in the graph of the inputs; by default what the loss functions were called on.
+        moved: ``moved(shifts)`` runs the same step at x + shifts, with the same random numbers, and returns its
+            context. Finite differences need it.
     """
 
     loss: Tensor
     parameters: Mapping[str, Tensor]
     probes: ProbeSource = field(default_factory=ProbeSource)
+    inputs: Sequence[Tensor] = ()
+    losses: watch_losses = field(default_factory=watch_losses)
+    outputs: Sequence[Tensor] = ()
+    moved: Callable[[Sequence[Tensor]], StepContext] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        loss: Callable[..., Tensor],
+        inputs: Tensor | Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+        probes: ProbeSource | None = None,
+    ) -> StepContext:
+        """The context of ``loss(*inputs)``, for penalties on the inputs outside of Lightning.
+
+        Args:
+            loss: computes the mean loss of a batch from its inputs, the forward pass included.
+            inputs: one tensor or several, each of shape (samples, ...).
+            parameters: the model's parameters, by name.
+            probes: where random vectors come from.
+
+        Example:
+            >>> from torch import nn
+            >>> from lightning_hessian import InputGradientNorm, StepContext
+            >>> net, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+            >>> def loss(x):
+            ...     return nn.functional.cross_entropy(net(x), y)
+            >>> penalty = InputGradientNorm()(StepContext.of(loss, x, dict(net.named_parameters())))
+            >>> penalty.requires_grad
+            True
+        """
+        given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+        own_probes = probes or ProbeSource()
+
+        def at(shifts: Sequence[Tensor]) -> StepContext:
+            moved = [(x.detach() + shift).requires_grad_() for x, shift in zip(given, shifts, strict=True)]
+            with higher_order(), watch_losses() as seen:
+                value = loss(*moved)
+            return cls(value, parameters, own_probes, moved, seen, seen.outputs, at)
+
+        return at([torch.zeros_like(x) for x in given])
+
+    @property
+    def samples(self) -> int:
+        """How many samples the inputs have."""
+        return self.inputs[0].size(0)
+
+    @property
+    def summed_loss(self) -> Tensor:
+        """sum_i l_i: its derivatives by x_i are those of l_i, for all samples at once."""
+        return self.loss if self.losses.reduction_of(self.loss) == "sum" else self.loss * self.samples
+
+    @property
+    def sample_losses(self) -> Tensor | None:
+        """l_i, of shape (samples,), up to terms that do not pass through a loss function; None where none was seen."""
+        return self.losses.sample_losses(self.loss, self.samples)
 
 
 class Penalty(ABC):
@@ -32,6 +97,12 @@ class Penalty(ABC):
 
     name: ClassVar[str]
     """What the measure is called in logs: ``curvature/<name>``."""
+
+    @property
+    def derivatives(self) -> int:
+        """How often the loss is differentiated, the gradient for training included. Above 1 the forward pass must
+        run inside ``higher_order()``."""
+        return 3
 
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:
@@ -49,6 +120,62 @@ class Penalty(ABC):
         """
         select_parameters(parameters)
 
+    def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        """The penalty as a function whose gradient is the one it trains with: what it treats as constant (a direction
+        that a search has found) stays as it is at ``context``. By default nothing is."""
+        return self
+
     def __call__(self, context: StepContext) -> Tensor:
         """The term that enters the loss, times the strength."""
         return self.term(self.value(context))
+
+
+class InputPenalty(Penalty):
+    """A penalty on derivatives by the inputs, sample by sample: the mean over samples, whatever the batch size.
+
+    Args:
+        inputs: which tensors of the batch: a key (or an attribute's name), an index, several of these, or a function
+            of the batch that returns one tensor or several of its own; by default the first floating-point tensor.
+            Several inputs are taken together, as one long vector for each sample.
+        layer: take the output of this layer (by name, at its first call in a step) for the input instead, for
+            example that of an embedding.
+
+    Raises:
+        ValueError: both are given.
+    """
+
+    def __init__(self, inputs: InputChoice = None, layer: str | None = None) -> None:
+        if inputs is not None and layer is not None:
+            raise ValueError(f"inputs={inputs!r} and layer={layer!r} name two places to take the input from: keep one.")
+        self.inputs = inputs
+        self.layer = layer
+
+    def check_inputs(self, context: StepContext) -> None:
+        """Refuse a context without inputs, or with some that are not samples in rows.
+
+        Raises:
+            ValueError: no input, or inputs with different numbers of samples.
+        """
+        if not context.inputs:
+            raise ValueError(
+                f"{type(self).__name__} differentiates by the inputs, and the context has none. Compute the loss from "
+                "them: StepContext.of(loss, inputs, parameters)."
+            )
+        sizes = [tuple(x.shape) for x in context.inputs]
+        if len({size[0] for size in sizes}) > 1:
+            raise ValueError(
+                f"The inputs of {type(self).__name__} have the shapes {', '.join(map(str, sizes))}: their first "
+                "dimension must be the number of samples in all of them. Choose others with `inputs=`."
+            )
+
+
+def choice(name: str, value: object, of: Sequence[str]) -> None:
+    """Raise a ValueError unless the value is one of a few words."""
+    if value not in of:
+        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(of)}.")
+
+
+def whole_number(name: str, value: object, least: int, meaning: str) -> None:
+    """Raise a ValueError unless the value is a whole number that is large enough."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}: {meaning}.")

@@ -1,0 +1,137 @@
+"""Finding tensors in a batch of any shape, and exchanging them for others."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+InputChoice = str | int | Sequence[str | int] | Callable[[Any], Any] | None
+"""Which tensors of a batch: a key or an attribute's name, an index, several of them, a function of the batch that
+returns one tensor or several, or None for the first floating-point tensor."""
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """All tensors of nested tuples, lists, mappings and dataclasses, in their order.
+
+    Example:
+        >>> import torch
+        >>> [t.shape[0] for t in tensors_in({"x": torch.ones(2), "rest": (torch.ones(3), "a name")})]
+        [2, 3]
+    """
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from tensors_in(part)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        for part in batch:
+            yield from tensors_in(part)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from tensors_in(getattr(batch, field.name))
+
+
+def exchanged(batch: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
+    """A copy of the batch with the tensors ``new`` where ``old`` are; everything else is the batch's own.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.zeros(1), torch.ones(1)
+        >>> exchanged({"a": (x, y)}, [x], [torch.full((1,), 5.0)])
+        {'a': (tensor([5.]), tensor([1.]))}
+    """
+    replacement = {id(tensor): other for tensor, other in zip(old, new, strict=True)}
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return replacement.get(id(part), part)
+        if isinstance(part, Mapping):
+            changed = copy.copy(part)
+            for key, value in part.items():
+                changed[key] = walk(value)  # type: ignore[index]
+            return changed
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*map(walk, part))
+        if isinstance(part, tuple | list):
+            return type(part)(map(walk, part))
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            changed = copy.copy(part)
+            for field in dataclasses.fields(part):
+                object.__setattr__(changed, field.name, walk(getattr(part, field.name)))  # a frozen one, too
+            return changed
+        return part
+
+    return walk(batch)
+
+
+def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
+    """The tensors of a batch that are its inputs.
+
+    Args:
+        batch: tensors in nested tuples, lists, mappings or dataclasses.
+        which: a key (or the name of an attribute), an index, a list of these, a function of the batch that returns a
+            tensor or several of the batch's own; None for the first floating-point tensor.
+
+    Raises:
+        ValueError: nothing is found, or what is found is no floating-point tensor of the batch with at least one
+            dimension.
+
+    Example:
+        >>> import torch
+        >>> batch = {"ids": torch.tensor([1, 2]), "image": torch.zeros(2, 3)}
+        >>> select_inputs(batch)[0].shape, select_inputs(batch, "image")[0].shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
+    """
+    everything = list(tensors_in(batch))
+    if which is None:
+        chosen = [tensor for tensor in everything if tensor.is_floating_point() and tensor.dim() > 0][:1]
+        if not chosen:
+            found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in everything) or "none"
+            raise ValueError(
+                f"The batch has no floating-point tensor to be the input (its tensors: {found}), and whole numbers "
+                "such as token ids have no derivatives. Penalise the embeddings instead: pass layer='<name of the "
+                "embedding layer>' to the penalty. Where the batch is an object of your own, pass "
+                "inputs=lambda batch: ..., or use the mixin's self.regularized(loss, inputs=...)."
+            )
+    elif callable(which):
+        answer = which(batch)
+        chosen = [answer] if isinstance(answer, Tensor) else list(answer)
+    else:
+        keys: Sequence[str | int] = [which] if isinstance(which, str | int) else list(which)
+        chosen = [_part(batch, key) for key in keys]
+    if not chosen:
+        raise ValueError(f"inputs={which!r} chooses no tensor of the batch. Choose at least one.")
+    for tensor in chosen:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() == 0:
+            what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(
+                f"inputs={which!r} chooses {what}, which has no derivatives by sample: an input is a floating-point "
+                "tensor of shape (samples, ...). For token ids, penalise the embeddings: pass "
+                "layer='<name of the embedding layer>' to the penalty."
+            )
+        if not any(tensor is other for other in everything):
+            raise ValueError(
+                f"inputs={which!r} gives a tensor that is not one of the batch's own, so the step would not see it "
+                "move. Return a tensor of the batch, not a copy of it; in a batch that is neither tuple, list, mapping "
+                "nor dataclass tensors cannot be exchanged: use the mixin's self.regularized(loss, inputs=...) there."
+            )
+    return tuple(chosen)
+
+
+def _part(batch: Any, key: str | int) -> Any:
+    try:
+        if isinstance(key, str) and not isinstance(batch, Mapping):
+            return getattr(batch, key)
+        return batch[key]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if isinstance(batch, Mapping):
+            has = f"a mapping with the keys {', '.join(map(repr, batch))}"
+        elif isinstance(batch, Sequence):
+            has = f"a {type(batch).__name__} of {len(batch)} parts"
+        else:
+            has = f"a {type(batch).__name__}"
+        raise ValueError(f"inputs={key!r} is not in the batch, which is {has}.") from error

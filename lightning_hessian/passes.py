@@ -1,0 +1,264 @@
+"""One training step, run once for real, and again in silence as often as penalties on the inputs need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchmetrics import Metric
+
+from lightning_hessian.batches import exchanged, select_inputs, tensors_in
+from lightning_hessian.curvature import ProbeSource, higher_order, watch_losses
+from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
+from lightning_hessian.state import Rewind
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one run of the step gave.
+
+    Args:
+        output: what the step returned.
+        loss: the scalar in it; None where the step skips the batch.
+        losses: the calls of loss functions in it.
+        inputs: for each penalty on the inputs that this run serves (by id), its inputs in the graph.
+        context: the ``higher_order`` it ran in, if any.
+    """
+
+    output: Any
+    loss: Tensor | None
+    losses: watch_losses
+    inputs: dict[int, tuple[Tensor, ...]]
+    context: higher_order | None
+
+    def outputs(self) -> Sequence[Tensor]:
+        logits = self.output.get("logits") if isinstance(self.output, Mapping) else None
+        return (logits,) if isinstance(logits, Tensor) else self.losses.outputs
+
+
+class Passes:
+    """The runs of one step that a list of penalties needs; they share them where they can.
+
+    Penalties on the inputs look at the run for real, whose inputs are made leaves of the graph. Where batch norm in
+    training mode couples the samples they share a second run instead, with the running statistics from before the
+    step. Finite differences run the step again at other inputs. Every further run has the random numbers (dropout
+    masks) and the buffers that the run for real began with, and leaves both as that one did; ``self.log`` and
+    torchmetrics are silent in it.
+
+    Args:
+        module: the LightningModule.
+        step: computes the loss from a batch.
+        batch: the batch.
+        penalties: those that act on this step.
+        loss_of: finds the scalar loss in what the step returns.
+        all_inputs: whether every tensor of the batch is an input, whatever the penalties choose.
+
+    Raises:
+        MisconfigurationException: the inputs of a penalty cannot be found.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        step: Callable[[Any], Any],
+        batch: Any,
+        penalties: Sequence[Penalty],
+        loss_of: Callable[[Any], Tensor | None],
+        all_inputs: bool = False,
+    ) -> None:
+        self.module = module
+        self.step = step
+        self.batch = batch
+        self.penalties = penalties
+        self.loss_of = loss_of
+        self.all_inputs = all_inputs
+        self._on_inputs = [penalty for penalty in penalties if isinstance(penalty, InputPenalty)]
+        self._originals = {id(p): self._select(p) for p in self._on_inputs if p.layer is None}
+        self.coupling = [
+            layer for layer in module.modules() if self._on_inputs and isinstance(layer, _BatchNorm) and layer.training
+        ]
+        self._refuse_batch_statistics()
+        self._device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        kind = self._device.type
+        self._autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        self._rewind = Rewind(module, self._device) if self._on_inputs else None
+        self._task: Pass | None = None
+        self._own: Pass | None = None
+
+    def task(self) -> Pass:
+        """Run the step for real."""
+        sharing = [p for p in self.penalties if not (self.coupling and isinstance(p, InputPenalty))]
+        self._task = self._run(sharing)
+        return self._task
+
+    def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
+        """What the penalty is computed from."""
+        return self._context(self.serving(penalty), penalty, probes)
+
+    def serving(self, penalty: Penalty) -> Pass:
+        """The run that the penalty looks at."""
+        if self._task is None:
+            self._task = self.task()
+        if not (self.coupling and isinstance(penalty, InputPenalty)):
+            return self._task
+        if self._own is None:
+            self._own = self._run_again(self._on_inputs)
+        return self._own
+
+    @contextmanager
+    def explained(self, penalty: Penalty) -> Iterator[None]:
+        """Translate autograd's errors about missing derivatives, and the penalty's own about its context."""
+        context = self.serving(penalty).context
+        try:
+            with context.explained() if context is not None else nullcontext():
+                yield
+        except ValueError as error:
+            raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
+
+    def coupling_names(self) -> list[str]:
+        """The names of the layers that couple the samples."""
+        return [name for name, layer in self.module.named_modules() if layer in self.coupling]
+
+    def _context(self, run: Pass, penalty: Penalty, probes: ProbeSource) -> StepContext:
+        if run.loss is None:
+            raise MisconfigurationException(
+                "The training step returned a loss for this batch and None when it was run again for the penalty "
+                f"{penalty.name}. It must be a function of the batch and the random numbers alone."
+            )
+
+        def moved(shifts: Sequence[Tensor]) -> StepContext:
+            return self._context(self._run_again([penalty], shifts), penalty, probes)
+
+        parameters = dict(self.module.named_parameters())
+        inputs = run.inputs.get(id(penalty), ())
+        return StepContext(run.loss, parameters, probes, inputs, run.losses, run.outputs(), moved)
+
+    def _run_again(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
+        assert self._rewind is not None  # a penalty on the inputs is what asks
+        modes = [(layer, layer.training) for layer in self.coupling]
+        try:
+            for layer in self.coupling:
+                layer.training = False
+            with self._rewind(), _silent(self.module), torch.enable_grad():
+                return self._run(penalties, shifts)
+        finally:
+            for layer, training in modes:
+                layer.training = training
+
+    def _run(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
+        inputs: dict[int, tuple[Tensor, ...]] = {}
+        leaves: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the batch's tensor: itself, and what stands for it
+        with ExitStack() as stack:
+            for penalty in penalties:
+                if not isinstance(penalty, InputPenalty):
+                    continue
+                if penalty.layer is not None:
+                    stack.enter_context(_layer_output(self.module, penalty, inputs, shifts))
+                    continue
+                originals = self._originals[id(penalty)]
+                for index, x in enumerate(originals):
+                    if id(x) not in leaves:
+                        leaves[id(x)] = x, _leaf(x, None if shifts is None else shifts[index])
+                inputs[id(penalty)] = tuple(leaves[id(x)][1] for x in originals)
+            # A copy, because a step may change its batch in place.
+            batch = exchanged(self.batch, [x for x, _ in leaves.values()], [y.clone() for _, y in leaves.values()])
+            graph = max((penalty.derivatives for penalty in penalties), default=1) > 1
+            context = stack.enter_context(higher_order(self.module)) if graph else None
+            losses = stack.enter_context(watch_losses())
+            # The penalty's derivatives are taken without autocast; the step computes as it ever does.
+            stack.enter_context(torch.autocast(self._device.type, **self._autocast))
+            output = self.step(batch if leaves else self.batch)
+        return Pass(output, self.loss_of(output), losses, inputs, context)
+
+    def _select(self, penalty: InputPenalty) -> tuple[Tensor, ...]:
+        try:
+            if self.all_inputs:
+                return select_inputs(self.batch, lambda batch: list(tensors_in(batch)))
+            return select_inputs(self.batch, penalty.inputs)
+        except ValueError as error:
+            embeddings = [name for name, layer in self.module.named_modules() if isinstance(layer, nn.Embedding)]
+            hint = f" The embedding layers here: {', '.join(map(repr, embeddings))}." if embeddings else ""
+            raise MisconfigurationException(f"The penalty {penalty.name} finds no input. {error}{hint}") from error
+
+    def _refuse_batch_statistics(self) -> None:
+        for name, layer in self.module.named_modules():
+            if layer in self.coupling and layer.running_mean is None:
+                raise MisconfigurationException(
+                    f"The layer {name!r} has no running statistics, so it normalises by the batch in evaluation mode "
+                    "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "
+                    "track_running_stats=True to it, or use GroupNorm."
+                )
+
+
+def _leaf(x: Tensor, shift: Tensor | None) -> Tensor:
+    """What stands for an input in the graph: x or x + shift, a tensor to differentiate by."""
+    y = x if shift is None else x + shift
+    # An input that was computed from parameters (embeddings) keeps its graph.
+    return y if y.requires_grad else y.detach().requires_grad_()
+
+
+@contextmanager
+def _layer_output(
+    module: nn.Module, penalty: InputPenalty, inputs: dict[int, tuple[Tensor, ...]], shifts: Sequence[Tensor] | None
+) -> Iterator[None]:
+    """Take the output of the penalty's layer, at its first call, for the input."""
+
+    def take(layer: nn.Module, arguments: Any, output: Any) -> Any:
+        if id(penalty) in inputs:
+            return output
+        if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0:
+            raise MisconfigurationException(
+                f"The layer {penalty.layer!r} returns a {type(output).__name__}, by which {penalty.name} cannot be "
+                "differentiated. Choose a layer that returns one floating-point tensor of shape (samples, ...)."
+            )
+        y = _leaf(output, None if shifts is None else shifts[0])
+        inputs[id(penalty)] = (y,)
+        return y.clone()
+
+    handle = module.get_submodule(str(penalty.layer)).register_forward_hook(take)
+    try:
+        yield
+        if id(penalty) not in inputs:
+            raise MisconfigurationException(
+                f"The step did not call the layer {penalty.layer!r}, whose output {penalty.name} is to take for the "
+                "input. Choose a layer that the training step calls."
+            )
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Inside, ``self.log`` does nothing and torchmetrics are not updated: the step was counted already."""
+    replaced: list[tuple[nn.Module, str, Any]] = []
+
+    def replace(layer: nn.Module, name: str, by: Any) -> None:
+        replaced.append((layer, name, layer.__dict__.get(name)))
+        layer.__dict__[name] = by
+
+    for layer in module.modules():
+        if isinstance(layer, LightningModule):
+            replace(layer, "log", _nothing)
+            replace(layer, "log_dict", _nothing)
+        elif isinstance(layer, Metric):
+            replace(layer, "update", _nothing)
+            replace(layer, "forward", lambda *args, metric=layer, **kwargs: metric._forward_cache)
+    try:
+        yield
+    finally:
+        for layer, name, before in reversed(replaced):
+            if before is None:
+                del layer.__dict__[name]
+            else:
+                layer.__dict__[name] = before
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes everything, does nothing."""

@@ -1,0 +1,55 @@
+"""The length of the input gradient, Drucker and LeCun's double backpropagation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.penalties.base import InputPenalty, StepContext
+
+
+class InputGradientNorm(InputPenalty):
+    r"""The mean over samples of the squared length of each sample's own input gradient.
+
+    .. math:: \frac{1}{B} \sum_i \|\nabla_{x_i} l_i\|_2^2
+
+    It is l_i, not the batch-mean loss, that is differentiated: published codes that take the latter have a value that
+    is smaller by B^2 and shrinks as the batch grows. There is no factor of 1/2. Units: those of the loss over those of
+    the input, squared.
+
+    Batch norm in training mode couples the samples; the penalty is then evaluated in a forward pass of its own, with
+    the running statistics from before the step.
+
+    Args:
+        inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
+        layer: the layer whose output is the input, see :class:`InputPenalty`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source:
+        Drucker and LeCun 1992, "Improving generalization performance using double backpropagation"; Ross and
+        Doshi-Velez 2018 (arXiv 1711.09404).
+
+    Example:
+        >>> from lightning_hessian import InputGradientNorm, StepContext
+        >>> w, x = torch.tensor([2.0], requires_grad=True), torch.tensor([[1.0], [3.0]])
+        >>> InputGradientNorm()(StepContext.of(lambda x: (w * x**2).mean(), x, {"w": w})).item()  # mean of (2 w x)^2
+        80.0
+    """
+
+    name = "input_gradient_norm"
+
+    @property
+    def derivatives(self) -> int:
+        return 2
+
+    def value(self, context: StepContext) -> Tensor:
+        self.check_inputs(context)
+        gradients = torch.autograd.grad(
+            context.summed_loss, context.inputs, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.stack([gradient.square().sum() for gradient in gradients]).sum() / context.samples
+
+    def __repr__(self) -> str:
+        return "InputGradientNorm()"

@@ -1,0 +1,188 @@
+"""The operator norm of each sample's input Hessian."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol, SupportsFloat, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.batches import InputChoice
+from lightning_hessian.curvature import SampleHessians, lanczos, power_iteration
+from lightning_hessian.curvature.directions import SEARCHES, Search
+from lightning_hessian.curvature.operators import rows, split_rows
+from lightning_hessian.penalties.base import InputPenalty, StepContext, choice, whole_number
+
+Method = Literal["autograd", "finite_difference"]
+
+
+class InputHessianNorm(InputPenalty):
+    r"""The mean over samples of ||H_i||_2, H_i the Hessian of sample i's loss with respect to its input.
+
+    .. math:: \frac{1}{B} \sum_i \|H_i v_i\|, \qquad H_i = \frac{\partial^2 l_i}{\partial x_i^2}, \quad \|v_i\| = 1
+
+    The direction v_i is searched for without a graph, from the input gradient, and then held: the gradient flows
+    through the one product H_i v_i, and is exact where the search has converged. ||H_i v_i|| is at most ||H_i||_2 (the
+    largest absolute eigenvalue). One Hessian-vector product of the summed loss serves all samples. Units: those of the
+    loss over those of the input squared; l_i is the loss that the step averages (or sums) over the samples.
+
+    Batch norm in training mode couples the samples, so that H_i does not exist: the penalty is then evaluated in a
+    forward pass of its own, with the running statistics from before the step. With piecewise-linear activations H_i
+    is that of the loss in the logits alone, and networks can hide from it: take softplus, GELU, SiLU or tanh.
+
+    Args:
+        iterations: products to spend on the search, at least 0. One is enough from the input gradient: see the table
+            in the docs (``benchmarks/input_hessian.py``).
+        search: ``"power"`` iteration, or ``"lanczos"``, which is better from two iterations on and keeps a basis of
+            ``iterations`` vectors.
+        method: ``"autograd"``, or ``"finite_difference"``: |v'Hv| from the losses at x - hv, x and x + hv, and the
+            search from gradients there. That needs ordinary backward passes only, so fused and compiled operators
+            work; the step is run again for each, with the same dropout masks.
+        squared: penalise the mean of the squares, which is smooth at 0.
+        step: of the finite differences: h = ``step`` times the length of the sample's input.
+        inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
+        layer: the layer whose output is the input, see :class:`InputPenalty`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source:
+        Mustafa, Vandermeulen, Kloft 2020, "Input Hessian Regularization of Neural Networks" (arXiv 2009.06571).
+
+    Example:
+        >>> from lightning_hessian import InputHessianNorm, StepContext
+        >>> w, x = torch.tensor([2.0], requires_grad=True), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+        >>> penalty = InputHessianNorm()(StepContext.of(lambda x: (w * x[:, 0] ** 3).mean(), x, {"w": w}))
+        >>> penalty.item()  # the mean of 6 w x_0, 12 and 0
+        6.0
+    """
+
+    name = "input_hessian_norm"
+
+    def __init__(
+        self,
+        iterations: int = 1,
+        search: Search = "power",
+        method: Method = "autograd",
+        squared: bool = False,
+        step: float = 1e-2,
+        inputs: InputChoice = None,
+        layer: str | None = None,
+    ) -> None:
+        super().__init__(inputs, layer)
+        whole_number("iterations", iterations, 0, "the Hessian-vector products that the search spends")
+        choice("search", search, SEARCHES)
+        choice("method", method, get_args(Method))
+        if isinstance(step, bool) or not isinstance(step, SupportsFloat) or not 0 < float(step) < math.inf:
+            raise ValueError(f"step={step!r} must be a positive number: the finite step as a share of the input.")
+        self.iterations = iterations
+        self.search = search
+        self.method = method
+        self.squared = squared
+        self.step = step
+
+    @property
+    def derivatives(self) -> int:
+        return 3 if self.method == "autograd" else 1
+
+    def value(self, context: StepContext) -> Tensor:
+        hessians = self._hessians(context)
+        return self._mean_norm(hessians, self._direction(hessians, context))
+
+    def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        v = self._direction(self._hessians(context), context)
+        return lambda other: self._mean_norm(self._hessians(other), v)
+
+    def _hessians(self, context: StepContext) -> _Hessians:
+        self.check_inputs(context)
+        if self.method == "autograd":
+            return _ByAutograd(context)
+        return _ByFiniteDifferences(context, self.step)
+
+    def _direction(self, hessians: _Hessians, context: StepContext) -> Tensor:
+        start = hessians.gradient
+        nowhere = ~start.any(dim=1, keepdim=True)
+        if nowhere.any():
+            random = context.probes.rademacher(start.numel(), 0, start.device, start.dtype)
+            start = torch.where(nowhere, random.view_as(start), start)
+        find = power_iteration if self.search == "power" else lanczos
+        return find(hessians.matvec, start, self.iterations)
+
+    def _mean_norm(self, hessians: _Hessians, v: Tensor) -> Tensor:
+        squares = hessians.squared_length(v)
+        if self.squared:
+            return squares.mean()
+        # The root has no derivative at 0.
+        positive = squares > 0
+        return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0).mean()
+
+    def __repr__(self) -> str:
+        return f"InputHessianNorm(iterations={self.iterations}, search={self.search!r}, method={self.method!r})"
+
+
+class _Hessians(Protocol):
+    """The Hessians of all samples; vectors are rows, of shape (samples, n)."""
+
+    gradient: Tensor
+    """Of each sample's loss by its input, without a graph."""
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """H_i v_i, without a graph."""
+
+    def squared_length(self, v: Tensor) -> Tensor:
+        """||H_i v_i||^2, of shape (samples,), with a graph to the parameters."""
+
+
+class _ByAutograd:
+    def __init__(self, context: StepContext) -> None:
+        self.hessians = SampleHessians(context.summed_loss, context.inputs, differentiable=True)
+        self.gradient = self.hessians.gradient.detach()
+        self.matvec = self.hessians.matvec
+
+    def squared_length(self, v: Tensor) -> Tensor:
+        return self.hessians.matvec(v, create_graph=True).square().sum(dim=1)
+
+
+class _ByFiniteDifferences:
+    """From runs of the step at shifted inputs: ordinary first-order gradients only."""
+
+    def __init__(self, context: StepContext, step: float) -> None:
+        if context.moved is None:
+            raise ValueError(
+                "method='finite_difference' evaluates the loss at other inputs, and the context cannot do that. "
+                "Make it by StepContext.of(loss, inputs, parameters), or use method='autograd'."
+            )
+        self.context = context
+        self.moved = context.moved
+        length = torch.linalg.vector_norm(rows(context.inputs).detach(), dim=1, keepdim=True)
+        self.h = step * torch.where(length > 0, length, 1)
+        self.gradient = self._gradient(context)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return (self._gradient(self._at(v, self.h)) - self.gradient) / self.h
+
+    def squared_length(self, v: Tensor) -> Tensor:
+        # |v'Hv| is ||Hv|| at an eigenvector.
+        ahead, here, behind = (self._losses(c) for c in (self._at(v, self.h), self.context, self._at(v, -self.h)))
+        return ((ahead + behind - 2 * here) / self.h.squeeze(1).square()).square()
+
+    def _at(self, v: Tensor, h: Tensor) -> StepContext:
+        return self.moved(split_rows(h * v, self.context.inputs))
+
+    def _gradient(self, context: StepContext) -> Tensor:
+        gradients = torch.autograd.grad(
+            context.summed_loss, context.inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return rows(gradients)
+
+    def _losses(self, context: StepContext) -> Tensor:
+        losses = context.sample_losses
+        if losses is None:
+            raise ValueError(
+                "method='finite_difference' needs each sample's loss, and the step calls none of the loss functions "
+                "that are seen (cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss of "
+                "torch.nn.functional, or their modules). Call one of them, or use method='autograd'."
+            )
+        return losses

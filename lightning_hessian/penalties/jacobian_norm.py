@@ -1,0 +1,100 @@
+"""The Frobenius norm of the outputs' Jacobian by the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.batches import InputChoice
+from lightning_hessian.curvature.directions import unit
+from lightning_hessian.curvature.operators import rows
+from lightning_hessian.penalties.base import InputPenalty, StepContext
+
+
+class JacobianNorm(InputPenalty):
+    r"""The mean over samples of ||J_i||_F^2, J_i the Jacobian of sample i's C outputs by its input.
+
+    .. math:: \frac{1}{B} \sum_i \|J_i\|_F^2 = \frac{1}{B} \sum_i C \, E_u \|u' J_i\|^2, \qquad
+        u \text{ uniform on the unit sphere of } R^C
+
+    The outputs are seen where the step calls its loss function (cross entropy, binary cross entropy with logits, MSE,
+    NLL), or are what it returns under "logits". There is no factor of 1/2 (Hoffman et al. have one). Units: those of
+    the outputs over those of the input, squared.
+
+    Batch norm in training mode couples the samples; the penalty is then evaluated in a forward pass of its own, with
+    the running statistics from before the step.
+
+    Args:
+        projections: how many u to draw for each sample and step, or -1 for the exact norm by all C unit vectors.
+        inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
+        layer: the layer whose output is the input, see :class:`InputPenalty`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Source:
+        Hoffman, Roberts, Yaida 2019, "Robust Learning with Jacobian Regularization" (arXiv 1908.02729).
+
+    Example:
+        >>> from torch.nn.functional import mse_loss
+        >>> from lightning_hessian import JacobianNorm, StepContext
+        >>> w, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True), torch.ones(5, 2)
+        >>> context = StepContext.of(lambda x: mse_loss(x @ w, torch.zeros(5, 2)), x, {"w": w})
+        >>> JacobianNorm(projections=-1)(context).item()  # 1 + 4 + 9 + 16
+        30.0
+    """
+
+    name = "jacobian_norm"
+
+    def __init__(self, projections: int = 1, inputs: InputChoice = None, layer: str | None = None) -> None:
+        super().__init__(inputs, layer)
+        if isinstance(projections, bool) or not isinstance(projections, int) or (projections < 1 and projections != -1):
+            raise ValueError(
+                f"projections={projections!r} must be a whole number of at least 1, or -1 for the exact norm."
+            )
+        self.projections = projections
+
+    @property
+    def derivatives(self) -> int:
+        return 2
+
+    def value(self, context: StepContext) -> Tensor:
+        self.check_inputs(context)
+        outputs = self._outputs(context)
+        squares = []
+        for u in self._directions(outputs, context):
+            gradients = torch.autograd.grad(
+                (outputs * u).sum(), context.inputs, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            squares.append(torch.stack([gradient.square().sum() for gradient in gradients]).sum() / context.samples)
+        # E[u u'] = 1 / C for a random u, and the unit vectors' sum is the whole norm.
+        return torch.stack(squares).sum() if self.projections == -1 else outputs.size(1) * torch.stack(squares).mean()
+
+    def _directions(self, outputs: Tensor, context: StepContext) -> Iterator[Tensor]:
+        if self.projections == -1:
+            yield from torch.eye(outputs.size(1), device=outputs.device, dtype=outputs.dtype)
+        for index in range(self.projections):
+            generator = context.probes.generator(index, outputs.device)
+            normal = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
+            yield unit(normal)
+
+    def _outputs(self, context: StepContext) -> Tensor:
+        if not context.outputs:
+            raise ValueError(
+                "JacobianNorm differentiates the step's outputs, and none were seen: the step calls none of "
+                "cross_entropy, binary_cross_entropy_with_logits, mse_loss and nll_loss (torch.nn.functional, or their "
+                'modules). Return {"loss": ..., "logits": ...} from the step.'
+            )
+        for output in context.outputs:
+            if output.numel() % context.samples:
+                raise ValueError(
+                    f"JacobianNorm found outputs of shape {tuple(output.shape)} for {context.samples} samples, which "
+                    'cannot be told apart by sample. Return {"loss": ..., "logits": ...} with logits of shape '
+                    "(samples, ...)."
+                )
+        return rows([output.reshape(context.samples, -1) for output in context.outputs])
+
+    def __repr__(self) -> str:
+        return f"JacobianNorm(projections={self.projections})"
