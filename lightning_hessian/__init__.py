@@ -1,6 +1,7 @@
 """Curvature regularization for PyTorch Lightning."""
 
-from lightning_hessian.callbacks import HessianRegularizer
+from lightning_hessian.attacks import FGSM, PGD
+from lightning_hessian.callbacks import AdversarialAccuracy, HessianRegularizer
 from lightning_hessian.curvature import HigherOrderError, higher_order
 from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.penalties import (
@@ -12,9 +13,12 @@ from lightning_hessian.penalties import (
     Penalty,
     StepContext,
 )
+from lightning_hessian.radius import radius_estimate
 from lightning_hessian.verification import Verification, verify
 
 __all__ = [
+    "AdversarialAccuracy",
+    "FGSM",
     "HessianRegularizationMixin",
     "HessianRegularizer",
     "HessianTrace",
@@ -23,9 +27,11 @@ __all__ = [
     "InputHessianNorm",
     "InputPenalty",
     "JacobianNorm",
+    "PGD",
     "Penalty",
     "StepContext",
     "Verification",
     "higher_order",
+    "radius_estimate",
     "verify",
 ]

@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
 from lightning_hessian.callbacks.regularizer import HessianRegularizer
+from lightning_hessian.callbacks.robustness import AdversarialAccuracy
 
-__all__ = ["HessianRegularizer"]
+__all__ = ["AdversarialAccuracy", "HessianRegularizer"]

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import hydra
 import lightning as L
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -42,6 +43,7 @@ class Config:
     data: Any = MISSING
     model: Any = MISSING
     regularizer: Any = MISSING
+    robustness: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -57,8 +59,8 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def train(config: DictConfig) -> Report:
-    """One run: train, test, measure the trace."""
+def train(config: DictConfig, directory: Path) -> Report:
+    """One run: train, test, measure the trace; files go to the directory."""
     if config.resume is not None and not zipfile.is_zipfile(config.resume):
         what = "is not a checkpoint" if Path(config.resume).exists() else "there is no such checkpoint"
         raise ValueError(f"resume={config.resume}: {what}. A run leaves one in its checkpoints/last.ckpt.")
@@ -66,15 +68,15 @@ def train(config: DictConfig) -> Report:
         if config.trace[name] < least:
             raise ValueError(f"trace.{name}={config.trace[name]} must be at least {least}.")
     _check_trainer(config.trainer)
-    directory = Path(HydraConfig.get().runtime.output_dir)
+    # Softplus and sigmoid tails are denormal numbers, on which a CPU is many times slower.
+    torch.set_flush_denormal(True)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     data = hydra.utils.instantiate(config.data)
     net = hydra.utils.instantiate(config.model, shape=data.shape, classes=data.classes)
     module = Classifier(net, data.classes, **config.optimizer)
     callbacks: list[Any] = [ModelCheckpoint(directory / "checkpoints", save_last=True)]
-    if config.regularizer:
-        callbacks.append(hydra.utils.instantiate(config.regularizer))
+    callbacks += [hydra.utils.instantiate(part) for part in (config.regularizer, config.robustness) if part]
     logger = hydra.utils.instantiate(config.logger) if config.logger else False
     if logger:
         callbacks.append(LearningRateMonitor("step"))
@@ -108,7 +110,7 @@ def _takes_words(hint: Any) -> bool:
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _run(config: DictConfig) -> float:
     with in_one_line():
-        return train(config).test_loss
+        return train(config, Path(HydraConfig.get().runtime.output_dir)).test_loss
 
 
 def main() -> None:

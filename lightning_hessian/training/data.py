@@ -40,7 +40,7 @@ class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ImageData(LightningDataModule):
-    """Training, validation and test images as (batch, channels, height, width) in float32, normalised.
+    """Training, validation and test images as (batch, channels, height, width) in float32.
 
     The validation images are the last of the training images in a fixed random order, the same for every seed.
 
@@ -49,6 +49,8 @@ class ImageData(LightningDataModule):
         validation: how many training images are kept for validation.
         train_samples: use only the first so many training images (in the fixed random order); None for all.
         augment: random crop (padding of an eighth) and, for colour images, horizontal flip.
+        normalise: to mean 0 and deviation 1 over the training images; otherwise pixels are in [0, 1], the units in
+            which the radii of attacks are told.
         root: where data sets lie or are downloaded to.
         seed: of the order of training batches, a function of seed and epoch (so a resumed run sees the same).
 
@@ -68,6 +70,7 @@ class ImageData(LightningDataModule):
         validation: int = 200,
         train_samples: int | None = None,
         augment: bool = False,
+        normalise: bool = True,
         root: str = "data",
         seed: int = 0,
     ) -> None:
@@ -75,12 +78,14 @@ class ImageData(LightningDataModule):
         for name, value in {"batch_size": batch_size, "validation": validation, "train_samples": train_samples}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        if not isinstance(augment, bool):
-            raise ValueError(f"augment={augment!r} must be true or false.")
+        for name, switch in {"augment": augment, "normalise": normalise}.items():
+            if not isinstance(switch, bool):
+                raise ValueError(f"{name}={switch!r} must be true or false.")
         self.batch_size = batch_size
         self.validation = validation
         self.train_samples = train_samples
         self.augment = augment
+        self.normalise = normalise
         self.root = Path(root)
         self.seed = seed
         self._sets: dict[str, TensorBatches] = {}
@@ -130,7 +135,7 @@ class ImageData(LightningDataModule):
         count = min(count, len(part))
         size = min(self.batch_size, count)
         return [
-            (self._normalised(part.images[i : min(i + size, count)]), part.labels[i : min(i + size, count)])
+            (self._scaled(part.images[i : min(i + size, count)]), part.labels[i : min(i + size, count)])
             for i in range(0, count, size)
         ]
 
@@ -141,9 +146,11 @@ class ImageData(LightningDataModule):
             if self.shape[0] == 3:
                 flipped = torch.rand(len(images), device=images.device) < 0.5
                 images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return self._normalised(images), labels
+        return self._scaled(images), labels
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def _scaled(self, images: Tensor) -> Tensor:
+        if not self.normalise:
+            return images.float() / 255
         mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 

@@ -31,6 +31,7 @@ class Report:
         test_loss: mean cross-entropy on the test images.
         trace: tr(H) of the mean loss over ``trace_samples`` training images, in evaluation mode.
         trace_samples: how many images that were.
+        robustness: what ``AdversarialAccuracy`` logged in the test, by name; empty where it was not asked for.
         directory: where the run left its files.
         tensorboard: whether there are events to look at.
     """
@@ -39,6 +40,7 @@ class Report:
     test_loss: float
     trace: TraceEstimate
     trace_samples: int
+    robustness: dict[str, float]
     directory: Path
     tensorboard: bool
 
@@ -49,6 +51,7 @@ class Report:
                 f"test loss       {self.test_loss:.4f}",
                 f"Hessian trace   {self.trace.estimate:.4g} +- {self.trace.standard_error:.2g} "
                 f"({self.trace.matvecs} probes, {self.trace_samples} training images, evaluation mode)",
+                *(f"{name.removeprefix('robust/'):<30}{value:.4f}" for name, value in self.robustness.items()),
                 f"files           {self.directory}",
             ]
             + ([f"TensorBoard     {_TENSORBOARD} --logdir '{self.directory}'"] if self.tensorboard else [])
@@ -88,6 +91,7 @@ def report(trainer: Trainer, module: Classifier, data: ImageData, trace: TraceEs
         float(metrics["test/loss"]),
         trace,
         min(samples, len(data.train_dataloader().dataset)),  # type: ignore[arg-type]
+        {name: float(value) for name, value in metrics.items() if name.startswith("robust/")},
         Path(trainer.default_root_dir),
         isinstance(trainer.logger, TensorBoardLogger),
     )

@@ -1,0 +1,260 @@
+"""The callback that measures a classifier's accuracy under attack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from lightning_hessian import radius
+from lightning_hessian.attacks import FGSM, PGD, Attack, logits_of, undisturbed
+from lightning_hessian.batches import InputChoice, select_inputs, tensors_in
+
+TargetChoice = str | int | Callable[[Any], Tensor] | None
+"""Which tensor of a batch holds the classes: a key or an attribute's name, an index, a function of the batch, or None
+for the first one of whole numbers, one for each sample."""
+
+MASKED = 0.05
+"""How much less accuracy a margin loss must leave than cross-entropy before gradients are called masked."""
+
+
+class AdversarialAccuracy(Callback):
+    """Measure clean and robust accuracy in validation and test, and change nothing.
+
+    Logged at the epoch's end, as means over the samples of all ranks: ``robust/clean/accuracy``, for each attack
+    ``robust/<attack name>/accuracy`` (such as ``robust/pgd_linf_0.1/accuracy``), all on the same samples, and on
+    request ``robust/radius_estimate``, in the units of the inputs. Of several dataloaders the first is measured. The
+    logits are ``module(x)``, in evaluation mode and without autocast, which would round small gradients away.
+
+    Modes, gradients, buffers and random state stay as they were, so training is the same bit by bit.
+
+    Args:
+        attacks: one or several, such as ``PGD(0.1)``; or other callables ``(model, x, y) -> inputs`` with a ``name``.
+            One attack by gradients can be fooled: give a PGD with ``loss="cw"`` or ``"dlr"`` besides. A warning tells
+            where it finds far more.
+        every_n_epochs: in ``fit``, measure in the validation of every n-th epoch only. ``trainer.validate`` and
+            ``trainer.test`` always measure.
+        max_samples: measure the first ones only, this many on all ranks together. None: all. (Each PGD step costs a
+            forward and a backward pass.)
+        radius_estimate: log the mean of :func:`~lightning_hessian.radius.radius_estimate` too.
+        inputs: which tensor of the batch is x: a key, an index, or a function of the batch; by default the first
+            floating-point one.
+        targets: likewise, the classes y; by default the first tensor of whole numbers, one for each sample.
+
+    Raises:
+        ValueError: an argument is out of its range, or two attacks have the same name.
+        MisconfigurationException: the module defines no ``forward``, or the batch has no such inputs or targets.
+
+    Example:
+        >>> import lightning as L
+        >>> from lightning_hessian.attacks import FGSM, PGD
+        >>> trainer = L.Trainer(
+        ...     callbacks=[AdversarialAccuracy([FGSM(0.1), PGD(0.1, steps=10)], max_samples=1000)],
+        ...     logger=False, enable_checkpointing=False,
+        ... )
+    """
+
+    def __init__(
+        self,
+        attacks: Attack | Sequence[Attack],
+        every_n_epochs: int = 1,
+        max_samples: int | None = None,
+        radius_estimate: bool = False,
+        inputs: InputChoice = None,
+        targets: TargetChoice = None,
+    ) -> None:
+        self.attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
+        if not self.attacks or not all(isinstance(attack, Attack) for attack in self.attacks):
+            raise ValueError(
+                f"attacks={attacks!r} must be an attack such as PGD(0.1), or a list of at least one of them."
+            )
+        names = [attack.name for attack in self.attacks]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"attacks has more than one named {', '.join(repeated)}, and they would log under the same name. Keep "
+                "one of each."
+            )
+        _check_count("every_n_epochs", every_n_epochs)
+        if max_samples is not None:
+            _check_count("max_samples", max_samples)
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.radius_estimate = radius_estimate
+        self.inputs = inputs
+        self.targets = targets
+        self._means: dict[str, MeanMetric] = {}
+        self._left: int | None = None
+        self._looked_for_randomness = False
+        self._warned_of_masking = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "predict" and getattr(pl_module.forward, "__func__", None) is LightningModule.forward:
+            raise MisconfigurationException(
+                f"AdversarialAccuracy attacks the logits `module(x)`, and {type(pl_module).__name__} defines no "
+                "`forward`. Define `def forward(self, x)` that returns the logits, of shape (samples, classes)."
+            )
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._measure(pl_module, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._measure(pl_module, batch, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module)
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        in_fit = trainer.state.fn == TrainerFn.FITTING
+        self._means = {}
+        if trainer.sanity_checking or (in_fit and (trainer.current_epoch + 1) % self.every_n_epochs):
+            return
+        keys = [_key("clean"), *(_key(attack.name) for attack in self.attacks)]
+        if self.radius_estimate:
+            keys.append("robust/radius_estimate")
+        # The same names on every rank, also on one without a sample: computing and logging them is collective.
+        with torch.inference_mode(False):  # they are updated outside of inference mode
+            self._means = {key: MeanMetric().to(module.device) for key in keys}
+        if self.max_samples is not None:
+            share, rest = divmod(self.max_samples, trainer.world_size)
+            self._left = share + (trainer.global_rank < rest)
+
+    def _measure(self, module: LightningModule, batch: Any, dataloader_idx: int) -> None:
+        if not self._means or dataloader_idx != 0 or self._left == 0:
+            return
+        x, y = self._samples_of(batch)
+        if self._left is not None:
+            x, y = x[: self._left], y[: self._left]
+            self._left -= len(x)
+        with undisturbed(module, x):
+            with torch.no_grad():
+                x, y = x.clone(), y.clone()
+                logits = logits_of(module, x, y)
+                self._look_for_randomness(module, x, y, logits)
+            self._means[_key("clean")].update((logits.argmax(dim=1) == y).float())
+            for attack in self.attacks:
+                adversarial = attack(module, x, y)
+                with torch.no_grad():
+                    right = logits_of(module, adversarial, y).argmax(dim=1) == y
+                self._means[_key(attack.name)].update(right.float())
+            if self.radius_estimate:
+                self._means["robust/radius_estimate"].update(radius.radius_estimate(module, x, y).float())
+
+    def _log(self, module: LightningModule) -> None:
+        if not self._means:
+            return
+        values = {key: mean.compute() for key, mean in self._means.items()}
+        self._means = {}
+        self._look_for_masking(values)
+        for key, value in values.items():
+            # The mean over all ranks already: reducing equal values again only tells Lightning so.
+            module.log(key, value, sync_dist=True)
+
+    def _samples_of(self, batch: Any) -> tuple[Tensor, Tensor]:
+        try:
+            x, *more = select_inputs(batch, self.inputs)
+        except ValueError as error:
+            raise MisconfigurationException(f"AdversarialAccuracy finds no inputs to attack. {error}") from error
+        if more:
+            raise MisconfigurationException(
+                f"inputs={self.inputs!r} chooses {1 + len(more)} tensors, and AdversarialAccuracy attacks one. Choose "
+                "the one that `module(x)` takes."
+            )
+        y = self._targets_of(batch, x)
+        if not isinstance(y, Tensor):
+            raise MisconfigurationException(
+                f"AdversarialAccuracy finds no targets in the batch (targets={self.targets!r}): it needs a tensor of "
+                f"whole numbers, the class of each of the {len(x)} samples. Name it by a key or an index, or pass "
+                "targets=lambda batch: ...; soft or one-hot labels can be turned into classes there by `.argmax(1)`."
+            )
+        return x, y
+
+    def _targets_of(self, batch: Any, x: Tensor) -> Any:
+        if self.targets is None:
+            return next((tensor for tensor in tensors_in(batch) if _holds_classes(tensor, len(x))), None)
+        if callable(self.targets):
+            return self.targets(batch)
+        if isinstance(self.targets, str) and not isinstance(batch, Mapping):
+            return getattr(batch, self.targets, None)
+        try:
+            return batch[self.targets]
+        except (IndexError, KeyError, TypeError):
+            return None
+
+    def _look_for_randomness(self, module: LightningModule, x: Tensor, y: Tensor, logits: Tensor) -> None:
+        if self._looked_for_randomness:
+            return
+        self._looked_for_randomness = True
+        difference = (logits - logits_of(module, x, y)).abs().max()
+        # Kernels may add in another order each time; dropout moves the logits by far more.
+        if difference > 1e-3 * logits.abs().max():
+            rank_zero_warn(
+                f"The predictions of {type(module).__name__} are random in evaluation mode: two passes over one batch "
+                "differ. Attacks on a randomised model mislead, because each gradient belongs to another model. Look "
+                "for F.dropout without training=self.training, or noise that is added in evaluation."
+            )
+
+    def _look_for_masking(self, values: Mapping[str, Tensor]) -> None:
+        ours = [attack for attack in self.attacks if isinstance(attack, FGSM | PGD)]
+        plain = {_but_for_the_loss(attack): attack for attack in ours if attack.loss == "cross_entropy"}
+        for attack in ours:
+            other = plain.get(_but_for_the_loss(attack))
+            if attack.loss == "cross_entropy" or other is None or self._warned_of_masking:
+                continue
+            by_margin, by_cross_entropy = (float(values[_key(one.name)]) for one in (attack, other))
+            if by_margin < by_cross_entropy - MASKED:
+                self._warned_of_masking = True
+                rank_zero_warn(
+                    f"{attack.name} leaves an accuracy of {by_margin:.3f} and {other.name} one of "
+                    f"{by_cross_entropy:.3f}: the gradients of the cross-entropy are masked (saturated), and the model "
+                    "is less robust than that attack says. Trust the lower value."
+                )
+
+
+def _but_for_the_loss(attack: FGSM | PGD) -> tuple[type, str, float]:
+    return type(attack), attack.norm, float(attack.radius)
+
+
+def _key(name: str) -> str:
+    return f"robust/{name}/accuracy"
+
+
+def _holds_classes(tensor: Tensor, samples: int) -> bool:
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    return whole and tensor.shape == (samples,)
+
+
+def _check_count(name: str, count: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
