@@ -134,7 +134,11 @@ def report(arguments: argparse.Namespace) -> None:
         print()
 
     print("Every strength, mean over seeds:\n")
-    print("| method | strength | clean | " + " | ".join(heads) + " | CE - margin, largest gap | radius estimate | seconds |")
+    print(
+        "| method | strength | clean | "
+        + " | ".join(heads)
+        + " | CE - margin, largest gap | radius estimate | seconds |"
+    )
     print("| --- |" + " --- |" * (len(heads) + 5))
     for method in methods:
         for strength in STRENGTHS[method]:

@@ -50,10 +50,10 @@ def exchanged(batch: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
         if isinstance(part, Tensor):
             return replacement.get(id(part), part)
         if isinstance(part, Mapping):
-            changed = copy.copy(part)
+            mapping: Any = copy.copy(part)
             for key, value in part.items():
-                changed[key] = walk(value)  # type: ignore[index]
-            return changed
+                mapping[key] = walk(value)
+            return mapping
         if isinstance(part, tuple) and hasattr(part, "_fields"):
             return type(part)(*map(walk, part))
         if isinstance(part, tuple | list):

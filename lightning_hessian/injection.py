@@ -66,7 +66,7 @@ def penalised(
             for regularizer, penalty, strength in acting:
                 probes = ProbeSource(regularizer.seed, now, count, trainer.global_rank)
                 if passes.coupling and isinstance(penalty, InputPenalty):
-                    regularizer.say_own_pass(penalty, passes.coupling_names())
+                    regularizer.say_own_pass(penalty, list(passes.coupling))
                 with passes.explained(penalty):
                     value = penalty.value(passes.context(penalty, probes))
                     logged[_new_name(f"curvature/{penalty.name}", logged)] = value.detach()

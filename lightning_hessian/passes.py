@@ -59,9 +59,13 @@ class Passes:
         penalties: those that act on this step.
         loss_of: finds the scalar loss in what the step returns.
         all_inputs: whether every tensor of the batch is an input, whatever the penalties choose.
+        context: run everything in this one; by default each run has its own, where a penalty needs it.
+
+    Attributes:
+        coupling: the layers of batch norm in training mode, by name, if a penalty on the inputs is among them.
 
     Raises:
-        MisconfigurationException: the inputs of a penalty cannot be found.
+        MisconfigurationException: the inputs of a penalty cannot be found, or batch norm has no running statistics.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Passes:
         penalties: Sequence[Penalty],
         loss_of: Callable[[Any], Tensor | None],
         all_inputs: bool = False,
+        context: higher_order | None = None,
     ) -> None:
         self.module = module
         self.step = step
@@ -79,15 +84,18 @@ class Passes:
         self.penalties = penalties
         self.loss_of = loss_of
         self.all_inputs = all_inputs
+        self._given_context = context
         self._on_inputs = [penalty for penalty in penalties if isinstance(penalty, InputPenalty)]
         self._originals = {id(p): self._select(p) for p in self._on_inputs if p.layer is None}
-        self.coupling = [
-            layer for layer in module.modules() if self._on_inputs and isinstance(layer, _BatchNorm) and layer.training
-        ]
+        self.coupling = {
+            name: layer
+            for name, layer in module.named_modules()
+            if self._on_inputs and isinstance(layer, _BatchNorm) and layer.training
+        }
         self._refuse_batch_statistics()
         self._device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         kind = self._device.type
-        self._autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+        self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self._rewind = Rewind(module, self._device) if self._on_inputs else None
         self._task: Pass | None = None
         self._own: Pass | None = None
@@ -122,10 +130,6 @@ class Passes:
         except ValueError as error:
             raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
 
-    def coupling_names(self) -> list[str]:
-        """The names of the layers that couple the samples."""
-        return [name for name, layer in self.module.named_modules() if layer in self.coupling]
-
     def _context(self, run: Pass, penalty: Penalty, probes: ProbeSource) -> StepContext:
         if run.loss is None:
             raise MisconfigurationException(
@@ -142,15 +146,14 @@ class Passes:
 
     def _run_again(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
         assert self._rewind is not None  # a penalty on the inputs is what asks
-        modes = [(layer, layer.training) for layer in self.coupling]
         try:
-            for layer in self.coupling:
+            for layer in self.coupling.values():
                 layer.training = False
             with self._rewind(), _silent(self.module), torch.enable_grad():
                 return self._run(penalties, shifts)
         finally:
-            for layer, training in modes:
-                layer.training = training
+            for layer in self.coupling.values():
+                layer.training = True
 
     def _run(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
         inputs: dict[int, tuple[Tensor, ...]] = {}
@@ -170,10 +173,12 @@ class Passes:
             # A copy, because a step may change its batch in place.
             batch = exchanged(self.batch, [x for x, _ in leaves.values()], [y.clone() for _, y in leaves.values()])
             graph = max((penalty.derivatives for penalty in penalties), default=1) > 1
-            context = stack.enter_context(higher_order(self.module)) if graph else None
+            context = self._given_context or (higher_order(self.module) if graph else None)
+            if context is not None:
+                stack.enter_context(context)
             losses = stack.enter_context(watch_losses())
             # The penalty's derivatives are taken without autocast; the step computes as it ever does.
-            stack.enter_context(torch.autocast(self._device.type, **self._autocast))
+            stack.enter_context(self._autocast)
             output = self.step(batch if leaves else self.batch)
         return Pass(output, self.loss_of(output), losses, inputs, context)
 
@@ -188,8 +193,8 @@ class Passes:
             raise MisconfigurationException(f"The penalty {penalty.name} finds no input. {error}{hint}") from error
 
     def _refuse_batch_statistics(self) -> None:
-        for name, layer in self.module.named_modules():
-            if layer in self.coupling and layer.running_mean is None:
+        for name, layer in self.coupling.items():
+            if layer.running_mean is None:
                 raise MisconfigurationException(
                     f"The layer {name!r} has no running statistics, so it normalises by the batch in evaluation mode "
                     "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "

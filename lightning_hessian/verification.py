@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_hessian.curvature import HessianOperator, HigherOrderError, ProbeSource, higher_order, select_parameters
 from lightning_hessian.injection import loss_of
 from lightning_hessian.mixin import HessianRegularizationMixin
+from lightning_hessian.passes import Passes
 from lightning_hessian.penalties import Penalty, StepContext
 
 TOLERANCE = 1e-4
@@ -112,7 +113,7 @@ def verify(
         (True, {'1': 'layer_norm'})
     """
     if loss is None:
-        loss = _training_step_loss
+        loss = _training_step
         if (
             not isinstance(module, LightningModule)
             or not module.automatic_optimization
@@ -127,17 +128,30 @@ def verify(
     tensors = list(select_parameters(dict(twin.named_parameters())).values())
     batch = _float64(batch, tensors[0].device)
     context = higher_order(twin)
+    latest: list[Passes] = []
 
     def task_loss() -> Tensor:
-        with _FullPrecision(), context:
-            return loss(twin, batch)
+        with _FullPrecision():
+            latest[:] = [Passes(twin, lambda batch: loss(twin, batch), batch, [penalty], loss_of, context=context)]
+            task = latest[0].task().loss
+        if task is None:
+            raise MisconfigurationException("The step returned None for this batch. Pass one that has a loss.")
+        return task
 
-    def penalty_value(task: Tensor) -> Tensor:
-        return penalty(StepContext(task, dict(twin.named_parameters()), ProbeSource(seed=1)))
+    def step_context() -> StepContext:
+        return latest[0].context(penalty, ProbeSource(seed=1))
 
     with _float64_by_default(), context.explained():
         check = _Check(twin, task_loss, tensors)
+        check.evaluate()
         try:
+            # A direction that the penalty has searched for is a constant of its gradient.
+            held = penalty.held(step_context())
+
+            def penalty_value(task: Tensor) -> Tensor:
+                with _FullPrecision():
+                    return held(step_context())
+
             first, second, third = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
         except HigherOrderError as error:
             if named := _layers_at_fault(twin, check):
@@ -315,11 +329,8 @@ def _scale(tensor: Tensor) -> float:
     return size if size > 0 else 0.1
 
 
-def _training_step_loss(module: Any, batch: Any) -> Tensor:
-    loss = loss_of(module.training_step(batch, 0))
-    if loss is None:
-        raise MisconfigurationException("The training step returned None for this batch. Pass one that has a loss.")
-    return loss
+def _training_step(module: Any, batch: Any) -> Any:
+    return module.training_step(batch, 0)
 
 
 def _float64_copy(module: nn.Module) -> nn.Module:

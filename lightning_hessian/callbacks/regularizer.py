@@ -149,6 +149,11 @@ class HessianRegularizer(Callback):
                 "Hessian-vector products would be zero or fail. Use strategy='ddp' or one device."
             )
         for penalty in self.penalties:
+            if "16" in str(trainer.precision) and penalty.needs_full_precision:
+                raise MisconfigurationException(
+                    f"{penalty!r} takes differences of losses that 16-bit numbers (precision={trainer.precision!r}) "
+                    "round away: it would train on noise. Use precision='32-true', or method='autograd'."
+                )
             try:
                 penalty.check(dict(module.named_parameters()))
                 if isinstance(penalty, InputPenalty) and penalty.layer is not None:

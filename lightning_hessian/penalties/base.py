@@ -104,6 +104,11 @@ class Penalty(ABC):
         run inside ``higher_order()``."""
         return 3
 
+    @property
+    def needs_full_precision(self) -> bool:
+        """Whether the rounding of 16-bit numbers drowns the measure."""
+        return False
+
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:
         """The measure at this step: a scalar that can be differentiated with respect to the parameters."""

@@ -87,6 +87,11 @@ class InputHessianNorm(InputPenalty):
     def derivatives(self) -> int:
         return 3 if self.method == "autograd" else 1
 
+    @property
+    def needs_full_precision(self) -> bool:
+        # A second difference is a share of about (h / ||x||)^2 of the losses, which 8 bits do not show.
+        return self.method == "finite_difference"
+
     def value(self, context: StepContext) -> Tensor:
         hessians = self._hessians(context)
         return self._mean_norm(hessians, self._direction(hessians, context))

@@ -1,0 +1,558 @@
+"""Penalties on the inputs of any LightningModule: where the inputs are found, and what a second run leaves alone."""
+
+import dataclasses
+import warnings
+from collections import namedtuple
+from typing import NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from nets import CPU, Classifier, Recorder, data, fit, weights
+from oracles import relative_error
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+import lightning_hessian as lh
+from lightning_hessian.injection import loss_of
+from lightning_hessian.passes import Passes
+
+PENALTIES = {
+    "hessian": lambda **place: lh.InputHessianNorm(**place),
+    "lanczos": lambda **place: lh.InputHessianNorm(3, "lanczos", **place),
+    "finite differences": lambda **place: lh.InputHessianNorm(method="finite_difference", **place),
+    "gradient": lambda **place: lh.InputGradientNorm(**place),
+    "jacobian": lambda **place: lh.JacobianNorm(projections=-1, **place),
+}
+STRENGTH = 0.05
+each_penalty = pytest.mark.parametrize("name", PENALTIES)
+
+
+def smooth(**settings):
+    """Without batch norm."""
+    return Classifier(middle=nn.Identity(), **settings)
+
+
+def callback(penalty, **settings):
+    return lh.HessianRegularizer(penalty, **{"strength": STRENGTH, **settings})
+
+
+def by_hand(module, penalty, steps=2, loader=None, run=lambda module, x: module.net(x)):
+    """Training on loss + strength * penalty in a plain loop."""
+    optimizer = module.configure_optimizers()
+    for _, (x, y) in zip(range(steps), loader or data(), strict=False):
+        context = lh.StepContext.of(
+            lambda x, y=y: F.cross_entropy(run(module, x), y), x, dict(module.named_parameters())
+        )
+        optimizer.zero_grad()
+        (context.loss + STRENGTH * penalty(context)).backward()
+        optimizer.step()
+    return weights(module)
+
+
+def passes_of(module, batch, penalty, **settings):
+    return Passes(module, lambda batch: module.training_step(batch, 0), batch, [penalty], loss_of, **settings)
+
+
+def quiet(module):
+    module.log = lambda *args, **kwargs: None
+    return module
+
+
+@each_penalty
+def test_training_is_that_of_the_loop_by_hand(name):
+    module = smooth()
+    fit(module, [callback(PENALTIES[name]())], max_steps=2)
+    torch.testing.assert_close(weights(module), by_hand(smooth(), PENALTIES[name]()), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(weights(module), by_hand(smooth(), lambda context: 0 * context.loss))
+
+
+@each_penalty
+def test_logs_hold_the_value_and_what_was_added_and_the_task_loss(name):
+    module, recorder = smooth(), Recorder()
+    fit(module, [callback(PENALTIES[name]()), recorder], max_steps=1)
+    row, penalty = recorder.rows[0], PENALTIES[name]()
+    fresh, (x, y) = smooth(), next(iter(data()))
+    context = lh.StepContext.of(lambda x: F.cross_entropy(fresh.net(x), y), x, dict(fresh.named_parameters()))
+    assert row[f"curvature/{penalty.name}"] == pytest.approx(penalty.value(context).item(), rel=1e-6)
+    assert row["train/penalty"] == pytest.approx(STRENGTH * row[f"curvature/{penalty.name}"], rel=1e-6)
+    assert row["train/loss"] == pytest.approx(context.loss.item(), rel=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    ids: torch.Tensor
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+Named = namedtuple("Named", "image label")
+
+
+class Typed(NamedTuple):
+    label: torch.Tensor
+    image: torch.Tensor
+
+
+def batches(x, y):
+    return {
+        "tuple": ((x, y), None, lambda b: b),
+        "list, by index": ([y, x], 1, lambda b: (b[1], b[0])),
+        "dict": ({"label": y, "image": x}, None, lambda b: (b["image"], b["label"])),
+        "dict, by key": ({"mask": torch.ones(8, 4).double(), "image": x, "label": y}, "image",
+                         lambda b: (b["image"] * b["mask"], b["label"])),
+        "nested": (({"image": x}, [y]), None, lambda b: (b[0]["image"], b[1][0])),
+        "nested, by function": (({"mask": torch.ones(8, 4).double(), "image": x}, [y]), lambda b: b[0]["image"],
+                                lambda b: (b[0]["image"] * b[0]["mask"], b[1][0])),
+        "dataclass": (Batch(torch.arange(8), x, y), None, lambda b: (b.image, b.label)),
+        "dataclass, by attribute": (Batch(torch.arange(8), x, y), "image", lambda b: (b.image, b.label)),
+        "named tuple": (Named(x, y), "image", lambda b: (b.image, b.label)),
+        "typed tuple": (Typed(y, x), None, lambda b: (b.image, b.label)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", batches(*[torch.ones(8)] * 2))
+@pytest.mark.parametrize("name", ["hessian", "finite differences"])
+def test_inputs_are_found_in_any_batch(name, shape):
+    x, y = next(iter(data()))
+    batch, inputs, read = batches(x, y)[shape]
+
+    class Reads(Classifier):
+        def training_step(self, batch, batch_idx):
+            image, label = read(batch)
+            return F.cross_entropy(self.net(image), label)
+
+    module = Reads(middle=nn.Identity())
+    penalty = PENALTIES[name](inputs=inputs)
+    value = penalty.value(passes_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
+    reference = passes_of(quiet(smooth()), (x, y), PENALTIES[name]())
+    expected = PENALTIES[name]().value(
+        lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, dict(module.named_parameters()))
+    )
+    assert reference is not None
+    assert value.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert not x.requires_grad  # the user's own tensor is as it was
+
+
+def test_a_step_that_changes_its_batch_in_place_works():
+    class InPlace(Classifier):
+        def training_step(self, batch, batch_idx):
+            batch[0].mul_(2)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = InPlace(middle=nn.Identity())
+    fit(module, [callback(lh.InputHessianNorm())], max_steps=1)
+    expected = by_hand(smooth(), lh.InputHessianNorm(), steps=1, run=lambda module, x: module.net(2 * x))
+    torch.testing.assert_close(weights(module), expected, rtol=1e-9, atol=1e-9)
+
+
+class Tokens(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(10, 4)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        ids, y = batch
+        return F.cross_entropy(self.net(self.embedding(ids)).mean(1), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def tokens():
+    ids = torch.randint(0, 10, (16, 5), generator=torch.Generator().manual_seed(0))
+    return DataLoader(torch.utils.data.TensorDataset(ids, torch.arange(16) % 3), 8)
+
+
+def test_token_ids_give_an_error_that_names_the_embedding_layer():
+    message = r"no floating-point tensor.*int64 \(8, 5\).*layer='<name of the embedding layer>'.*'embedding'"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Tokens(), [callback(lh.InputHessianNorm())], tokens())
+
+
+@pytest.mark.parametrize("name", [name for name in PENALTIES if name != "finite differences"])
+def test_embeddings_are_penalised_by_naming_their_layer(name):
+    module = Tokens()
+    fit(module, [callback(PENALTIES[name](layer="embedding"))], tokens(), max_steps=1)
+    reference = Tokens()
+    optimizer = reference.configure_optimizers()
+    ids, y = next(iter(tokens()))
+    embedded = reference.embedding(ids)
+    seen = lh.StepContext.of(
+        lambda e: F.cross_entropy(reference.net(e).mean(1), y), embedded, dict(reference.named_parameters())
+    )
+    gradients = torch.autograd.grad(
+        STRENGTH * PENALTIES[name]()(seen), [*reference.net.parameters(), seen.inputs[0]], allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    optimizer.zero_grad()
+    reference.training_step((ids, y), 0).backward()
+    embedded.backward(gradients[-1])
+    for parameter, gradient in zip(reference.net.parameters(), gradients, strict=False):
+        parameter.grad += gradient
+    optimizer.step()
+    torch.testing.assert_close(weights(module), weights(reference), rtol=1e-8, atol=1e-9)
+
+
+def test_embeddings_are_penalised_by_finite_differences():
+    by = {}
+    for method in ("autograd", "finite_difference"):
+        by[method] = Tokens()
+        penalty = lh.InputHessianNorm(300, method=method, layer="embedding", step=1e-4)
+        fit(by[method], [callback(penalty)], tokens(), max_steps=1)
+    plain = Tokens()
+    fit(plain, loader=tokens(), max_steps=1)
+    moved = [weights(by[method]) - weights(plain) for method in by]
+    assert relative_error(*moved) < 1e-2
+
+
+def test_the_layer_must_exist_and_be_called():
+    with pytest.raises(MisconfigurationException, match=r"layer='embeding' is not a layer.*Near names: embedding"):
+        fit(Tokens(), [callback(lh.InputHessianNorm(layer="embeding"))], tokens())
+    module = Tokens()
+    module.spare = nn.Linear(1, 1).double()
+    with pytest.raises(MisconfigurationException, match="did not call the layer 'spare'"):
+        fit(module, [callback(lh.InputHessianNorm(layer="spare"))], tokens())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (7, "inputs=7 is not in the batch, which is a list of 2 parts"),
+        ("image", "inputs='image' is not in the batch"),
+        (1, "int64.*which has no derivatives"),
+        (lambda batch: batch[0] * 1, "not one of the batch's own"),
+        ([], "chooses no tensor"),
+    ],
+)
+def test_inputs_that_cannot_be_found(inputs, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(smooth(), [callback(lh.InputHessianNorm(inputs=inputs))])
+
+
+class Pair(Classifier):
+    """Two inputs."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(torch.cat([batch["left"], batch["right"]], 1)), batch["y"])
+
+
+@each_penalty
+def test_several_inputs_together(name):
+    x, y = next(iter(data()))
+    batch = {"left": x[:, :1].contiguous(), "right": x[:, 1:].contiguous(), "y": y}
+    module = Pair(middle=nn.Identity())
+    for inputs in (["left", "right"], lambda batch: (batch["left"], batch["right"])):
+        penalty = PENALTIES[name](inputs=inputs)
+        value = penalty.value(passes_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
+        whole = lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, dict(module.named_parameters()))
+        assert value.item() == pytest.approx(PENALTIES[name]().value(whole).item(), rel=1e-6)
+
+
+def sample_values(module, x, y, penalty):
+    """What each sample contributes to the value: the derivative by its weight would be it; here by leaving it alone."""
+    context = passes_of(module, (x, y), penalty).context(penalty, lh.curvature.ProbeSource())
+    gradients = torch.autograd.grad(context.summed_loss, context.inputs[0])[0]
+    return gradients
+
+
+@each_penalty
+def test_batch_norm_lets_no_sample_touch_another(name):
+    """With x_j changed, what sample i adds to the value stays: the value minus that of the others."""
+    penalty = PENALTIES[name]()
+
+    def value(x, y):
+        module = quiet(Classifier())
+        module.train()
+        with torch.no_grad():
+            module.net[1].running_mean.normal_(generator=torch.Generator().manual_seed(0))
+        passes = passes_of(module, (x, y), penalty)
+        assert list(passes.coupling) == ["net.1"]
+        return len(x) * penalty.value(passes.context(penalty, lh.curvature.ProbeSource())).item()
+
+    x, y = next(iter(data()))
+    changed = x.clone()
+    changed[3] = changed[3] + 1
+    alone = [value(torch.stack([x[i], x[i]]), y[[i, i]]) / 2 for i in (0, 3)]
+    # f(x) = sum_i f_i(x_i): the difference that sample 3 makes does not depend on sample 0, and the parts add up.
+    other = x.clone()
+    other[0] = other[0] - 2
+    both = other.clone()
+    both[3] = both[3] + 1
+    assert value(changed, y) - value(x, y) == pytest.approx(value(both, y) - value(other, y), abs=1e-9, rel=1e-9)
+    pair = value(x[[0, 3]], y[[0, 3]])
+    assert pair == pytest.approx(sum(alone), rel=1e-9)
+
+
+def test_the_gradient_of_a_sample_does_not_change_with_another():
+    x, y = next(iter(data()))
+    changed = x.clone()
+    changed[3] += 1
+    first, second = (sample_values(quiet(Classifier()).train(), z, y, lh.InputHessianNorm()) for z in (x, changed))
+    rest = [i for i in range(8) if i != 3]
+    torch.testing.assert_close(first[rest], second[rest], rtol=0, atol=1e-12)
+    assert not torch.allclose(first[3], second[3])
+
+
+@each_penalty
+def test_batch_norm_is_said_once_and_its_statistics_move_once(name):
+    module = Classifier()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, [callback(PENALTIES[name](), strength=1e-30)], max_steps=3)
+    said = [str(w.message) for w in caught if "couples the samples" in str(w.message)]
+    assert len(said) == 1
+    assert "net.1" in said[0]
+    plain = Classifier()
+    fit(plain, max_steps=3)
+    assert int(module.net[1].num_batches_tracked) == 3
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-9, atol=1e-12)
+    assert module.net[1].training
+
+
+def test_batch_norm_without_running_statistics_is_refused_by_name():
+    module = Classifier(middle=nn.BatchNorm1d(6, track_running_stats=False))
+    with pytest.raises(MisconfigurationException, match=r"'net\.1' has no running statistics"):
+        fit(module, [callback(lh.InputHessianNorm())])
+
+
+class Counting(Classifier):
+    """Metrics, logs and dropout."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.accuracy = MulticlassAccuracy(3, average="micro")
+        self.mean = MeanMetric()
+        self.dropout = nn.Dropout(0.5)
+        self.masks = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        hidden = self.net[:3](x)
+        dropped = self.dropout(torch.ones_like(hidden))
+        self.masks.append(dropped.detach())
+        logits = self.net[3](hidden * dropped)
+        loss = F.cross_entropy(logits, y)
+        self.accuracy(logits, y)
+        self.mean.update(len(y))
+        self.log("train/accuracy", self.accuracy)
+        self.log("count", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=1)
+        return loss
+
+
+@pytest.mark.parametrize("name", ["hessian", "finite differences"])
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d(6), nn.Identity()], ids=["batch norm", "none"])
+def test_further_runs_feed_metrics_and_logs_once_and_drop_the_same(name, middle):
+    module = Counting(middle=middle)
+    torch.manual_seed(5)
+    trainer = fit(module, [callback(PENALTIES[name]())], max_steps=2, limit_train_batches=2)
+    after = torch.rand(1)
+    assert module.mean._update_count == 2
+    assert float(module.mean.compute()) == 8
+    assert float(trainer.callback_metrics["count"]) == 2
+    runs = len(module.masks) // 2
+    assert (
+        runs
+        == {("hessian", 0): 1, ("hessian", 1): 2, ("finite differences", 0): 4, ("finite differences", 1): 5}[
+            name, int(isinstance(middle, nn.BatchNorm1d))
+        ]
+    )
+    for step in range(2):
+        assert all(
+            torch.equal(mask, module.masks[step * runs]) for mask in module.masks[step * runs : (step + 1) * runs]
+        )
+    assert not torch.equal(module.masks[0], module.masks[runs])
+    # The user's random stream is as without the penalty.
+    plain = Counting(middle=nn.Identity())
+    torch.manual_seed(5)
+    fit(plain, max_steps=2, limit_train_batches=2)
+    assert torch.equal(after, torch.rand(1))
+
+
+def test_several_penalties_share_one_forward_and_add_up():
+    calls = []
+
+    class Counted(Classifier):
+        def training_step(self, batch, batch_idx):
+            calls.append(1)
+            return super().training_step(batch, batch_idx)
+
+    penalties, strengths = [lh.InputGradientNorm(), lh.InputHessianNorm(), lh.HessianTrace()], [0.1, 0.2, 0.01]
+    one, several, recorder = Counted(middle=nn.Identity()), smooth(), Recorder()
+    fit(one, [lh.HessianRegularizer(penalties, strength=strengths), recorder], max_steps=2)
+    assert len(calls) == 2
+    fit(several, [lh.HessianRegularizer(p, strength=s) for p, s in zip(penalties, strengths, strict=True)], max_steps=2)
+    assert torch.equal(weights(one), weights(several))
+    row = recorder.rows[0]
+    added = sum(s * row[f"curvature/{p.name}"] for p, s in zip(penalties, strengths, strict=True))
+    assert row["train/penalty"] == pytest.approx(added, rel=1e-6)
+
+
+def test_a_list_of_penalties_needs_as_many_strengths():
+    with pytest.raises(ValueError, match="has 3 factors for 2 penalties"):
+        lh.HessianRegularizer([lh.InputGradientNorm(), lh.JacobianNorm()], strength=[1, 2, 3])
+    with pytest.raises(ValueError, match="or a list of them"):
+        lh.HessianRegularizer([])
+    assert lh.HessianRegularizer([lh.InputGradientNorm(), lh.JacobianNorm()], strength=0.5).strengths_at(0) == [
+        0.5,
+        0.5,
+    ]
+
+
+class Returns(Classifier):
+    """Computes its loss by hand, so nothing is seen."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        loss = -F.log_softmax(logits, 1)[torch.arange(len(logits)), batch[1]].mean()
+        return {"loss": loss, "logits": logits} if self.returns == "dict" else loss
+
+
+def test_logits_that_the_step_returns_are_taken():
+    module = Returns(middle=nn.Identity(), returns="dict")
+    fit(module, [callback(lh.JacobianNorm(-1))], max_steps=2)
+    torch.testing.assert_close(weights(module), by_hand(smooth(), lh.JacobianNorm(-1)), rtol=1e-9, atol=1e-9)
+    with pytest.raises(MisconfigurationException, match=r'Return \{"loss": \.\.\., "logits": \.\.\.\}'):
+        fit(Returns(middle=nn.Identity()), [callback(lh.JacobianNorm())])
+
+
+@each_penalty
+def test_accumulation_is_the_large_batch(name):
+    small, large = smooth(), smooth()
+    fit(small, [callback(PENALTIES[name]())], data(8), max_steps=2, accumulate_grad_batches=2)
+    fit(large, [callback(PENALTIES[name]())], data(16), max_steps=2)
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-6, atol=1e-7)
+
+
+@each_penalty
+def test_fit_validate_and_test_on_one_device(name):
+    module = Classifier()
+    trainer = fit(module, [callback(PENALTIES[name]())], max_steps=1)
+    plain = L.Trainer(**CPU)
+    assert "val/loss" in {key for row in plain.validate(module, data(), verbose=False) for key in row}
+    assert trainer.test(module, data(), verbose=False)
+    assert "training_step" not in module.__dict__
+
+
+@pytest.mark.parametrize("name", [name for name in PENALTIES if name != "finite differences"])
+def test_bf16(name):
+    module, recorder = smooth(dtype=torch.float32), Recorder()
+    loader = data(dtype=torch.float32)
+    fit(module, [callback(PENALTIES[name]()), recorder], loader, max_steps=1, precision="bf16-mixed")
+    exact = Recorder()
+    fit(smooth(dtype=torch.float32), [callback(PENALTIES[name]()), exact], loader, max_steps=1)
+    key = f"curvature/{PENALTIES[name]().name}"
+    assert recorder.rows[0][key] == pytest.approx(exact.rows[0][key], rel=0.05)
+
+
+def test_finite_differences_in_half_precision_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"would train on noise.*method='autograd'"):
+        fit(smooth(dtype=torch.float32), [callback(lh.InputHessianNorm(method="finite_difference"))],
+            data(dtype=torch.float32), precision="bf16-mixed")  # fmt: skip
+
+
+def test_finite_differences_run_compiled_models_and_fused_attention():
+    class Attention(Classifier):
+        def __init__(self):
+            super().__init__(middle=nn.Identity(), dtype=torch.float32)
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def training_step(self, batch, batch_idx):
+            x = batch[0].unsqueeze(1)
+            return F.cross_entropy(self.net(self.attention(x, x, x, need_weights=False)[0].squeeze(1)), batch[1])
+
+    by = {}
+    for method in ("autograd", "finite_difference"):
+        recorder = Recorder()
+        fit(
+            Attention(),
+            [callback(lh.InputHessianNorm(method=method)), recorder],
+            data(dtype=torch.float32),
+            max_steps=1,
+        )
+        by[method] = recorder.rows[0]["curvature/input_hessian_norm"]
+    assert by["finite_difference"] == pytest.approx(by["autograd"], rel=0.1)
+
+
+class Fails(Classifier):
+    def training_step(self, batch, batch_idx):
+        self.random = getattr(self, "random", torch.get_rng_state())
+        torch.rand(3)
+        if self.net(batch[0]).requires_grad and getattr(self, "runs", 0) >= 1:
+            raise RuntimeError("the user's own")
+        self.runs = getattr(self, "runs", 0) + 1
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def test_a_failing_second_run_leaves_everything_as_found():
+    module = Fails()
+    before = weights(module)
+    with pytest.raises(RuntimeError, match="the user's own"):
+        fit(module, [callback(lh.InputHessianNorm())])
+    assert torch.equal(weights(module), before)
+    assert torch.equal(torch.get_rng_state(), module.random)
+    assert module.net[1].training
+    assert "log" not in module.__dict__
+    assert "training_step" not in module.__dict__
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+class Mixed(lh.HessianRegularizationMixin, Classifier):
+    def __init__(self, penalty, manual=False, inputs=True):
+        super().__init__(middle=nn.Identity())
+        self.automatic_optimization = not manual
+        self.regularizer = callback(penalty)
+        self.inputs = inputs
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if not self.inputs:
+            return self.regularized(lambda: F.cross_entropy(self.net(x), y))
+        loss = self.regularized(lambda x: F.cross_entropy(self.net(x), y), inputs=x)
+        if self.automatic_optimization:
+            return loss
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return None
+
+
+@each_penalty
+@pytest.mark.parametrize("manual", [False, True])
+def test_the_mixin_takes_the_inputs(name, manual):
+    module = Mixed(PENALTIES[name](), manual)
+    fit(module, max_steps=2)
+    torch.testing.assert_close(weights(module), by_hand(smooth(), PENALTIES[name]()), rtol=1e-9, atol=1e-9)
+
+
+def test_the_mixin_asks_for_the_inputs():
+    with pytest.raises(MisconfigurationException, match="inputs=x"):
+        fit(Mixed(lh.InputHessianNorm(), inputs=False))
+
+
+def test_the_mixin_takes_embeddings():
+    class Embedded(lh.HessianRegularizationMixin, Tokens):
+        def training_step(self, batch, batch_idx):
+            ids, y = batch
+            self.regularizer = self.regularizer or callback(lh.InputHessianNorm())
+            return self.regularized(lambda e: F.cross_entropy(self.net(e).mean(1), y), inputs=self.embedding(ids))
+
+    by_mixin, by_layer = Embedded(), Tokens()
+    fit(by_mixin, loader=tokens(), max_steps=2)
+    fit(by_layer, [callback(lh.InputHessianNorm(layer="embedding"))], tokens(), max_steps=2)
+    torch.testing.assert_close(weights(by_mixin), weights(by_layer), rtol=1e-9, atol=1e-9)
+
+
+@each_penalty
+def test_verify_finds_the_gradient_right(name):
+    module = Classifier(dtype=torch.float32)
+    report = lh.verify(module, next(iter(data(dtype=torch.float32))), PENALTIES[name]())
+    assert report.ok, str(report)
+    assert report.value > 0
