@@ -134,6 +134,32 @@ def test_two_ranks_equal_one(tmp_path, case):
         assert first["logged"][0]["curvature/hessian_trace"] == pytest.approx(value.item())
 
 
+ON_INPUTS = {
+    "hessian": lh.InputHessianNorm(),
+    "lanczos": lh.InputHessianNorm(3, "lanczos"),
+    "finite differences": lh.InputHessianNorm(method="finite_difference"),
+    "gradient": lh.InputGradientNorm(),
+    "jacobian": lh.JacobianNorm(projections=-1),
+}
+
+
+@pytest.mark.parametrize("name", ON_INPUTS)
+def test_two_ranks_equal_one_for_penalties_on_the_inputs(tmp_path, name):
+    penalty, loader = ON_INPUTS[name], data(8)
+
+    def of_one(module, x, y, step):
+        parameters = dict(module.named_parameters())
+        context = lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, parameters)
+        return context.loss + 0.02 * penalty(context)
+
+    first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), callback(penalty), loader)
+    assert torch.equal(first["weights"], second["weights"])
+    expected = fit_one(Classifier(middle=nn.LayerNorm(6)), of_one, loader)
+    torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
+    logged = [rank["logged"][0][f"curvature/{penalty.name}"] for rank in (first, second)]
+    assert logged[0] == logged[1] > 0
+
+
 class NotFiniteOnOneRank(lh.Penalty):
     name = "odd"
 

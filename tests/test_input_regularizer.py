@@ -205,7 +205,7 @@ def test_embeddings_are_penalised_by_finite_differences():
     by = {}
     for method in ("autograd", "finite_difference"):
         by[method] = Tokens()
-        penalty = lh.InputHessianNorm(300, method=method, layer="embedding", step=1e-4)
+        penalty = lh.InputHessianNorm(1000, method=method, layer="embedding", step=1e-4)
         fit(by[method], [callback(penalty)], tokens(), max_steps=1)
     plain = Tokens()
     fit(plain, loader=tokens(), max_steps=1)
