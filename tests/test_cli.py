@@ -111,6 +111,11 @@ def test_a_sweep_over_the_strength(run, tmp_path):
         ["model=cnn", "model.width=4"],
         ["model=vit", "model.width=8", "model.depth=1", "model.heads=2"],
         ["model=resnet18", "data.batch_size=4", "regularizer.penalty.keep=0.02", "trace.probes=2", "trace.samples=4"],
+        ["model=softplus_cnn", "model.width=4", "regularizer=input_hessian"],
+        ["model=softplus_cnn", "model.width=4", "regularizer=input_gradient"],
+        ["model=softplus_cnn", "model.width=4", "regularizer=jacobian"],
+        ["model=softplus_cnn", "model.width=4", "regularizer=input_gradient_hessian"],
+        ["model=cnn", "model.width=4", "regularizer=input_hessian", "regularizer.penalty.method=finite_difference"],
         ["data.augment=true", "trainer.accumulate_grad_batches=2"],
         ["trainer=ddp", "trainer.strategy=ddp_fork", "model=mlp"],
     ],
@@ -119,6 +124,22 @@ def test_a_sweep_over_the_strength(run, tmp_path):
 def test_every_config_runs(run, arguments):
     _, err, status = run(*QUICK[:3], "data.batch_size=32", "trainer.fast_dev_run=1", "trace.samples=16", *arguments)
     assert status == 0, err
+
+
+@pytest.mark.parametrize("robustness", ["pgd", "study"])
+def test_the_summary_tells_the_accuracy_under_attack(run, robustness):
+    small = ["model=mlp", "model.width=8", "data.normalise=false", "robustness.max_samples=8", "trainer.fast_dev_run=1"]
+    out, err, status = run(*QUICK[:3], *small, "trace.samples=16", f"robustness={robustness}")
+    assert status == 0, err
+    assert "clean/accuracy" in out
+    assert "pgd_linf_0.1/accuracy" in out
+    assert ("radius_estimate" in out) == (robustness == "study")
+
+
+def test_normalised_data_do_not_fit_the_bounds_of_pixels(run):
+    arguments = ["model=mlp", "model.width=8", "robustness=pgd", "trainer.fast_dev_run=1"]
+    with pytest.raises(ValueError, match="Perhaps x is normalised"):
+        run(*QUICK[:3], *arguments)
 
 
 @pytest.mark.parametrize("experiment", [path.stem for path in (CONF / "experiment").glob("*.yaml")])

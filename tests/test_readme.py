@@ -12,7 +12,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         exec(block, namespace)
     assert "the gradient is right" in capsys.readouterr().out
@@ -26,7 +26,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 def test_every_choice_in_the_table_of_groups_is_a_file():
     conf = Path(__file__).parents[1] / "conf"
-    for group in ("data", "model", "regularizer", "trainer", "logger", "experiment"):
+    for group in ("data", "model", "regularizer", "robustness", "trainer", "logger", "experiment"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, re.MULTILINE)
         named = set(re.findall(r"`(\w+)`", row))
         assert {path.stem for path in (conf / group).glob("*.yaml")} == named

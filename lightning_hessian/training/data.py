@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -238,7 +239,7 @@ class FashionMNIST(_Torchvision):
         raw = self.root / "FashionMNIST" / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):
-            partial = raw / f"{packed.stem}.partial"
+            partial = raw / f"{packed.stem}.{os.getpid()}.partial"  # another process may be at it, too
             with gzip.open(packed) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target)
             partial.replace(raw / packed.stem)  # only whole files, also after an interruption
