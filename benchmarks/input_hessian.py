@@ -144,7 +144,9 @@ def timed(method) -> float:
 
 def cost(rounds: int) -> None:
     torch.set_flush_denormal(True)
-    print(f"{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}, {rounds} rounds\n")
+    print(
+        f"{os.cpu_count()} CPU cores, torch {torch.__version__}, Python {platform.python_version()}, {rounds} rounds\n"
+    )
     print("| model | step | time / plain | time / hand-written |\n| --- | --- | --- | --- |")
     for name in MODELS:
         case = Case(name)

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_hessian.curvature import norms
+from lightning_hessian.curvature import activations, norms
 
 
 class HigherOrderError(RuntimeError):
@@ -58,6 +58,9 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     torch._weight_norm: norms.weight_norm,
     F.hardsigmoid: _hardsigmoid,
 }
+
+# Right as they are, and slow when differentiated three times.
+_FASTER: dict[Any, Callable[..., Tensor]] = {F.softplus: activations.softplus, F.silu: activations.silu}
 
 # Entry points to the fused kernels that return the statistics too: silently wrong, and nobody needs them by name.
 _REFUSED = {
@@ -138,6 +141,8 @@ class higher_order(TorchFunctionMode):
             self.replaced[self.layer_name(_calling_module())] = name.lstrip("_")
             with norms.statistics_at_rest() if self._recomputes else nullcontext():
                 return primitive(*args, **kwargs)
+        if (faster := _FASTER.get(func)) is not None and _plain(args):
+            return faster(*args, **kwargs)
         if self._recomputes and func is Tensor.add_ and _counts_batches(args[0]):
             return args[0]
         if func in _REFUSED:
@@ -309,6 +314,11 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(checkpoint, name, original)
+
+
+def _plain(args: Any) -> bool:
+    """Whether the first argument is an ordinary tensor, whose type autocast does not change."""
+    return bool(args) and type(args[0]) is Tensor and not torch.is_autocast_enabled(args[0].device.type)
 
 
 def _counts_batches(tensor: Tensor) -> bool:

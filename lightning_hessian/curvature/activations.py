@@ -1,0 +1,65 @@
+"""Smooth activations whose derivatives are closed forms of one sigmoid, computed once.
+
+Differentiated three times, PyTorch's softplus and SiLU grow into dozens of elementwise operations, each a pass over
+memory. Here each derivative is one short formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Formula = Callable[[Tensor, Tensor, float], Tensor]
+"""(x, s, beta) -> a derivative, with s = sigmoid(beta x)."""
+
+
+class _Derivative(torch.autograd.Function):
+    """f^(k)(x), the k-th of a list of formulas; its derivative is the next one."""
+
+    @staticmethod
+    def forward(x: Tensor, s: Tensor, beta: float, formulas: tuple[Formula, ...], k: int) -> Tensor:
+        return formulas[k](x, s, beta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, s, ctx.beta, ctx.formulas, ctx.k = inputs
+        ctx.save_for_backward(x, s)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, s = ctx.saved_tensors
+        k = ctx.k + 1
+        if k < len(ctx.formulas) - 1:
+            return gradient * _Derivative.apply(x, s, ctx.beta, ctx.formulas, k), None, None, None, None
+        if torch.is_grad_enabled():
+            s = torch.sigmoid(ctx.beta * x)  # the last formula is differentiated by autograd, should anyone ask
+        return gradient * ctx.formulas[k](x, s, ctx.beta), None, None, None, None
+
+
+_SOFTPLUS: tuple[Formula, ...] = (
+    lambda x, s, beta: F.softplus(x, beta),
+    lambda x, s, beta: s.clone(),
+    lambda x, s, beta: (s - s * s) * beta,
+    lambda x, s, beta: (s - s * s) * (1 - 2 * s) * beta**2,
+)
+
+_SILU: tuple[Formula, ...] = (
+    lambda x, s, beta: x * s,
+    lambda x, s, beta: s + x * (s - s * s),
+    lambda x, s, beta: (s - s * s) * (2 + x * (1 - 2 * s)),
+    lambda x, s, beta: (s - s * s) * (3 * (1 - 2 * s) + x * (1 - 6 * (s - s * s))),
+)
+
+
+def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
+    """log(1 + exp(beta x)) / beta. (Beyond ``threshold`` PyTorch's is linear; the two agree to rounding.)"""
+    return _Derivative.apply(input, torch.sigmoid(beta * input.detach()), beta, _SOFTPLUS, 0)
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """x sigmoid(x)."""
+    return _Derivative.apply(input, torch.sigmoid(input.detach()), 1.0, _SILU, 0)
