@@ -6,8 +6,8 @@
 The error is the mean over samples of 1 - ||Hv|| / ||H||, with ||H|| from 60 steps of Lanczos in float64. A product is a
 Hessian-vector product; the last one is that of the penalty itself.
 
-The cost is the median over interleaved rounds, as a ratio to a plain step (forward, backward). Hand-written is the usual
-recipe: 4 power iterations from a random start without a graph, then the product with one, all on PyTorch's fused
+The cost is the median over interleaved rounds, as a ratio to a plain step (forward, backward). Hand-written is the
+usual recipe: 4 power iterations from a random start without a graph, then the product with one, all on PyTorch's fused
 operators. Both models are the trained ones, in training mode; cnn has batch norm, so ours pays for a second forward
 pass there, and the recipe (which fails on it) is run in evaluation mode.
 """

@@ -98,8 +98,8 @@ def at_clean_accuracy(rows: list[dict], target: float, norm: str, radius: str) -
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= target <= x1:
             return (y0 + y1) / 2 if x0 == x1 else y0 + (y1 - y0) * (target - x0) / (x1 - x0)
-    near = [y for x, y in points if abs(x - target) <= MATCHED_WITHIN]
-    return near[0] if near else None
+    distance, value = min((abs(x - target), y) for x, y in points)
+    return value if distance <= MATCHED_WITHIN else None
 
 
 def spread(values: list[float]) -> str:

@@ -27,7 +27,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Mapping):
         for part in batch.values():
             yield from tensors_in(part)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+    elif isinstance(batch, tuple | list):
         for part in batch:
             yield from tensors_in(part)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
@@ -36,7 +36,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 
 
 def exchanged(batch: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
-    """A copy of the batch with the tensors ``new`` where ``old`` are; everything else is the batch's own.
+    """A copy of the batch's containers with the tensors ``new`` where ``old`` are; all else is the batch's own.
 
     Example:
         >>> import torch
@@ -44,28 +44,27 @@ def exchanged(batch: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
         >>> exchanged({"a": (x, y)}, [x], [torch.full((1,), 5.0)])
         {'a': (tensor([5.]), tensor([1.]))}
     """
-    replacement = {id(tensor): other for tensor, other in zip(old, new, strict=True)}
+    return _walk(batch, {id(tensor): other for tensor, other in zip(old, new, strict=True)})
 
-    def walk(part: Any) -> Any:
-        if isinstance(part, Tensor):
-            return replacement.get(id(part), part)
-        if isinstance(part, Mapping):
-            mapping: Any = copy.copy(part)
-            for key, value in part.items():
-                mapping[key] = walk(value)
-            return mapping
-        if isinstance(part, tuple) and hasattr(part, "_fields"):
-            return type(part)(*map(walk, part))
-        if isinstance(part, tuple | list):
-            return type(part)(map(walk, part))
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            changed = copy.copy(part)
-            for field in dataclasses.fields(part):
-                object.__setattr__(changed, field.name, walk(getattr(part, field.name)))  # a frozen one, too
-            return changed
-        return part
 
-    return walk(batch)
+def _walk(part: Any, replacement: Mapping[int, Tensor]) -> Any:
+    if isinstance(part, Tensor):
+        return replacement.get(id(part), part)
+    if isinstance(part, Mapping):
+        mapping: Any = copy.copy(part)
+        for key, value in part.items():
+            mapping[key] = _walk(value, replacement)
+        return mapping
+    if isinstance(part, tuple | list):
+        parts = [_walk(value, replacement) for value in part]
+        return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        changed = copy.copy(part)
+        for field in dataclasses.fields(part):
+            # Also in a frozen one.
+            object.__setattr__(changed, field.name, _walk(getattr(part, field.name), replacement))
+        return changed
+    return part
 
 
 def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:

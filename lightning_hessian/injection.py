@@ -43,17 +43,19 @@ def penalised(
     trainer = module.trainer
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
     now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx
-    acting = [
+    listed = [
         (regularizer, penalty, strength)
         for regularizer in regularizers
         for penalty, strength in zip(regularizer.penalties, regularizer.strengths_at(now), strict=True)
-        if strength > 0
     ]
+    # A penalty keeps its name on every step, whichever others act.
+    names = _different([penalty.name for _, penalty, _ in listed])
+    acting = [(*entry, name) for entry, name in zip(listed, names, strict=True) if entry[2] > 0]
     if not acting or not trainer.training or not torch.is_grad_enabled():
         return step(batch)
     count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     with left_as_found_on_error(module, module.device):
-        passes = Passes(module, step, batch, [penalty for _, penalty, _ in acting], loss_of, all_inputs)
+        passes = Passes(module, step, batch, [penalty for _, penalty, *_ in acting], loss_of, all_inputs)
         task = passes.task()
         output, loss = task.output, task.loss
         if loss is None:
@@ -63,30 +65,30 @@ def penalised(
         logged: dict[str, Tensor] = {}
         # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
         with torch.autocast(loss.device.type, enabled=False):
-            for regularizer, penalty, strength in acting:
+            for regularizer, penalty, strength, name in acting:
                 probes = ProbeSource(regularizer.seed, now, count, trainer.global_rank)
                 if passes.coupling and isinstance(penalty, InputPenalty):
                     regularizer.say_own_pass(penalty, list(passes.coupling))
                 with passes.explained(penalty):
                     value = penalty.value(passes.context(penalty, probes))
-                    logged[_new_name(f"curvature/{penalty.name}", logged)] = value.detach()
+                    logged[f"curvature/{name}"] = value.detach()
                     if _is_finite(value, module):
                         terms.append(strength * penalty.term(value))
                         regularizer.try_backward(penalty, terms[-1], parameters)
                     else:
                         _report_nonfinite(module, regularizer, penalty, loss, value)
     added = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
-    for name, value in {**logged, "train/penalty": added.detach()}.items():
-        _log(module, name, value)
+    for key, value in {**logged, "train/penalty": added.detach()}.items():
+        _log(module, key, value)
     if not terms:
         return output
     return loss + added if isinstance(output, Tensor) else {**output, "loss": loss + added}
 
 
-def _new_name(name: str, taken: Mapping[str, Tensor]) -> str:
-    """The name, numbered from the second penalty that has it."""
-    alike = sum(other == name or other.startswith(name + "_") for other in taken)
-    return f"{name}_{alike + 1}" if alike else name
+def _different(names: Sequence[str]) -> list[str]:
+    """The names, numbered from the second that is the same."""
+    alike = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name}_{before + 1}" if before else name for name, before in zip(names, alike, strict=True)]
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class Pass:
 
     def outputs(self) -> Sequence[Tensor]:
         logits = self.output.get("logits") if isinstance(self.output, Mapping) else None
-        return (logits,) if isinstance(logits, Tensor) else self.losses.outputs
+        if isinstance(logits, Tensor) and logits.requires_grad:
+            return (logits,)
+        return self.losses.outputs(self.loss) if self.loss is not None else ()
 
 
 class Passes:
@@ -58,7 +61,7 @@ class Passes:
         batch: the batch.
         penalties: those that act on this step.
         loss_of: finds the scalar loss in what the step returns.
-        all_inputs: whether every tensor of the batch is an input, whatever the penalties choose.
+        all_inputs: whether every tensor of the batch is an input for a penalty that does not choose.
         context: run everything in this one; by default each run has its own, where a penalty needs it.
 
     Attributes:
@@ -86,6 +89,8 @@ class Passes:
         self.all_inputs = all_inputs
         self._given_context = context
         self._on_inputs = [penalty for penalty in penalties if isinstance(penalty, InputPenalty)]
+        for penalty in self._on_inputs:
+            check_layer(penalty, module)
         self._originals = {id(p): self._select(p) for p in self._on_inputs if p.layer is None}
         self.coupling = {
             name: layer
@@ -170,8 +175,7 @@ class Passes:
                     if id(x) not in leaves:
                         leaves[id(x)] = x, _leaf(x, None if shifts is None else shifts[index])
                 inputs[id(penalty)] = tuple(leaves[id(x)][1] for x in originals)
-            # A copy, because a step may change its batch in place.
-            batch = exchanged(self.batch, [x for x, _ in leaves.values()], [y.clone() for _, y in leaves.values()])
+            batch = self._fresh_batch({key: y for key, (_, y) in leaves.items()})
             graph = max((penalty.derivatives for penalty in penalties), default=1) > 1
             context = self._given_context or (higher_order(self.module) if graph else None)
             if context is not None:
@@ -179,12 +183,19 @@ class Passes:
             losses = stack.enter_context(watch_losses())
             # The penalty's derivatives are taken without autocast; the step computes as it ever does.
             stack.enter_context(self._autocast)
-            output = self.step(batch if leaves else self.batch)
+            output = self.step(batch)
         return Pass(output, self.loss_of(output), losses, inputs, context)
+
+    def _fresh_batch(self, leaves: Mapping[int, Tensor]) -> Any:
+        """The batch with the leaves in their places; copies, because a step may change what it is handed."""
+        if not self._on_inputs:
+            return self.batch
+        tensors = list(tensors_in(self.batch))
+        return exchanged(self.batch, tensors, [leaves.get(id(x), x).clone() for x in tensors])
 
     def _select(self, penalty: InputPenalty) -> tuple[Tensor, ...]:
         try:
-            if self.all_inputs:
+            if self.all_inputs and penalty.inputs is None:
                 return select_inputs(self.batch, lambda batch: list(tensors_in(batch)))
             return select_inputs(self.batch, penalty.inputs)
         except ValueError as error:
@@ -200,6 +211,21 @@ class Passes:
                     "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "
                     "track_running_stats=True to it, or use GroupNorm."
                 )
+
+
+def check_layer(penalty: Penalty, module: nn.Module) -> None:
+    """Refuse a penalty on the output of a layer that the module does not have.
+
+    Raises:
+        MisconfigurationException: near names are listed.
+    """
+    names = [name for name, _ in module.named_modules() if name]
+    if isinstance(penalty, InputPenalty) and penalty.layer is not None and penalty.layer not in names:
+        near = ", ".join(difflib.get_close_matches(penalty.layer, names, n=3, cutoff=0.0))
+        raise MisconfigurationException(
+            f"The penalty {penalty.name} cannot be computed. layer={penalty.layer!r} is not a layer of "
+            f"{type(module).__name__}. Near names: {near}."
+        )
 
 
 def _leaf(x: Tensor, shift: Tensor | None) -> Tensor:

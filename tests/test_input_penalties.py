@@ -309,6 +309,82 @@ def test_no_loss_function_seen():
         lh.InputHessianNorm(method="finite_difference").value(of)
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_loss_that_does_not_depend_on_the_inputs_is_an_error(name, x, y):
+    module = net()
+    of = lh.StepContext.of(
+        lambda x: F.cross_entropy(module(x.detach()), y) + 0 * x.detach().sum(), x, dict(module.named_parameters())
+    )
+    with pytest.raises(ValueError, match="does not depend on the inputs"):
+        PENALTIES[name].value(of)
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    [
+        (lambda z, y: F.cross_entropy(z, y, reduction="sum") / SAMPLES, 1),
+        (lambda z, y: 10 * F.cross_entropy(z, y, reduction="none").mean(), 10),
+        (lambda z, y: 0.01 * F.cross_entropy(z, y, reduction="sum"), 0.01),
+        (lambda z, y: F.cross_entropy(z, y, size_average=False), 1),
+        (lambda z, y: F.cross_entropy(z, y).mul_(3).add_(2), 3),
+    ],
+)
+@pytest.mark.parametrize("method", ["autograd", "finite_difference"])
+def test_factors_of_the_loss_are_understood(loss, factor, method, x, y):
+    module, penalty = net(), lh.InputHessianNorm(6, "lanczos", method, step=1e-3)
+    expected = penalty.value(context(module, x, y)).item()
+    of = lh.StepContext.of(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
+    assert penalty.value(of).item() == pytest.approx(factor * expected, rel=1e-5)
+
+
+def test_a_loss_for_the_logs_alone_does_not_count(x, y):
+    module = net()
+
+    def loss(x):
+        logits = module(x)
+        F.cross_entropy(3 * logits, y, reduction="sum")
+        return F.cross_entropy(logits, y)
+
+    of = lh.StepContext.of(loss, x, dict(module.named_parameters()))
+    for penalty in PENALTIES.values():
+        assert penalty.value(of).item() == pytest.approx(penalty.value(context(module, x, y)).item(), rel=1e-6)
+
+
+def test_rows_of_tokens_belong_to_their_samples_and_mixed_rows_are_refused(x, y):
+    module = net()
+    tokens, labels = x.repeat(1, 2).view(SAMPLES, 2, FEATURES), y.repeat_interleave(2)
+    parameters = dict(module.named_parameters())
+    flat = lh.StepContext.of(lambda t: F.cross_entropy(module(t).flatten(0, 1), labels), tokens, parameters)
+    for method in ("autograd", "finite_difference"):
+        value = lh.InputHessianNorm(12, "lanczos", method, step=1e-3).value(flat).item()
+        expected = dense_norm(module, x, y).mean().item() / 2  # the mean of two tokens' losses, each in its own entries
+        assert value == pytest.approx(expected, rel=1e-4)
+    mixed = lh.StepContext.of(
+        lambda x: F.cross_entropy(torch.cat([module(x), module(2 * x)]), torch.cat([y, y])), x, parameters
+    )
+    for penalty in (lh.JacobianNorm(), lh.InputHessianNorm(method="finite_difference")):
+        with pytest.raises(ValueError, match="cannot be told apart by sample"):
+            penalty.value(mixed)
+
+
+def test_dropout_is_the_same_at_shifted_inputs(x, y):
+    module = nn.Sequential(net(), nn.Dropout(0.5))
+    state = torch.get_rng_state()
+    values = []
+    for method in ("autograd", "finite_difference"):
+        torch.set_rng_state(state)
+        values.append(lh.InputHessianNorm(6, "lanczos", method, step=1e-3).value(context(module, x, y)).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_batch_statistics_are_refused_outside_of_lightning(name, x, y):
+    module = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, CLASSES)).double()
+    with pytest.raises(ValueError, match="couples the samples"):
+        PENALTIES[name].value(context(module, x, y))
+    assert PENALTIES[name].value(context(module.eval(), x, y)).item() > 0
+
+
 def test_no_inputs_in_the_context():
     w = torch.ones(1, requires_grad=True)
     for penalty in PENALTIES.values():

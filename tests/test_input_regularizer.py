@@ -1,6 +1,8 @@
 """Penalties on the inputs of any LightningModule: where the inputs are found, and what a second run leaves alone."""
 
+import copy
 import dataclasses
+import gc
 import warnings
 from collections import namedtuple
 from typing import NamedTuple
@@ -148,6 +150,34 @@ def test_a_step_that_changes_its_batch_in_place_works():
     fit(module, [callback(lh.InputHessianNorm())], max_steps=1)
     expected = by_hand(smooth(), lh.InputHessianNorm(), steps=1, run=lambda module, x: module.net(2 * x))
     torch.testing.assert_close(weights(module), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d(6), nn.Identity()], ids=["batch norm", "none"])
+@pytest.mark.parametrize("layer", [None, "net.0"])
+@pytest.mark.parametrize("name", ["hessian", "finite differences"])
+def test_every_run_gets_the_batch_as_it_was(name, layer, middle):
+    class Changes(Classifier):
+        def training_step(self, batch, batch_idx):
+            batch["x"] = batch["x"] / 2
+            batch["x"].mul_(3)
+            return F.cross_entropy(self.net(batch["x"]), batch.pop("y"))
+
+    class Leaves(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch["x"] * 1.5), batch["y"])
+
+    x, y = next(iter(data()))
+    penalty = PENALTIES[name](layer=layer)
+    values = [
+        penalty.value(
+            passes_of(kind(middle=copy.deepcopy(middle)), {"x": x.clone(), "y": y}, penalty).context(
+                penalty, lh.curvature.ProbeSource()
+            )
+        ).item()
+        for kind in (Changes, Leaves)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-9)
+    assert values[0] > 0
 
 
 class Tokens(L.LightningModule):
@@ -395,6 +425,56 @@ def test_several_penalties_share_one_forward_and_add_up():
     assert row["train/penalty"] == pytest.approx(added, rel=1e-6)
 
 
+def test_a_penalty_keeps_its_name_whichever_others_act():
+    recorder = Recorder()
+    penalties = [callback(lh.InputGradientNorm(), every_n_steps=2), callback(lh.InputGradientNorm())]
+    fit(smooth(lr=0.0), [*penalties, recorder], DataLoader(data().dataset, 48), max_epochs=2)
+    first, second = recorder.rows
+    assert second["curvature/input_gradient_norm_2"] == pytest.approx(first["curvature/input_gradient_norm_2"])
+
+
+def test_with_a_trace_penalty_on_a_net_with_batch_norm_each_sees_its_own_pass():
+    penalties = [lh.HessianTrace(), lh.InputHessianNorm(), lh.JacobianNorm(-1), lh.InputGradientNorm(layer="net.0")]
+    together = Recorder()
+    fit(Classifier(), [lh.HessianRegularizer(penalties), together], max_steps=1)
+    for penalty in penalties:
+        alone = Recorder()
+        fit(Classifier(), [lh.HessianRegularizer(penalty), alone], max_steps=1)
+        key = f"curvature/{penalty.name}"
+        assert together.rows[0][key] == pytest.approx(alone.rows[0][key], rel=1e-9)
+
+
+@each_penalty
+def test_compiled_equals_eager(name):
+    compiled = smooth(dtype=torch.float32)
+    compiled.net.compile(backend="eager")
+    eager = smooth(dtype=torch.float32)
+    for module in (compiled, eager):
+        fit(module, [callback(PENALTIES[name]())], data(dtype=torch.float32), max_steps=2)
+    torch.testing.assert_close(weights(compiled), weights(eager))
+
+
+@each_penalty
+@pytest.mark.parametrize("middle", [nn.BatchNorm1d(6), nn.Identity()], ids=["batch norm", "none"])
+def test_nothing_is_kept_alive_without_the_garbage_collector(name, middle):
+    module = Classifier(middle=middle)
+    alive = []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, *_):
+            alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(module, [callback(PENALTIES[name]()), Count()], max_epochs=2)
+    finally:
+        gc.enable()
+    assert alive[-1] <= alive[3] + 1
+
+
 def test_a_list_of_penalties_needs_as_many_strengths():
     with pytest.raises(ValueError, match="has 3 factors for 2 penalties"):
         lh.HessianRegularizer([lh.InputGradientNorm(), lh.JacobianNorm()], strength=[1, 2, 3])
@@ -458,7 +538,7 @@ def test_finite_differences_in_half_precision_are_refused():
             data(dtype=torch.float32), precision="bf16-mixed")  # fmt: skip
 
 
-def test_finite_differences_run_compiled_models_and_fused_attention():
+def test_finite_differences_run_fused_attention():
     class Attention(Classifier):
         def __init__(self):
             super().__init__(middle=nn.Identity(), dtype=torch.float32)

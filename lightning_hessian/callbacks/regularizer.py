@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_hessian.injection import penalised
-from lightning_hessian.penalties import InputPenalty, Penalty
+from lightning_hessian.passes import check_layer
+from lightning_hessian.penalties import Penalty
 
 
 class HessianRegularizer(Callback):
@@ -149,6 +149,7 @@ class HessianRegularizer(Callback):
                 "Hessian-vector products would be zero or fail. Use strategy='ddp' or one device."
             )
         for penalty in self.penalties:
+            check_layer(penalty, module)
             if "16" in str(trainer.precision) and penalty.needs_full_precision:
                 raise MisconfigurationException(
                     f"{penalty!r} takes differences of losses that 16-bit numbers (precision={trainer.precision!r}) "
@@ -156,8 +157,6 @@ class HessianRegularizer(Callback):
                 )
             try:
                 penalty.check(dict(module.named_parameters()))
-                if isinstance(penalty, InputPenalty) and penalty.layer is not None:
-                    _check_layer(penalty.layer, module)
             except ValueError as error:
                 raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
 
@@ -272,13 +271,6 @@ def _check_strength(strength: float) -> None:
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
             "A negative one would reward curvature."
         )
-
-
-def _check_layer(layer: str, module: LightningModule) -> None:
-    names = [name for name, _ in module.named_modules() if name]
-    if layer not in names:
-        near = ", ".join(difflib.get_close_matches(layer, names, n=3, cutoff=0.0))
-        raise ValueError(f"layer={layer!r} is not a layer of {type(module).__name__}. Near names: {near}.")
 
 
 def _check_count(name: str, count: int, least: int) -> None:

@@ -43,7 +43,8 @@ class AdversarialAccuracy(Callback):
             ``trainer.test`` always measure.
         max_samples: measure the first ones only, this many on all ranks together. None: all. (Each PGD step costs a
             forward and a backward pass.)
-        radius_estimate: log the mean of :func:`~lightning_hessian.radius.radius_estimate` too.
+        radius_estimate: log the mean of :func:`~lightning_hessian.radius.radius_estimate` too, a local second-order
+            estimate and no certificate, over the samples where it is finite.
         inputs: which tensor of the batch is x: a key, an index, or a function of the batch; by default the first
             floating-point one.
         targets: likewise, the classes y; by default the first tensor of whole numbers, one for each sample.
@@ -169,7 +170,9 @@ class AdversarialAccuracy(Callback):
                     right = logits_of(module, adversarial, y).argmax(dim=1) == y
                 self._means[_key(attack.name)].update(right.float())
             if self.radius_estimate:
-                self._means["robust/radius_estimate"].update(radius.radius_estimate(module, x, y).float())
+                estimate = radius.radius_estimate(module, x, y).float()
+                # One sample without slope and curvature would make the mean infinite.
+                self._means["robust/radius_estimate"].update(estimate[estimate.isfinite()])
 
     def _log(self, module: LightningModule) -> None:
         if not self._means:

@@ -82,7 +82,9 @@ def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
         # What is left of a product inside the span is rounding: a row of zeros ends this sample's basis.
         left = torch.linalg.vector_norm(q, dim=1, keepdim=True) > 100 * torch.finfo(q.dtype).eps * before
         q = unit(torch.where(left, q, 0))
-    ritz_values, ritz_vectors = torch.linalg.eigh(torch.einsum("sin,sjn->sij", basis, products))
+    small = torch.einsum("sin,sjn->sij", basis, products)
+    exact = torch.promote_types(small.dtype, torch.float32)  # there is no eigh for half precision
+    ritz_values, ritz_vectors = (part.to(small.dtype) for part in torch.linalg.eigh(small.to(exact)))
     largest = ritz_values.abs().argmax(dim=1)
     chosen = ritz_vectors.gather(2, largest[:, None, None].expand(-1, basis.size(1), 1)).squeeze(2)
     product = torch.einsum("skn,sk->sn", products, chosen)

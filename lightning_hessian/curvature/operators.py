@@ -178,7 +178,7 @@ class SampleHessians:
         differentiable: whether the products will be differentiated, which not every graph allows.
 
     Raises:
-        ValueError: the loss has no graph.
+        ValueError: the loss depends on none of the inputs.
         HigherOrderError: the graph has an operator whose derivatives would be silently wrong.
 
     Example:
@@ -189,9 +189,8 @@ class SampleHessians:
     """
 
     def __init__(self, summed_loss: Tensor, inputs: Sequence[Tensor], differentiable: bool = False) -> None:
-        refuse_unsound_graph(summed_loss, derivatives=3 if differentiable else 2)
         self.inputs = list(inputs)
-        self._gradients = _gradient(summed_loss, self.inputs)
+        self._gradients = input_gradients(summed_loss, self.inputs, derivatives=3 if differentiable else 2)
 
     @property
     def gradient(self) -> Tensor:
@@ -217,6 +216,25 @@ class SampleHessians:
             materialize_grads=True,
         )
         return rows(products)
+
+
+def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 1) -> list[Tensor]:
+    """The gradients of a scalar by the inputs; with a graph if more than one derivative will be taken.
+
+    Raises:
+        ValueError: the scalar depends on none of the inputs: its derivatives would be zero in silence.
+        HigherOrderError: it passes through an operator whose derivatives would be silently wrong.
+    """
+    if derivatives > 1:
+        refuse_unsound_graph(value, derivatives)
+    found = torch.autograd.grad(value, list(inputs), create_graph=derivatives > 1, retain_graph=True, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise ValueError(
+            f"The loss does not depend on the inputs (of shape {', '.join(str(tuple(x.shape)) for x in inputs)}): the "
+            "step detaches them, computes with them under `torch.no_grad()`, or uses another tensor of the batch. "
+            "Choose the right one with `inputs=`, or a layer behind which gradients flow with `layer=`."
+        )
+    return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, inputs, strict=True)]
 
 
 def rows(tensors: Sequence[Tensor]) -> Tensor:

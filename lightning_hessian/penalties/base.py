@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.batches import InputChoice
-from lightning_hessian.curvature import ProbeSource, higher_order, select_parameters, watch_losses
+from lightning_hessian.curvature import (
+    ProbeSource,
+    higher_order,
+    select_parameters,
+    watch_losses,
+)
+from lightning_hessian.state import RandomState
 
 
 @dataclass(frozen=True)
@@ -67,14 +73,23 @@ class StepContext:
         """
         given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
         own_probes = probes or ProbeSource()
+        random = RandomState.now(given[0].device)
 
         def at(shifts: Sequence[Tensor]) -> StepContext:
             moved = [(x.detach() + shift).requires_grad_() for x, shift in zip(given, shifts, strict=True)]
+            after = RandomState.now(given[0].device)
+            random.restore()  # the same dropout masks
+            try:
+                return run(moved)
+            finally:
+                after.restore()
+
+        def run(moved: Sequence[Tensor]) -> StepContext:
             with higher_order(), watch_losses() as seen:
                 value = loss(*moved)
-            return cls(value, parameters, own_probes, moved, seen, seen.outputs, at)
+            return cls(value, parameters, own_probes, moved, seen, seen.outputs(value), at)
 
-        return at([torch.zeros_like(x) for x in given])
+        return run([x.detach().clone().requires_grad_() for x in given])
 
     @property
     def samples(self) -> int:
@@ -84,12 +99,39 @@ class StepContext:
     @property
     def summed_loss(self) -> Tensor:
         """sum_i l_i: its derivatives by x_i are those of l_i, for all samples at once."""
-        return self.loss if self.losses.reduction_of(self.loss) == "sum" else self.loss * self.samples
+        return self.loss if self._reduction() == "sum" else self.loss * self.samples
 
     @property
     def sample_losses(self) -> Tensor | None:
         """l_i, of shape (samples,), up to terms that do not pass through a loss function; None where none was seen."""
-        return self.losses.sample_losses(self.loss, self.samples)
+        calls = self.losses.calls_in(self.loss)
+        if not calls:
+            return None
+        parts = [self.by_sample(call.weights(self.loss) * call.elements()).sum(dim=1) for call in calls]
+        return (1 if self._reduction() == "sum" else self.samples) * torch.stack(parts).sum(dim=0)
+
+    def _reduction(self) -> str | None:
+        return self.losses.reduction_of(self.loss, self.samples)
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """A tensor of the step's as (samples, n).
+
+        Raises:
+            ValueError: it has another number of rows, and they are not those of the samples one after the other.
+        """
+        if len(tensor) != self.samples and (tensor.numel() % self.samples or self._mixes(tensor)):
+            raise ValueError(
+                f"A tensor of shape {tuple(tensor.shape)} went into the loss for {self.samples} samples, and its rows "
+                "cannot be told apart by sample. Call the loss function on a tensor of shape (samples, ...), or return "
+                '{"loss": ..., "logits": ...} with such logits.'
+            )
+        return tensor.reshape(self.samples, -1)
+
+    def _mixes(self, tensor: Tensor) -> bool:
+        # Of what would be the first sample's, does anything depend on another's input?
+        first = tensor.reshape(self.samples, -1)[0].sum()
+        gradients = torch.autograd.grad(first, self.inputs, retain_graph=True, allow_unused=True)
+        return any(gradient is not None and bool(gradient[1:].any()) for gradient in gradients)
 
 
 class Penalty(ABC):
@@ -156,10 +198,10 @@ class InputPenalty(Penalty):
         self.layer = layer
 
     def check_inputs(self, context: StepContext) -> None:
-        """Refuse a context without inputs, or with some that are not samples in rows.
+        """Refuse a context without inputs, or with some that are not samples in rows or not independent.
 
         Raises:
-            ValueError: no input, or inputs with different numbers of samples.
+            ValueError: no input, inputs with different numbers of samples, or batch norm in training mode.
         """
         if not context.inputs:
             raise ValueError(
@@ -171,6 +213,12 @@ class InputPenalty(Penalty):
             raise ValueError(
                 f"The inputs of {type(self).__name__} have the shapes {', '.join(map(str, sizes))}: their first "
                 "dimension must be the number of samples in all of them. Choose others with `inputs=`."
+            )
+        if context.losses.batch_statistics:
+            raise ValueError(
+                "Batch norm normalised by the batch's own statistics, which couples the samples, and "
+                f"{type(self).__name__} is made of each sample's own derivatives. Put the batch norm layers in "
+                "evaluation mode (the callback and the mixin do this for nn.BatchNorm layers), or use GroupNorm."
             )
 
 

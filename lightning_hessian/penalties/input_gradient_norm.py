@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_hessian.curvature.operators import input_gradients
 from lightning_hessian.penalties.base import InputPenalty, StepContext
 
 
@@ -46,9 +47,7 @@ class InputGradientNorm(InputPenalty):
 
     def value(self, context: StepContext) -> Tensor:
         self.check_inputs(context)
-        gradients = torch.autograd.grad(
-            context.summed_loss, context.inputs, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        gradients = input_gradients(context.summed_loss, context.inputs, derivatives=2)
         return torch.stack([gradient.square().sum() for gradient in gradients]).sum() / context.samples
 
     def __repr__(self) -> str:

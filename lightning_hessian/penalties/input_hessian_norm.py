@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_hessian.batches import InputChoice
 from lightning_hessian.curvature import SampleHessians, lanczos, power_iteration
 from lightning_hessian.curvature.directions import SEARCHES, Search
-from lightning_hessian.curvature.operators import rows, split_rows
+from lightning_hessian.curvature.operators import input_gradients, rows, split_rows
 from lightning_hessian.penalties.base import InputPenalty, StepContext, choice, whole_number
 
 Method = Literal["autograd", "finite_difference"]
@@ -177,17 +177,14 @@ class _ByFiniteDifferences:
         return self.moved(split_rows(h * v, self.context.inputs))
 
     def _gradient(self, context: StepContext) -> Tensor:
-        gradients = torch.autograd.grad(
-            context.summed_loss, context.inputs, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return rows(gradients)
+        return rows(input_gradients(context.summed_loss, context.inputs))
 
     def _losses(self, context: StepContext) -> Tensor:
         losses = context.sample_losses
         if losses is None:
             raise ValueError(
-                "method='finite_difference' needs each sample's loss, and the step calls none of the loss functions "
-                "that are seen (cross_entropy, binary_cross_entropy_with_logits, mse_loss, nll_loss of "
-                "torch.nn.functional, or their modules). Call one of them, or use method='autograd'."
+                "method='finite_difference' needs each sample's loss, and the step's comes from none of the usual loss "
+                "functions of torch.nn.functional (cross_entropy, nll_loss, mse_loss, "
+                "binary_cross_entropy_with_logits, ...) or their modules. Call one, or use method='autograd'."
             )
         return losses

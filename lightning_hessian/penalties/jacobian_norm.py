@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_hessian.batches import InputChoice
 from lightning_hessian.curvature.directions import unit
-from lightning_hessian.curvature.operators import rows
+from lightning_hessian.curvature.operators import input_gradients, rows
 from lightning_hessian.penalties.base import InputPenalty, StepContext
 
 
@@ -65,9 +65,7 @@ class JacobianNorm(InputPenalty):
         outputs = self._outputs(context)
         squares = []
         for u in self._directions(outputs, context):
-            gradients = torch.autograd.grad(
-                (outputs * u).sum(), context.inputs, create_graph=True, allow_unused=True, materialize_grads=True
-            )
+            gradients = input_gradients((outputs * u).sum(), context.inputs, derivatives=2)
             squares.append(torch.stack([gradient.square().sum() for gradient in gradients]).sum() / context.samples)
         # E[u u'] = 1 / C for a random u, and the unit vectors' sum is the whole norm.
         return torch.stack(squares).sum() if self.projections == -1 else outputs.size(1) * torch.stack(squares).mean()
@@ -83,18 +81,12 @@ class JacobianNorm(InputPenalty):
     def _outputs(self, context: StepContext) -> Tensor:
         if not context.outputs:
             raise ValueError(
-                "JacobianNorm differentiates the step's outputs, and none were seen: the step calls none of "
-                "cross_entropy, binary_cross_entropy_with_logits, mse_loss and nll_loss (torch.nn.functional, or their "
-                'modules). Return {"loss": ..., "logits": ...} from the step.'
+                "JacobianNorm differentiates the step's outputs, and none were seen: the loss comes from none of "
+                "the usual loss functions of torch.nn.functional (cross_entropy, nll_loss, mse_loss, "
+                'binary_cross_entropy_with_logits, ...) or their modules. Return {"loss": ..., "logits": ...} from the '
+                "step."
             )
-        for output in context.outputs:
-            if output.numel() % context.samples:
-                raise ValueError(
-                    f"JacobianNorm found outputs of shape {tuple(output.shape)} for {context.samples} samples, which "
-                    'cannot be told apart by sample. Return {"loss": ..., "logits": ...} with logits of shape '
-                    "(samples, ...)."
-                )
-        return rows([output.reshape(context.samples, -1) for output in context.outputs])
+        return rows([context.by_sample(output) for output in context.outputs])
 
     def __repr__(self) -> str:
         return f"JacobianNorm(projections={self.projections})"
