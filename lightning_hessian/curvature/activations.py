@@ -40,18 +40,23 @@ class _Derivative(torch.autograd.Function):
         return gradient * ctx.formulas[k](x, s, ctx.beta), None, None, None, None
 
 
+def _slope(s: Tensor) -> Tensor:
+    """s (1 - s), in one pass over memory."""
+    return torch.addcmul(s, s, s, value=-1)
+
+
 _SOFTPLUS: tuple[Formula, ...] = (
     lambda x, s, beta: F.softplus(x, beta),
-    lambda x, s, beta: s.clone(),
-    lambda x, s, beta: (s - s * s) * beta,
-    lambda x, s, beta: (s - s * s) * (1 - 2 * s) * beta**2,
+    lambda x, s, beta: s.view_as(s),
+    lambda x, s, beta: _slope(s).mul_(beta),
+    lambda x, s, beta: _slope(s) * (beta**2 - 2 * beta**2 * s),
 )
 
 _SILU: tuple[Formula, ...] = (
     lambda x, s, beta: x * s,
-    lambda x, s, beta: s + x * (s - s * s),
-    lambda x, s, beta: (s - s * s) * (2 + x * (1 - 2 * s)),
-    lambda x, s, beta: (s - s * s) * (3 * (1 - 2 * s) + x * (1 - 6 * (s - s * s))),
+    lambda x, s, beta: torch.addcmul(s, x, _slope(s)),
+    lambda x, s, beta: _slope(s).mul_(torch.addcmul(2 + x, x, s, value=-2)),
+    lambda x, s, beta: _slope(s) * (3 * (1 - 2 * s) + x * (1 - 6 * _slope(s))),
 )
 
 
