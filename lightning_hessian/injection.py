@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.known_gradient import without
 from lightning_hessian.passes import Passes
 from lightning_hessian.penalties import InputPenalty, Penalty
 from lightning_hessian.state import left_as_found_on_error
@@ -78,15 +77,12 @@ def penalised(
                         regularizer.try_backward(penalty, terms[-1], parameters)
                     else:
                         _report_nonfinite(module, regularizer, penalty, loss, value)
-        added = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
-        total = loss + added
-        if terms and passes.made_leaves:
-            total = without(total, passes.made_leaves)
+    added = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
     for key, value in {**logged, "train/penalty": added.detach()}.items():
         _log(module, key, value)
     if not terms:
         return output
-    return total if isinstance(output, Tensor) else {**output, "loss": total}
+    return loss + added if isinstance(output, Tensor) else {**output, "loss": loss + added}
 
 
 def _different(names: Sequence[str]) -> list[str]:

@@ -66,7 +66,6 @@ class Passes:
 
     Attributes:
         coupling: the layers of batch norm in training mode, by name, if a penalty on the inputs is among them.
-        made_leaves: what stands for the inputs in the graphs and is no tensor of the user's.
 
     Raises:
         MisconfigurationException: the inputs of a penalty cannot be found, or batch norm has no running statistics.
@@ -103,7 +102,6 @@ class Passes:
         kind = self._device.type
         self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self._rewind = Rewind(module, self._device) if self._on_inputs else None
-        self.made_leaves: list[Tensor] = []
         self._task: Pass | None = None
         self._own: Pass | None = None
 
@@ -186,7 +184,6 @@ class Passes:
             # The penalty's derivatives are taken without autocast; the step computes as it ever does.
             stack.enter_context(self._autocast)
             output = self.step(batch)
-        self.made_leaves += [x for chosen in inputs.values() for x in chosen if x.is_leaf and id(x) not in leaves]
         return Pass(output, self.loss_of(output), losses, inputs, context)
 
     def _fresh_batch(self, leaves: Mapping[int, Tensor]) -> Any:
