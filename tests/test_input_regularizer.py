@@ -636,3 +636,13 @@ def test_verify_finds_the_gradient_right(name):
     report = lh.verify(module, next(iter(data(dtype=torch.float32))), PENALTIES[name]())
     assert report.ok, str(report)
     assert report.value > 0
+
+
+def test_hooks_on_parameters_act_once():
+    modules = smooth(), smooth()
+    modules[0].net[0].weight.register_hook(lambda gradient: 0.5 * gradient)
+    for module in modules:
+        fit(module, [callback(lh.InputHessianNorm())], max_steps=1)
+    before = smooth().net[0].weight
+    halved, whole = (module.net[0].weight - before for module in modules)
+    torch.testing.assert_close(halved, 0.5 * whole, rtol=1e-9, atol=1e-12)

@@ -33,8 +33,8 @@ class InputHessianNorm(InputPenalty):
     is that of the loss in the logits alone, and networks can hide from it: take softplus, GELU, SiLU or tanh.
 
     Args:
-        iterations: products to spend on the search, at least 0. One is enough from the input gradient: see the table
-            in the docs (``benchmarks/input_hessian.py``).
+        iterations: products to spend on the search, at least 0. One leaves an error of about 3 % of the norm on trained
+            networks, ``iterations=2, search="lanczos"`` one of 1 to 2 % (``benchmarks/input_hessian.py quality``).
         search: ``"power"`` iteration, or ``"lanczos"``, which is better from two iterations on and keeps a basis of
             ``iterations`` vectors.
         method: ``"autograd"``, or ``"finite_difference"``: |v'Hv| from the losses at x - hv, x and x + hv, and the
