@@ -73,7 +73,8 @@ def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
     q = unit(start)
     if iterations == 0:
         return q
-    basis, products = q.new_empty(2, len(q), min(iterations, q.size(1)), q.size(1))
+    basis = q.new_empty(len(q), min(iterations, q.size(1)), q.size(1))
+    products = torch.empty_like(basis)
     for k in range(basis.size(1)):
         basis[:, k], products[:, k] = q, matvec(q)
         q, before = products[:, k], torch.linalg.vector_norm(products[:, k], dim=1, keepdim=True)
