@@ -40,7 +40,7 @@ def dense_hessians(module, x, y, parameters=None):
     def loss(one, label):
         return F.cross_entropy(torch.func.functional_call(module, parameters, (one,)), label)
 
-    return torch.stack([torch.func.hessian(loss)(one, label) for one, label in zip(x, y, strict=True)])
+    return torch.func.vmap(torch.func.hessian(loss))(x, y)
 
 
 def dense_norm(module, x, y, parameters=None):
