@@ -19,7 +19,6 @@ import os
 import platform
 import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -29,6 +28,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 warnings.filterwarnings("ignore")
+
+from step_cost import timed  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import ProbeSource, SampleHessians, lanczos, power_iteration  # noqa: E402
@@ -134,12 +135,6 @@ class Case:
         passes = Passes(self.net, step, (self.x, self.y), [penalty], loss_of)
         loss = passes.task().loss
         (loss + 1e-3 * penalty(passes.context(penalty, ProbeSource(step=self.step)))).backward()
-
-
-def timed(method) -> float:
-    start = time.perf_counter()
-    method()
-    return time.perf_counter() - start
 
 
 def cost(rounds: int) -> None:

@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, SupportsFloat, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.state import evaluation_mode
 
 Model = Callable[[Tensor], Tensor]
 """x -> logits of shape (samples, classes); usually an nn.Module."""
@@ -142,10 +144,10 @@ class PGD:
 
     def __post_init__(self) -> None:
         _check_settings(self.radius, self.norm, self.loss, self.bounds)
-        _check_whole("steps", self.steps, least=1)
-        _check_whole("restarts", self.restarts, least=1)
-        _check_whole("seed", self.seed)
-        if self.step_size is not None and not (_is_number(self.step_size) and 0 < float(self.step_size) < math.inf):
+        whole_number("steps", self.steps, least=1)
+        whole_number("restarts", self.restarts, least=1)
+        whole_number("seed", self.seed)
+        if self.step_size is not None and not (is_number(self.step_size) and 0 < float(self.step_size) < math.inf):
             raise ValueError(
                 f"step_size={self.step_size!r} must be a positive number, in the units of x, or None for "
                 "2.5 * radius / steps."
@@ -181,7 +183,6 @@ def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
     be cloned inside.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
     devices = [x.device] if x.is_cuda else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices, device_type="cuda"))
@@ -190,15 +191,10 @@ def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
         if any(isinstance(module, nn.RNNBase) for module in modules):
             # cuDNN's recurrent kernels have a backward pass in training mode only (pytorch#10006).
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        try:
-            for module in modules:
-                module.training = False
-            yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
-            # Weights that autocast has cast without gradient must not serve the caller's own forward pass.
-            torch.clear_autocast_cache()
+        # Weights that autocast has cast without gradient must not serve the caller's own forward pass.
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(evaluation_mode(modules))
+        yield
 
 
 def logits_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
@@ -409,25 +405,13 @@ def _name(kind: str, loss: AttackLoss, norm: Norm, radius: float) -> str:
 
 
 def _check_settings(radius: float, norm: Norm, loss: AttackLoss, bounds: Bounds) -> None:
-    if not _is_number(radius) or not 0 <= float(radius) < math.inf:
+    if not is_number(radius) or not 0 <= float(radius) < math.inf:
         raise ValueError(f"radius={radius!r} must be a finite number of at least 0, in the units of x.")
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm={norm!r} is unknown. Choose one of {', '.join(get_args(Norm))}.")
-    if loss not in get_args(AttackLoss):
-        raise ValueError(f"loss={loss!r} is unknown. Choose one of {', '.join(get_args(AttackLoss))}.")
+    choice("norm", norm, get_args(Norm))
+    choice("loss", loss, get_args(AttackLoss))
     if bounds is not None:
         if not isinstance(bounds, Sequence) or len(bounds) != 2:
             raise ValueError(f"bounds={bounds!r} must be a pair (low, high), the range of the data, or None.")
         low, high = (torch.as_tensor(bound) for bound in bounds)
         if not bool((low < high.to(low.device)).all()):
             raise ValueError(f"bounds={bounds!r}: low must be less than high.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, SupportsFloat) and not isinstance(value, bool)
-
-
-def _check_whole(name: str, value: int, least: float = -math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        condition = "" if least == -math.inf else f" of at least {least}"
-        raise ValueError(f"{name}={value!r} must be a whole number{condition}.")

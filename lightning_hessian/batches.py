@@ -101,7 +101,7 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
         chosen = [answer] if isinstance(answer, Tensor) else list(answer)
     else:
         keys: Sequence[str | int] = [which] if isinstance(which, str | int) else list(which)
-        chosen = [_part(batch, key) for key in keys]
+        chosen = [part_of(batch, key, "inputs") for key in keys]
     if not chosen:
         raise ValueError(f"inputs={which!r} chooses no tensor of the batch. Choose at least one.")
     for tensor in chosen:
@@ -121,7 +121,12 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
     return tuple(chosen)
 
 
-def _part(batch: Any, key: str | int) -> Any:
+def part_of(batch: Any, key: str | int, name: str) -> Any:
+    """The part of a batch under a key (or with an attribute's name) or an index, which the argument ``name`` gives.
+
+    Raises:
+        ValueError: it has none such; what it has is listed.
+    """
     try:
         if isinstance(key, str) and not isinstance(batch, Mapping):
             return getattr(batch, key)
@@ -133,4 +138,4 @@ def _part(batch: Any, key: str | int) -> Any:
             has = f"a {type(batch).__name__} of {len(batch)} parts"
         else:
             has = f"a {type(batch).__name__}"
-        raise ValueError(f"inputs={key!r} is not in the batch, which is {has}.") from error
+        raise ValueError(f"{name}={key!r} is not in the batch, which is {has}.") from error

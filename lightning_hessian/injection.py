@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.passes import Passes
 from lightning_hessian.penalties import InputPenalty, Penalty
-from lightning_hessian.state import left_as_found_on_error
 
 if TYPE_CHECKING:
     from lightning_hessian.callbacks.regularizer import HessianRegularizer
@@ -54,8 +53,8 @@ def penalised(
     if not acting or not trainer.training or not torch.is_grad_enabled():
         return step(batch)
     count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
-    with left_as_found_on_error(module, module.device):
-        passes = Passes(module, step, batch, [penalty for _, penalty, *_ in acting], loss_of, all_inputs)
+    passes = Passes(module, step, batch, [penalty for _, penalty, *_ in acting], loss_of, all_inputs)
+    with passes.before.restored_on_error():
         task = passes.task()
         output, loss = task.output, task.loss
         if loss is None:

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from lightning_hessian.batches import exchanged, select_inputs, tensors_in
 from lightning_hessian.curvature import ProbeSource, higher_order, watch_losses
 from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
-from lightning_hessian.state import Rewind
+from lightning_hessian.state import Snapshot, evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pass:
     Args:
         output: what the step returned.
         loss: the scalar in it; None where the step skips the batch.
-        losses: the calls of loss functions in it.
+        losses: the calls of loss functions in it, looked for where a penalty on the inputs acts.
         inputs: for each penalty on the inputs that this run serves (by id), its inputs in the graph.
         context: the ``higher_order`` it ran in, if any.
     """
@@ -65,6 +65,7 @@ class Passes:
         context: run everything in this one; by default each run has its own, where a penalty needs it.
 
     Attributes:
+        before: the buffers and random states that the run for real begins with.
         coupling: the layers of batch norm in training mode, by name, if a penalty on the inputs is among them.
 
     Raises:
@@ -94,14 +95,14 @@ class Passes:
         self._originals = {id(p): self._select(p) for p in self._on_inputs if p.layer is None}
         self.coupling = {
             name: layer
-            for name, layer in module.named_modules()
-            if self._on_inputs and isinstance(layer, _BatchNorm) and layer.training
+            for name, layer in (module.named_modules() if self._on_inputs else ())
+            if isinstance(layer, _BatchNorm) and layer.training
         }
         self._refuse_batch_statistics()
-        self._device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-        kind = self._device.type
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        kind = device.type
         self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        self._rewind = Rewind(module, self._device) if self._on_inputs else None
+        self.before = Snapshot(module, device)
         self._task: Pass | None = None
         self._own: Pass | None = None
 
@@ -150,15 +151,9 @@ class Passes:
         return StepContext(run.loss, parameters, probes, inputs, run.losses, run.outputs(), moved)
 
     def _run_again(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
-        assert self._rewind is not None  # a penalty on the inputs is what asks
-        try:
-            for layer in self.coupling.values():
-                layer.training = False
-            with self._rewind(), _silent(self.module), torch.enable_grad():
-                return self._run(penalties, shifts)
-        finally:
-            for layer in self.coupling.values():
-                layer.training = True
+        independent = evaluation_mode(self.coupling.values())
+        with independent, self.before.rewound(), _silent(self.module), torch.enable_grad():
+            return self._run(penalties, shifts)
 
     def _run(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
         inputs: dict[int, tuple[Tensor, ...]] = {}
@@ -180,7 +175,9 @@ class Passes:
             context = self._given_context or (higher_order(self.module) if graph else None)
             if context is not None:
                 stack.enter_context(context)
-            losses = stack.enter_context(watch_losses())
+            losses = watch_losses()
+            if self._on_inputs:  # watching costs a little for every operation
+                stack.enter_context(losses)
             # The penalty's derivatives are taken without autocast; the step computes as it ever does.
             stack.enter_context(self._autocast)
             output = self.step(batch)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian.attacks import Model, flat_samples, logits_of, runner_up, undisturbed
-from lightning_hessian.curvature import ProbeSource, higher_order, refuse_unsound_graph
+from lightning_hessian.attacks import Model, logits_of, runner_up, undisturbed
+from lightning_hessian.checks import whole_number
+from lightning_hessian.curvature import ProbeSource, SampleHessians, higher_order
 from lightning_hessian.curvature.directions import lanczos, unit
 
 
@@ -45,8 +46,7 @@ def radius_estimate(model: Model, x: Tensor, y: Tensor, iterations: int = 5) -> 
         >>> radius_estimate(model, torch.tensor([[0.5, 0.0], [3.0, 0.0]]), torch.tensor([0, 0])).round(decimals=3)
         tensor([1.5000, 0.0000])
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations={iterations!r} must be a whole number of at least 1.")
+    whole_number("iterations", iterations, least=1)
     if not x.is_floating_point():
         raise ValueError(f"x is of type {x.dtype}, and only floating-point inputs have a gradient.")
     with undisturbed(model, x):
@@ -59,29 +59,18 @@ def radius_estimate(model: Model, x: Tensor, y: Tensor, iterations: int = 5) -> 
         own, others = (logits.gather(1, k.unsqueeze(1).long()).squeeze(1) for k in (y, other))
         # Samples do not mix in evaluation mode: the sum's derivatives are each sample's own.
         margin = own - others
-        refuse_unsound_graph(margin.sum(), derivatives=2)
         with context.explained():
-            slope, curvature = _slope_and_curvature(margin, point, iterations)
+            slope, curvature = _slope_and_curvature(SampleHessians(margin.sum(), [point]), iterations)
     margin = margin.detach().to(slope.dtype)
     distance = 2 * margin / (slope + (slope.square() + 2 * curvature * margin).sqrt())
     return torch.where(margin > 0, distance, 0)
 
 
-def _slope_and_curvature(margin: Tensor, point: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def _slope_and_curvature(margins: SampleHessians, iterations: int) -> tuple[Tensor, Tensor]:
     """||grad|| and ||Hessian|| of each sample's margin, of shape (samples,)."""
-    (gradient,) = torch.autograd.grad(margin.sum(), point, create_graph=True)
-    flat = flat_samples(gradient.detach())
-
-    def matvec(v: Tensor) -> Tensor:
-        if not gradient.requires_grad:  # linear in x
-            return torch.zeros_like(v)
-        (product,) = torch.autograd.grad(
-            gradient, point, v.view_as(point), retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return product.reshape(v.shape)
-
+    gradient = margins.gradient.detach()
     # Along the gradient the curvature is often large; the random part leaves no eigenvector out.
-    generator = ProbeSource().generator(0, point.device)
-    noise = torch.randn(flat.shape, dtype=flat.dtype, device=flat.device, generator=generator)
-    v = lanczos(matvec, unit(flat) + unit(noise) / 2, iterations)
-    return torch.linalg.vector_norm(flat, dim=1), torch.linalg.vector_norm(matvec(v), dim=1)
+    generator = ProbeSource().generator(0, gradient.device)
+    noise = torch.randn(gradient.shape, dtype=gradient.dtype, device=gradient.device, generator=generator)
+    v = lanczos(margins.matvec, unit(gradient) + unit(noise) / 2, iterations)
+    return torch.linalg.vector_norm(gradient, dim=1), torch.linalg.vector_norm(margins.matvec(v), dim=1)

@@ -1,8 +1,8 @@
-"""What a run of a step may change besides gradients: buffers and random states, kept to be put back."""
+"""What a run of a step may change besides gradients, kept to be put back: buffers, random states, modes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,7 +37,59 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-def buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+class Snapshot:
+    """The buffers and the random states of a moment.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> snapshot = Snapshot(layer, torch.device("cpu"))
+        >>> layer(torch.ones(3, 2))[0].detach(), layer.running_mean
+        (tensor([0., 0.]), tensor([0.1000, 0.1000]))
+        >>> with snapshot.rewound():
+        ...     layer.running_mean
+        tensor([0., 0.])
+        >>> layer.running_mean
+        tensor([0.1000, 0.1000])
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.random = RandomState.now(device)
+        self.buffers = [(layer, name, buffer, buffer.detach().clone()) for layer, name, buffer in _buffers_of(module)]
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put everything back if what happens inside fails."""
+        try:
+            yield
+        except BaseException:
+            with torch.no_grad():
+                for layer, name, buffer, value in self.buffers:
+                    layer._buffers[name] = buffer
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+            self.random.restore()
+            raise
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Run code again from that moment; afterwards everything is as it was before this.
+
+        The buffers are exchanged for copies, not overwritten: graphs may have saved them.
+        """
+        now, random = _buffers_of(self.module), RandomState.now(self.random.device)
+        try:
+            for layer, name, _, value in self.buffers:
+                layer._buffers[name] = value.clone()
+            self.random.restore()
+            yield
+        finally:
+            for layer, name, buffer in now:
+                layer._buffers[name] = buffer
+            random.restore()
+
+
+def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     """Every buffer, as the layer it belongs to, its name there, and the tensor."""
     return [
         (layer, name, buffer)
@@ -48,42 +100,13 @@ def buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 @contextmanager
-def left_as_found_on_error(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put buffers and random states back if what happens inside fails."""
-    before = [(layer, name, buffer, buffer.detach().clone()) for layer, name, buffer in buffers_of(module)]
-    random = RandomState.now(device)
+def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Each of these modules in evaluation mode inside, and in its own afterwards; their children are left alone."""
+    before = [(module, module.training) for module in modules]
     try:
+        for module, _ in before:
+            module.training = False
         yield
-    except BaseException:
-        with torch.no_grad():
-            for layer, name, buffer, value in before:
-                layer._buffers[name] = buffer
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        random.restore()
-        raise
-
-
-class Rewind:
-    """Lets code run again from the buffers and the random state of a moment, and leaves both as they are now.
-
-    The buffers are exchanged for copies, not overwritten: graphs may have saved them.
-    """
-
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module = module
-        self.random = RandomState.now(device)
-        self.buffers = [(layer, name, buffer.detach().clone()) for layer, name, buffer in buffers_of(module)]
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        now, random = buffers_of(self.module), RandomState.now(self.random.device)
-        try:
-            for layer, name, before in self.buffers:
-                layer._buffers[name] = before.clone()
-            self.random.restore()
-            yield
-        finally:
-            for layer, name, buffer in now:
-                layer._buffers[name] = buffer
-            random.restore()
+    finally:
+        for module, training in before:
+            module.training = training

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from types import MethodType
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.injection import penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import Penalty
@@ -80,12 +81,10 @@ class HessianRegularizer(Callback):
             raise ValueError(
                 f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace(), or a list of them."
             )
-        _check_count("every_n_steps", every_n_steps, least=1)
-        _check_count("warmup_steps", warmup_steps, least=0)
-        if on_nonfinite not in ("skip", "raise"):
-            raise ValueError(f"on_nonfinite={on_nonfinite!r} is unknown. Choose 'skip' or 'raise'.")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed={seed!r} must be a whole number.")
+        whole_number("every_n_steps", every_n_steps, least=1)
+        whole_number("warmup_steps", warmup_steps, least=0)
+        choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
+        whole_number("seed", seed)
         self.penalty = penalty
         self.penalties = tuple(penalties)
         self.strength = strength
@@ -266,13 +265,8 @@ def _refuse_empty_batch(batch: Any) -> None:
 
 
 def _check_strength(strength: float) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, SupportsFloat) or not 0 <= float(strength) < math.inf:
+    if not is_number(strength) or not 0 <= float(strength) < math.inf:
         raise ValueError(
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
             "A negative one would reward curvature."
         )
-
-
-def _check_count(name: str, count: int, least: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < least:
-        raise ValueError(f"{name}={count!r} must be a whole number of at least {least}.")

@@ -15,7 +15,8 @@ from torchmetrics import MeanMetric
 
 from lightning_hessian import radius
 from lightning_hessian.attacks import FGSM, PGD, Attack, logits_of, undisturbed
-from lightning_hessian.batches import InputChoice, select_inputs, tensors_in
+from lightning_hessian.batches import InputChoice, part_of, select_inputs, tensors_in
+from lightning_hessian.checks import whole_number
 
 TargetChoice = str | int | Callable[[Any], Tensor] | None
 """Which tensor of a batch holds the classes: a key or an attribute's name, an index, a function of the batch, or None
@@ -82,9 +83,9 @@ class AdversarialAccuracy(Callback):
                 f"attacks has more than one named {', '.join(repeated)}, and they would log under the same name. Keep "
                 "one of each."
             )
-        _check_count("every_n_epochs", every_n_epochs)
+        whole_number("every_n_epochs", every_n_epochs, least=1)
         if max_samples is not None:
-            _check_count("max_samples", max_samples)
+            whole_number("max_samples", max_samples, least=1)
         self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.radius_estimate = radius_estimate
@@ -119,22 +120,9 @@ class AdversarialAccuracy(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(pl_module)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begin(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._measure(pl_module, batch, dataloader_idx)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module)
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         in_fit = trainer.state.fn == TrainerFn.FITTING
@@ -208,11 +196,9 @@ class AdversarialAccuracy(Callback):
             return next((tensor for tensor in tensors_in(batch) if _holds_classes(tensor, len(x))), None)
         if callable(self.targets):
             return self.targets(batch)
-        if isinstance(self.targets, str) and not isinstance(batch, Mapping):
-            return getattr(batch, self.targets, None)
         try:
-            return batch[self.targets]
-        except (IndexError, KeyError, TypeError):
+            return part_of(batch, self.targets, "targets")
+        except ValueError:
             return None
 
     def _look_for_randomness(self, module: LightningModule, x: Tensor, y: Tensor, logits: Tensor) -> None:
@@ -256,8 +242,3 @@ def _key(name: str) -> str:
 def _holds_classes(tensor: Tensor, samples: int) -> bool:
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     return whole and tensor.shape == (samples,)
-
-
-def _check_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")

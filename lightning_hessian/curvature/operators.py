@@ -90,7 +90,7 @@ class HessianOperator(_TensorOperator):
         self.gradient = _gradient(loss, self.tensors)
 
     def matvec(self, v: Tensor) -> Tensor:
-        products = self._products(self.split(v), create_graph=False)
+        products = _products(self.gradient, self.tensors, self.split(v))
         return torch.cat([part.reshape(-1).to(self.dtype) for part in products])
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
@@ -101,29 +101,13 @@ class HessianOperator(_TensorOperator):
             only: restrict to these tensors (by position); the graph behind the others is not walked.
         """
         kept = range(len(self.tensors)) if only is None else only
-        sizes = [self.sizes[i] for i in kept]
+        tensors = [self.tensors[i] for i in kept]
         # A model may mix types: each part of the probe takes its tensor's.
-        flat = [part.to(self.tensors[i].dtype) for part, i in zip(v.split(sizes), kept, strict=True)]
-        parts = [part.view_as(self.tensors[i]) for part, i in zip(flat, kept, strict=True)]
-        products = self._products(parts, create_graph=True, only=list(kept))
+        flat = [part.to(t.dtype) for part, t in zip(v.split([t.numel() for t in tensors]), tensors, strict=True)]
+        parts = [part.view_as(tensor) for part, tensor in zip(flat, tensors, strict=True)]
+        products = _products([self.gradient[i] for i in kept], tensors, parts, create_graph=True)
         dots = [torch.dot(a.reshape(-1), b).to(self.dtype) for a, b in zip(products, flat, strict=True)]
         return torch.stack(dots).sum()
-
-    def _products(self, v: list[Tensor], create_graph: bool, only: list[int] | None = None) -> Sequence[Tensor]:
-        kept = range(len(self.tensors)) if only is None else only
-        # A gradient without a graph is constant: its row of H is zero.
-        curved = [(self.gradient[i], part) for i, part in zip(kept, v, strict=True) if self.gradient[i].requires_grad]
-        if not curved:
-            return [torch.zeros_like(part) for part in v]
-        return torch.autograd.grad(
-            [gradient for gradient, _ in curved],
-            [self.tensors[i] for i in kept],
-            [part for _, part in curved],
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
 
 
 class BatchedHessianOperator(_TensorOperator):
@@ -199,23 +183,7 @@ class SampleHessians:
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """H_i v_i, of shape (samples, n)."""
-        parts = split_rows(v, self.inputs)
-        # A gradient without a graph is constant: its rows of H are zero.
-        curved = [
-            (gradient, part) for gradient, part in zip(self._gradients, parts, strict=True) if gradient.requires_grad
-        ]
-        if not curved:
-            return torch.zeros_like(v)
-        products = torch.autograd.grad(
-            [gradient for gradient, _ in curved],
-            self.inputs,
-            [part for _, part in curved],
-            create_graph=create_graph,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return rows(products)
+        return rows(_products(self._gradients, self.inputs, split_rows(v, self.inputs), create_graph))
 
 
 def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 1) -> list[Tensor]:
@@ -246,6 +214,25 @@ def split_rows(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Undo :func:`rows`: parts of the shapes and types of the tensors ``like``."""
     parts = v.split([tensor[0].numel() for tensor in like], dim=1)
     return [part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _products(
+    gradients: Sequence[Tensor], tensors: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool = False
+) -> Sequence[Tensor]:
+    """Hv = d(g'v) / d tensors, part by part."""
+    # A gradient without a graph is constant: its rows of H are zero.
+    curved = [(gradient, part) for gradient, part in zip(gradients, v, strict=True) if gradient.requires_grad]
+    if not curved:
+        return [torch.zeros_like(part) for part in v]
+    return torch.autograd.grad(
+        [gradient for gradient, _ in curved],
+        tensors,
+        [part for _, part in curved],
+        create_graph=create_graph,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 def _gradient(loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -99,7 +100,7 @@ class StepContext:
     @property
     def summed_loss(self) -> Tensor:
         """sum_i l_i: its derivatives by x_i are those of l_i, for all samples at once."""
-        return self.loss if self._reduction() == "sum" else self.loss * self.samples
+        return self.loss if self._reduction == "sum" else self.loss * self.samples
 
     @property
     def sample_losses(self) -> Tensor | None:
@@ -108,8 +109,9 @@ class StepContext:
         if not calls:
             return None
         parts = [self.by_sample(call.weights(self.loss) * call.elements()).sum(dim=1) for call in calls]
-        return (1 if self._reduction() == "sum" else self.samples) * torch.stack(parts).sum(dim=0)
+        return (1 if self._reduction == "sum" else self.samples) * torch.stack(parts).sum(dim=0)
 
+    @cached_property
     def _reduction(self) -> str | None:
         return self.losses.reduction_of(self.loss, self.samples)
 
@@ -220,15 +222,3 @@ class InputPenalty(Penalty):
                 f"{type(self).__name__} is made of each sample's own derivatives. Put the batch norm layers in "
                 "evaluation mode (the callback and the mixin do this for nn.BatchNorm layers), or use GroupNorm."
             )
-
-
-def choice(name: str, value: object, of: Sequence[str]) -> None:
-    """Raise a ValueError unless the value is one of a few words."""
-    if value not in of:
-        raise ValueError(f"{name}={value!r} is unknown. Choose one of {', '.join(of)}.")
-
-
-def whole_number(name: str, value: object, least: int, meaning: str) -> None:
-    """Raise a ValueError unless the value is a whole number that is large enough."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}: {meaning}.")

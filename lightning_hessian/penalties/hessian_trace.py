@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, SupportsFloat, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_hessian.checks import choice, count_or_all, is_number
 from lightning_hessian.curvature import HessianOperator, ParameterFilter, select_parameters
 from lightning_hessian.penalties.base import Penalty, StepContext
 
@@ -73,17 +74,14 @@ class HessianTrace(Penalty):
         parameters: ParameterFilter = None,
         clamp: float | None = None,
     ) -> None:
-        if isinstance(probes, bool) or not isinstance(probes, int) or (probes < 1 and probes != -1):
-            raise ValueError(f"probes={probes!r} must be a whole number of at least 1, or -1 for the exact trace.")
-        if method not in get_args(Method):
-            raise ValueError(f"method={method!r} is unknown. Choose one of {', '.join(get_args(Method))}.")
-        if isinstance(keep, bool) or not isinstance(keep, SupportsFloat) or not 0 < float(keep) <= 1:
+        count_or_all("probes", probes, "the exact trace")
+        choice("method", method, get_args(Method))
+        if not is_number(keep) or not 0 < float(keep) <= 1:
             raise ValueError(f"keep={keep!r} is a probability and must lie in (0, 1].")
-        if drop not in get_args(Drop):
-            raise ValueError(f"drop={drop!r} is unknown. Choose one of {', '.join(get_args(Drop))}.")
+        choice("drop", drop, get_args(Drop))
         if probes == -1 and keep < 1:
             raise ValueError(f"probes=-1 asks for the exact trace and keep={keep} for a random part of it: choose one.")
-        if clamp is not None and (not isinstance(clamp, SupportsFloat) or not math.isfinite(clamp)):
+        if clamp is not None and not (is_number(clamp) and math.isfinite(clamp)):
             raise ValueError(f"clamp={clamp!r} must be a finite number, the lower bound of the penalty, or None.")
         self.probes = probes
         self.method = method

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, SupportsFloat, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_hessian.batches import InputChoice
+from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature import SampleHessians, lanczos, power_iteration
 from lightning_hessian.curvature.directions import SEARCHES, Search
 from lightning_hessian.curvature.operators import input_gradients, rows, split_rows
-from lightning_hessian.penalties.base import InputPenalty, StepContext, choice, whole_number
+from lightning_hessian.penalties.base import InputPenalty, StepContext
 
 Method = Literal["autograd", "finite_difference"]
 
@@ -75,7 +76,7 @@ class InputHessianNorm(InputPenalty):
         whole_number("iterations", iterations, 0, "the Hessian-vector products that the search spends")
         choice("search", search, SEARCHES)
         choice("method", method, get_args(Method))
-        if isinstance(step, bool) or not isinstance(step, SupportsFloat) or not 0 < float(step) < math.inf:
+        if not is_number(step) or not 0 < float(step) < math.inf:
             raise ValueError(f"step={step!r} must be a positive number: the finite step as a share of the input.")
         self.iterations = iterations
         self.search = search

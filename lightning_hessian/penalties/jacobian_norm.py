@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.batches import InputChoice
+from lightning_hessian.checks import count_or_all
 from lightning_hessian.curvature.directions import unit
 from lightning_hessian.curvature.operators import input_gradients, rows
 from lightning_hessian.penalties.base import InputPenalty, StepContext
@@ -50,10 +51,7 @@ class JacobianNorm(InputPenalty):
 
     def __init__(self, projections: int = 1, inputs: InputChoice = None, layer: str | None = None) -> None:
         super().__init__(inputs, layer)
-        if isinstance(projections, bool) or not isinstance(projections, int) or (projections < 1 and projections != -1):
-            raise ValueError(
-                f"projections={projections!r} must be a whole number of at least 1, or -1 for the exact norm."
-            )
+        count_or_all("projections", projections, "the exact norm")
         self.projections = projections
 
     @property

@@ -18,6 +18,7 @@ from lightning_hessian.curvature import (
     hutchinson_trace,
     select_parameters,
 )
+from lightning_hessian.state import evaluation_mode
 from lightning_hessian.training.classifier import Classifier
 from lightning_hessian.training.data import ImageData
 
@@ -72,15 +73,10 @@ def hessian_trace(module: Classifier, data: ImageData, samples: int, probes: int
         with higher_order(module):
             return module.loss(batch)
 
-    training = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
+    with evaluation_mode(module.modules()):
         parameters = select_parameters(dict(module.named_parameters())).values()
         operator = BatchedHessianOperator(loss, parameters, batches, lambda batch: len(batch[1]))
         return hutchinson_trace(operator, probes, seed)
-    finally:
-        for child, mode in training.items():
-            child.training = mode
 
 
 def report(trainer: Trainer, module: Classifier, data: ImageData, trace: TraceEstimate, samples: int) -> Report:
