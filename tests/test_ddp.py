@@ -143,13 +143,17 @@ ON_INPUTS = {
 }
 
 
+def context_of(module, x, y):
+    parameters = dict(module.named_parameters())
+    return lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, parameters)
+
+
 @pytest.mark.parametrize("name", ON_INPUTS)
 def test_two_ranks_equal_one_for_penalties_on_the_inputs(tmp_path, name):
     penalty, loader = ON_INPUTS[name], data(8)
 
     def of_one(module, x, y, step):
-        parameters = dict(module.named_parameters())
-        context = lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, parameters)
+        context = context_of(module, x, y)
         return context.loss + 0.02 * penalty(context)
 
     first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), callback(penalty), loader)
@@ -158,6 +162,41 @@ def test_two_ranks_equal_one_for_penalties_on_the_inputs(tmp_path, name):
     torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
     logged = [rank["logged"][0][f"curvature/{penalty.name}"] for rank in (first, second)]
     assert logged[0] == logged[1] > 0
+
+
+class UnusedWithBatchNorm(Unused):
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.BatchNorm1d(6).double()
+
+
+def test_batch_norm_takes_its_second_pass_on_two_ranks(tmp_path):
+    penalty, loader = lh.InputHessianNorm(), data(8)
+
+    def of_one(module, x, y, step):
+        """Each rank normalises by its own half, and begins with the buffers of rank 0, as DDP has it."""
+        before, after, total = dict(module.net.named_buffers()), [], 0
+
+        def run(inputs, training):
+            module.net.train(training)
+            buffers = {name: buffer.clone() for name, buffer in before.items()}
+            outputs = torch.func.functional_call(module.net, buffers, (inputs,))
+            after.append(buffers)
+            return outputs
+
+        for inputs, targets in zip(x.chunk(2), y.chunk(2), strict=True):
+            task = F.cross_entropy(run(inputs, training=True), targets)
+            context = lh.StepContext.of(
+                lambda inputs, targets=targets: F.cross_entropy(run(inputs, training=False), targets),
+                inputs,
+                dict(module.named_parameters()),
+            )
+            total = total + (task + 0.02 * penalty(context)) / 2
+        module.net.load_state_dict(after[0], strict=False)
+        return total
+
+    first, _ = fit_two(tmp_path, UnusedWithBatchNorm(), callback(penalty), loader, find_unused_parameters=True)
+    torch.testing.assert_close(first["weights"], fit_one(UnusedWithBatchNorm(), of_one, loader), rtol=1e-6, atol=1e-6)
 
 
 class NotFiniteOnOneRank(lh.Penalty):

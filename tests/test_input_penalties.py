@@ -109,6 +109,28 @@ def test_search_where_plus_and_minus_the_same_eigenvalue_tie(find):
     torch.testing.assert_close(v.norm(dim=1), torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("search", CONVERGED)
+def test_gradient_where_the_eigenvalues_of_a_network_tie(search):
+    """f(p, q) = (A p)' (B q) has the Hessian [[0, M], [M', 0]], M = A'B: its eigenvalues are +-singular values of M."""
+
+    class Products(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = (nn.Linear(FEATURES // 2, 4, bias=False).double() for _ in range(2))
+
+        def forward(self, x):
+            p, q = x.chunk(2, dim=1)
+            return (self.a(p) * self.b(q)).sum(dim=1)
+
+    module, x = Products(), torch.randn(SAMPLES, FEATURES, dtype=torch.float64)
+    seen = lh.StepContext.of(lambda x: module(x).mean(), x, dict(module.named_parameters()))
+    value = lh.InputHessianNorm(CONVERGED[search], search).value(seen)
+    norm = torch.linalg.svdvals(module.a.weight.mT @ module.b.weight)[0]
+    assert value.item() == pytest.approx(norm.item(), rel=1e-6)
+    assert relative_error(gradient(value, module), gradient(norm, module)) < 1e-5
+
+
 def test_lanczos_stops_where_the_krylov_space_ends():
     v = lanczos(lambda v: 2 * v, torch.tensor([[3.0, 4.0]]), 5)
     torch.testing.assert_close(v, torch.tensor([[0.6, 0.8]]))
