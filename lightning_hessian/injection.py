@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.passes import Passes
+from lightning_hessian.curvature.first_order import GradientSum, movable
+from lightning_hessian.passes import Passes, no_loss_again
 from lightning_hessian.penalties import InputPenalty, Penalty
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def penalised(
     trainer = module.trainer
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
     now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx
+    count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     listed = [
         (regularizer, penalty, strength)
         for regularizer in regularizers
@@ -49,39 +52,141 @@ def penalised(
     ]
     # A penalty keeps its name on every step, whichever others act.
     names = _different([penalty.name for _, penalty, _ in listed])
-    acting = [(*entry, name) for entry, name in zip(listed, names, strict=True) if entry[2] > 0]
+    acting = [
+        _Acting(*entry, name, ProbeSource(entry[0].seed, now, count, trainer.global_rank))
+        for entry, name in zip(listed, names, strict=True)
+        if entry[2] > 0
+    ]
     if not acting or not trainer.training or not torch.is_grad_enabled():
         return step(batch)
-    count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
-    passes = Passes(module, step, batch, [penalty for _, penalty, *_ in acting], loss_of, all_inputs)
+    by_graph = [one for one in acting if not one.penalty.by_differences]
+    by_differences = [one for one in acting if one.penalty.by_differences]
+    penalties = [one.penalty for one in by_graph]
+    passes = Passes(module, step, batch, penalties, loss_of, all_inputs, repeated=bool(by_differences))
     with passes.before.restored_on_error():
+        if by_differences:
+            return _with_differences(module, passes, by_graph, by_differences)
         task = passes.task()
-        output, loss = task.output, task.loss
-        if loss is None:
-            return output
-        parameters = list(module.parameters())
-        terms: list[Tensor] = []
-        logged: dict[str, Tensor] = {}
-        # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
-        with torch.autocast(loss.device.type, enabled=False):
-            for regularizer, penalty, strength, name in acting:
-                probes = ProbeSource(regularizer.seed, now, count, trainer.global_rank)
-                if passes.coupling and isinstance(penalty, InputPenalty):
-                    regularizer.say_own_pass(penalty, list(passes.coupling))
-                with passes.explained(penalty):
-                    value = penalty.value(passes.context(penalty, probes))
-                    logged[f"curvature/{name}"] = value.detach()
-                    if _is_finite(value, module):
-                        terms.append(strength * penalty.term(value))
-                        regularizer.try_backward(penalty, terms[-1], parameters)
-                    else:
-                        _report_nonfinite(module, regularizer, penalty, loss, value)
-    added = torch.stack(terms).sum() if terms else torch.zeros_like(loss)
-    for key, value in {**logged, "train/penalty": added.detach()}.items():
-        _log(module, key, value)
-    if not terms:
-        return output
-    return loss + added if isinstance(output, Tensor) else {**output, "loss": loss + added}
+        if task.loss is None:
+            return task.output
+        terms = _terms(module, passes, by_graph, task.loss)
+        return _with_loss(task.output, task.loss + terms) if terms is not None else task.output
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """A penalty on a step on which it acts."""
+
+    regularizer: HessianRegularizer
+    penalty: Penalty
+    strength: float
+    name: str
+    probes: ProbeSource
+
+
+def _terms(
+    module: LightningModule, passes: Passes, acting: Sequence[_Acting], loss: Tensor, log: bool = True
+) -> Tensor | None:
+    """The sum of strength * penalty, with its graph; None where no penalty is finite."""
+    parameters = list(module.parameters())
+    terms: list[Tensor] = []
+    # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
+    with torch.autocast(loss.device.type, enabled=False):
+        for one in acting:
+            if passes.coupling and isinstance(one.penalty, InputPenalty):
+                one.regularizer.say_own_pass(one.penalty, list(passes.coupling))
+            with passes.explained(one.penalty):
+                value = one.penalty.value(passes.context(one.penalty, one.probes))
+                _log(module, f"curvature/{one.name}", value.detach())
+                if _is_finite(value, module):
+                    terms.append(one.strength * one.penalty.term(value))
+                    one.regularizer.try_backward(one.penalty, terms[-1], parameters)
+                else:
+                    _report_nonfinite(module, one.regularizer, one.penalty, loss, value)
+    added = torch.stack(terms).sum() if terms else None
+    if log:
+        _log(module, "train/penalty", torch.zeros_like(loss) if added is None else added.detach())
+    return added
+
+
+def _with_differences(
+    module: LightningModule, passes: Passes, by_graph: Sequence[_Acting], by_differences: Sequence[_Acting]
+) -> Any:
+    """The step with penalties that are second differences of its loss, besides others.
+
+    loss + sum_k w_k [L(theta + s_k v_k) + L(theta - s_k v_k) - 2 L(theta)] is a weighted sum of losses. Each is run and
+    differentiated at once, so that one run's activations are there at a time, and what is returned has the sum of the
+    gradients. Where the weights of L(theta) cancel, as in ``method="two_pass"`` by itself, it is not run at all.
+    """
+    trainer = module.trainer
+    named = dict(module.named_parameters())
+    listed = [(one, one.penalty.differences(named, one.strength, one.probes)) for one in by_differences]
+    at_rest = 1 - sum(2 * difference.weight for _, differences in listed for difference in differences)
+    if math.isclose(at_rest, 0, abs_tol=1e-9):
+        at_rest = 0.0
+    # A gradient of a float16 loss may underflow: the Trainer's scale protects it here as it does in its own backward.
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scale = 1.0 if scaler is None else float(scaler.get_scale())
+    total = GradientSum(list(named.values()), scale)
+    added: Tensor | float = 0.0
+    output: Any = None
+    if by_graph or at_rest:
+        task = passes.task()
+        if task.loss is None:
+            return task.output
+        output = task.output
+        for one in by_differences:
+            one.regularizer.warn_of_kinks(one.penalty, task.loss)
+        terms = _terms(module, passes, by_graph, task.loss, log=False) if by_graph else None
+        added = 0.0 if terms is None else terms.detach()
+        _add(total, at_rest * task.loss + (0.0 if terms is None else terms), 1.0)
+        del task, terms
+    for one, differences in listed:
+        slopes: list[Tensor] = []
+        for difference in differences:
+            ends: list[Tensor] = []
+            with movable(difference.tensors) as move:
+                for sign in (1, -1):
+                    move(difference.parts(), sign * difference.step)
+                    run = passes.at_present(for_real=output is None)
+                    if run.loss is None:
+                        if output is None:
+                            return run.output
+                        raise no_loss_again(one.penalty)
+                    output = run.output if output is None else output
+                    ends.append(difference.slope(_add(total, run.loss, difference.weight)))
+                    del run
+            slopes.append((ends[0] - ends[1]) / (2 * difference.step))
+        value = torch.stack(slopes).mean()
+        finite = _is_finite(value, module)
+        if finite or scale == 1:
+            _log(module, f"curvature/{one.name}", value)
+        if not finite and scale == 1:
+            return _task_loss_alone(module, passes, one, value, output)
+        added = added + one.strength * value
+    _log(module, "train/penalty", added)
+    return _with_loss(output, total.loss())
+
+
+def _add(total: GradientSum, loss: Tensor, weight: float) -> dict[Tensor, Tensor]:
+    # As any backward pass, outside of autocast.
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients = total.add(loss, weight)
+    return {t: g for t, g in zip(total.tensors, gradients, strict=True) if g is not None}
+
+
+def _task_loss_alone(module: LightningModule, passes: Passes, one: _Acting, value: Tensor, output: Any) -> Any:
+    """What a step trains on whose penalty is not finite."""
+    run = passes.at_present(for_real=False)
+    if run.loss is None:
+        raise no_loss_again(one.penalty)
+    _report_nonfinite(module, one.regularizer, one.penalty, run.loss, value)
+    _log(module, "train/penalty", torch.zeros_like(value))
+    return _with_loss(output, run.loss)
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    return loss if isinstance(output, Tensor) else {**output, "loss": loss}
 
 
 def _different(names: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ class Pass:
     Args:
         output: what the step returned.
         loss: the scalar in it; None where the step skips the batch.
-        losses: the calls of loss functions in it, looked for where a penalty on the inputs acts.
+        losses: the calls of loss functions in it, where a penalty looks at them.
         inputs: for each penalty on the inputs that this run serves (by id), its inputs in the graph.
         context: the ``higher_order`` it ran in, if any.
     """
@@ -62,6 +62,7 @@ class Passes:
         penalties: those that act on this step.
         loss_of: finds the scalar loss in what the step returns.
         all_inputs: whether every tensor of the batch is an input for a penalty that does not choose.
+        repeated: whether the step is going to be run more than once (:meth:`at_present`).
         context: run everything in this one; by default each run has its own, where a penalty needs it.
 
     Attributes:
@@ -80,6 +81,7 @@ class Passes:
         penalties: Sequence[Penalty],
         loss_of: Callable[[Any], Tensor | None],
         all_inputs: bool = False,
+        repeated: bool = False,
         context: higher_order | None = None,
     ) -> None:
         self.module = module
@@ -88,6 +90,13 @@ class Passes:
         self.penalties = penalties
         self.loss_of = loss_of
         self.all_inputs = all_inputs
+        self.repeated = repeated
+        self._watched = any(penalty.watches_losses for penalty in penalties)
+        if repeated and isinstance(batch, Iterator):
+            raise MisconfigurationException(
+                "The training step takes the dataloader's iterator, so running it a second time would take another "
+                "batch. Let it take a batch, or use method='autograd', which runs the step once."
+            )
         self._given_context = context
         self._on_inputs = [penalty for penalty in penalties if isinstance(penalty, InputPenalty)]
         for penalty in self._on_inputs:
@@ -111,6 +120,14 @@ class Passes:
         sharing = [p for p in self.penalties if not (self.coupling and isinstance(p, InputPenalty))]
         self._task = self._run(sharing)
         return self._task
+
+    def at_present(self, for_real: bool) -> Pass:
+        """Run the step with the parameters as they are now, for nothing but its loss and first derivatives.
+
+        Args:
+            for_real: whether this is the run whose logs, metrics, buffers and random numbers count.
+        """
+        return self._run([]) if for_real else self._run_again([])
 
     def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
         """What the penalty is computed from."""
@@ -138,10 +155,7 @@ class Passes:
 
     def _context(self, run: Pass, penalty: Penalty, probes: ProbeSource) -> StepContext:
         if run.loss is None:
-            raise MisconfigurationException(
-                "The training step returned a loss for this batch and None when it was run again for the penalty "
-                f"{penalty.name}. It must be a function of the batch and the random numbers alone."
-            )
+            raise no_loss_again(penalty)
 
         def moved(shifts: Sequence[Tensor]) -> StepContext:
             return self._context(self._run_again([penalty], shifts), penalty, probes)
@@ -151,7 +165,7 @@ class Passes:
         return StepContext(run.loss, parameters, probes, inputs, run.losses, run.outputs(), moved)
 
     def _run_again(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
-        independent = evaluation_mode(self.coupling.values())
+        independent = evaluation_mode(self.coupling.values() if penalties else ())
         with independent, self.before.rewound(), _silent(self.module), torch.enable_grad():
             return self._run(penalties, shifts)
 
@@ -176,7 +190,7 @@ class Passes:
             if context is not None:
                 stack.enter_context(context)
             losses = watch_losses()
-            if self._on_inputs:  # watching costs a little for every operation
+            if self._watched:  # it costs a little for every operation
                 stack.enter_context(losses)
             # The penalty's derivatives are taken without autocast; the step computes as it ever does.
             stack.enter_context(self._autocast)
@@ -185,7 +199,7 @@ class Passes:
 
     def _fresh_batch(self, leaves: Mapping[int, Tensor]) -> Any:
         """The batch with the leaves in their places; copies, because a step may change what it is handed."""
-        if not self._on_inputs:
+        if not self._on_inputs and not self.repeated:
             return self.batch
         tensors = list(tensors_in(self.batch))
         return exchanged(self.batch, tensors, [leaves.get(id(x), x).clone() for x in tensors])
@@ -208,6 +222,14 @@ class Passes:
                     "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "
                     "track_running_stats=True to it, or use GroupNorm."
                 )
+
+
+def no_loss_again(penalty: Penalty) -> MisconfigurationException:
+    """The error for a step that skips a batch which it did not skip before."""
+    return MisconfigurationException(
+        "The training step returned a loss for this batch and None when it was run again for the penalty "
+        f"{penalty.name}. It must be a function of the batch and the random numbers alone."
+    )
 
 
 def check_layer(penalty: Penalty, module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_hessian.checks import choice, is_number, whole_number
+from lightning_hessian.curvature.context import kinks
 from lightning_hessian.injection import penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import Penalty
@@ -97,6 +98,7 @@ class HessianRegularizer(Callback):
         self.nonfinite_steps = 0
         self._tried_backward: set[int] = set()
         self._said_own_pass = False
+        self._looked_for_kinks = False
         self._begun_for: int | None = None
 
     def strengths_at(self, step: int) -> list[float]:
@@ -129,6 +131,7 @@ class HessianRegularizer(Callback):
         self.nonfinite_steps = 0
         self._tried_backward = set()
         self._said_own_pass = False
+        self._looked_for_kinks = False
         self._begun_for = id(module.trainer)
 
     def has_begun(self, trainer: Trainer) -> bool:
@@ -136,11 +139,13 @@ class HessianRegularizer(Callback):
         return self._begun_for == id(trainer)
 
     def _refuse(self, module: LightningModule, trainer: Trainer) -> None:
-        if trainer.precision in ("16-mixed", "16-true") and not self.allow_fp16:
+        by_graph = [penalty for penalty in self.penalties if not penalty.by_differences]
+        if by_graph and trainer.precision in ("16-mixed", "16-true") and not self.allow_fp16:
             raise MisconfigurationException(
-                f"precision={trainer.precision!r}: the penalty differentiates the loss before it is scaled, so its "
+                f"precision={trainer.precision!r}: {by_graph[0]!r} differentiates the loss before it is scaled, so its "
                 "inner gradients may vanish or overflow in float16 and train on a wrong penalty in silence. "
-                "Use precision='bf16-mixed' or '32-true', or pass allow_fp16=True to try it all the same."
+                "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass'), or pass "
+                "allow_fp16=True to try it all the same."
             )
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
             raise MisconfigurationException(
@@ -152,7 +157,7 @@ class HessianRegularizer(Callback):
             if "16" in str(trainer.precision) and penalty.needs_full_precision:
                 raise MisconfigurationException(
                     f"{penalty!r} takes differences of losses that 16-bit numbers (precision={trainer.precision!r}) "
-                    "round away: it would train on noise. Use precision='32-true', or method='autograd'."
+                    "round away: it would train on noise. Use precision='32-true', or another method."
                 )
             try:
                 penalty.check(dict(module.named_parameters()))
@@ -165,6 +170,16 @@ class HessianRegularizer(Callback):
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             self._tried_backward.add(id(penalty))
+
+    def warn_of_kinks(self, penalty: Penalty, loss: Tensor) -> None:
+        """Once in a fit, warn where a penalty needs smooth activations and the loss's graph has others."""
+        if penalty.needs_smoothness and not self._looked_for_kinks and (found := kinks(loss)):
+            rank_zero_warn(
+                f"{penalty!r} differentiates twice by a small step, and the loss has kinks ({', '.join(found)}): where "
+                "the step crosses one, the difference is noise that grows as the step shrinks. Take smooth activations "
+                "(SiLU, GELU, softplus, tanh), method='two_pass', whose step is larger, or method='gauss_newton'."
+            )
+        self._looked_for_kinks = self._looked_for_kinks or penalty.needs_smoothness
 
     def say_own_pass(self, penalty: Penalty, layers: Sequence[str]) -> None:
         """Once in a fit, say why a penalty on the inputs costs a forward pass of its own."""

@@ -209,12 +209,7 @@ def refuse_unsound_graph(loss: Tensor, derivatives: int = 3) -> None:
     Raises:
         HigherOrderError: there is one; it is named.
     """
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in _nodes(loss):
         name = node.name()
         function = getattr(node, "_forward_cls", None)  # of a custom torch.autograd.Function
         fused = _FUSED_WEIGHT_NORM.search(name) or (derivatives > 2 and _FUSED_NORM.search(name))
@@ -231,6 +226,28 @@ def refuse_unsound_graph(loss: Tensor, derivatives: int = 3) -> None:
                 "PyTorch would leave its part of the Hessian out without an error. Write its backward with "
                 "differentiable operations and remove the mark. `lightning_hessian.verify` names the layer."
             )
+
+
+def kinks(loss: Tensor) -> list[str]:
+    """The functions in the graph of a loss whose first derivative jumps, by the names of their derivatives."""
+    return sorted({node.name() for node in _nodes(loss) if _KINKED.search(node.name())})
+
+
+_KINKED = re.compile(
+    r"^(Abs|Clamp|ClampMax|ClampMin|Hard\w*|LeakyRelu\w*|MaxPool\w*|AdaptiveMaxPool\w*|Max|Maximum|Min|Minimum|"
+    r"Prelu\w*|PreluKernel|Relu|Rrelu\w*|Softshrink|Threshold)Backward"
+)
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """All nodes of a graph, each once."""
+    todo, seen = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
         todo.extend(following for following, _ in node.next_functions)
 
 

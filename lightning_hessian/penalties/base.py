@@ -136,6 +136,34 @@ class StepContext:
         return any(gradient is not None and bool(gradient[1:].any()) for gradient in gradients)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A penalty's share of the loss, weight * [L(theta + step v) + L(theta - step v) - 2 L(theta)].
+
+    Args:
+        tensors: the parts of theta that move.
+        direction: v, flat, over all entries of the tensors; drawn anew at each call.
+        step: how far.
+        weight: strength / step^2, over the number of differences that are averaged.
+    """
+
+    tensors: Sequence[Tensor]
+    direction: Callable[[], Tensor]
+    step: float
+    weight: float
+
+    def parts(self) -> list[Tensor]:
+        """v, cut into the tensors' shapes."""
+        v = self.direction().split([tensor.numel() for tensor in self.tensors])
+        return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(v, self.tensors, strict=True)]
+
+    def slope(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+        """v'g, of a gradient by tensor; one that has none does not count."""
+        pairs = [(v, gradients[t]) for v, t in zip(self.parts(), self.tensors, strict=True) if t in gradients]
+        dots = [torch.dot(v.reshape(-1), gradient.reshape(-1)).float() for v, gradient in pairs]
+        return torch.stack(dots).sum() if dots else torch.zeros((), device=self.tensors[0].device)
+
+
 class Penalty(ABC):
     """A measure of curvature that can be added to a loss. A subclass is one file that reads like its formula."""
 
@@ -149,9 +177,29 @@ class Penalty(ABC):
         return 3
 
     @property
+    def needs_smoothness(self) -> bool:
+        """Whether kinks of activations make the measure noise."""
+        return False
+
+    @property
     def needs_full_precision(self) -> bool:
         """Whether the rounding of 16-bit numbers drowns the measure."""
         return False
+
+    @property
+    def watches_losses(self) -> bool:
+        """Whether the calls of loss functions in the step are looked at (:attr:`StepContext.losses`)."""
+        return False
+
+    @property
+    def by_differences(self) -> bool:
+        """Whether the penalty is made of the step's losses at other parameters (:meth:`differences`)."""
+        return False
+
+    def differences(self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource) -> list[Difference]:
+        """What to add to the loss where the penalty is made :attr:`by_differences`. Its value is then
+        sum_k v_k'[g(theta + step v_k) - g(theta - step v_k)] / (2 step) over their number, g the loss's gradient."""
+        raise NotImplementedError
 
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:
@@ -198,6 +246,10 @@ class InputPenalty(Penalty):
             raise ValueError(f"inputs={inputs!r} and layer={layer!r} name two places to take the input from: keep one.")
         self.inputs = inputs
         self.layer = layer
+
+    @property
+    def watches_losses(self) -> bool:
+        return True
 
     def check_inputs(self, context: StepContext) -> None:
         """Refuse a context without inputs, or with some that are not samples in rows or not independent.

@@ -1,0 +1,237 @@
+"""The methods of the trace penalty that need ordinary passes, and the Gauss-Newton trace."""
+
+import gc
+import itertools
+
+import lightning as L
+import pytest
+import torch
+from nets import Classifier, Recorder, data, fit, weights
+from oracles import relative_error
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics import Accuracy
+
+import lightning_hessian as lh
+from lightning_hessian.curvature import ProbeSource
+
+STRENGTH = 1e-2
+DIFFERENCES = ("two_pass", "central_difference")
+
+
+def callback(method, strength=STRENGTH, **settings):
+    return lh.HessianRegularizer(lh.HessianTrace(method=method, **settings), strength=strength)
+
+
+class Gradients(L.Callback):
+    """The gradients of every optimizer step."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rows.append(torch.cat([p.grad.detach().reshape(-1).clone() for p in pl_module.parameters()]))
+
+
+def gradient_of_step(module, regularizer=None, loader=None, **settings):
+    """Of the first step."""
+    seen = Gradients()
+    fit(module, [*([regularizer] if regularizer else []), seen], loader, max_steps=1, **settings)
+    return seen.rows[0]
+
+
+def smooth():
+    return Classifier(middle=nn.LayerNorm(6))
+
+
+def penalty_gradient(regularizer, module=smooth, strength=STRENGTH):
+    """What a penalty adds to the gradient of the first step, over its strength."""
+    return (gradient_of_step(module(), regularizer) - gradient_of_step(module())) / strength
+
+
+SETTINGS = [
+    {},
+    {"scale": "parameter"},
+    {"probes": 3},
+    {"keep": 0.5},
+    {"keep": 0.5, "drop": "element"},
+    {"parameters": "*.weight"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_central_difference_has_autograds_gradient_for_the_same_probe(settings):
+    exact = penalty_gradient(callback("autograd", **settings))
+    assert relative_error(penalty_gradient(callback("central_difference", **settings)), exact) < 1e-4
+
+
+def test_two_passes_have_autograds_gradient_up_to_a_bias_of_order_s_squared():
+    errors = []
+    for strength in (4e-4, 1e-4, 2.5e-5):  # s is halved from one to the next
+        exact = penalty_gradient(callback("autograd", strength), strength=strength)
+        errors.append(relative_error(penalty_gradient(callback("two_pass", strength), strength=strength), exact))
+    assert errors[0] < 0.1
+    for coarse, fine in itertools.pairwise(errors):
+        assert coarse / fine == pytest.approx(4, rel=0.1)
+
+
+def test_two_passes_are_the_mean_of_the_losses_at_both_ends():
+    module, seen = smooth(), Recorder()
+    gradient = gradient_of_step(smooth(), callback("two_pass"))
+    fit(smooth(), [callback("two_pass"), seen], max_steps=1)
+    x, y = next(iter(data()))
+    theta, s = nn.utils.parameters_to_vector(module.parameters()).detach(), (2 * STRENGTH) ** 0.5
+    v = ProbeSource(0).rademacher(len(theta), 0, dtype=torch.float64)
+    gradients, losses = [], []
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(theta + sign * s * v, module.parameters())
+        losses.append(F.cross_entropy(module.net(x), y))
+        found = torch.autograd.grad(losses[-1], list(module.parameters()))
+        gradients.append(torch.cat([g.reshape(-1) for g in found]))
+    torch.testing.assert_close(gradient, (gradients[0] + gradients[1]) / 2, rtol=1e-12, atol=1e-14)
+    estimate = ((gradients[0] - gradients[1]) @ v / (2 * s)).item()
+    assert seen.rows[0]["curvature/hessian_trace"] == pytest.approx(estimate, rel=1e-6)
+    assert seen.rows[0]["train/penalty"] == pytest.approx(STRENGTH * estimate, rel=1e-6)
+    # The step's own log is of its run for real, at theta + s v.
+    assert seen.rows[0]["train/loss"] == pytest.approx(losses[0].item(), rel=1e-6)
+
+
+class Everything(Classifier):
+    """Dropout, batch norm, a metric, logs; counts its calls and may fail at one of them."""
+
+    def __init__(self, fails_at=None):
+        super().__init__(middle=nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)))
+        self.accuracy = Accuracy("multiclass", num_classes=3)
+        self.fails_at = fails_at
+        self.masks = []
+        self.calls = 0
+        self.net[1][1].register_forward_hook(lambda layer, args, output: self.masks.append(output == 0))
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        logits = self.net(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("train/accuracy", self.accuracy, on_step=False, on_epoch=True)
+        if self.calls == self.fails_at:
+            raise KeyError("the step failed")
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("train/loss", loss)
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_the_step_counts_once(method):
+    module, plain, hooks = Everything(), Everything(), []
+
+    class Hooks(L.Callback):
+        def on_train_batch_start(self, *_):
+            hooks.append("start")
+
+        def on_before_backward(self, *_):
+            hooks.append("backward")
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            hooks.append("end")
+            assert set(outputs) == {"loss", "logits"}
+
+    fit(module, [callback(method, 1e-4), Hooks()], max_steps=1, limit_train_batches=1)
+    torch.manual_seed(0)
+    fit(plain, max_steps=1, limit_train_batches=1)
+    assert hooks == ["start", "backward", "end"]
+    assert module.calls == (2 if method == "two_pass" else 3)
+    assert all(torch.equal(mask, module.masks[0]) for mask in module.masks)
+    assert module.accuracy._update_count == plain.accuracy._update_count
+    assert module.net[1][0].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_the_random_stream_goes_on_as_without_the_callback(method):
+    after = []
+    for callbacks in ([], [callback(method, 1e-4)]):
+        torch.manual_seed(0)
+        fit(Everything(), callbacks, max_steps=3)
+        after.append(torch.rand(1).item())
+    assert after[0] == after[1]
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_failing_run_leaves_everything_as_found(method, call):
+    module = Everything(fails_at=call)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.manual_seed(5)
+    random = torch.get_rng_state()
+
+    class Found(L.Callback):
+        def on_exception(self, trainer, module, exception):
+            assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+            assert torch.equal(torch.get_rng_state(), random)
+            assert all(parameter.grad is None for parameter in module.parameters())
+
+        def on_train_batch_start(self, *_):
+            torch.set_rng_state(random)
+
+    with pytest.raises(KeyError, match="the step failed"):
+        fit(module, [callback(method), Found()])
+    assert module.training_step.__func__ is Everything.training_step
+    assert "log" not in module.__dict__
+
+
+@pytest.mark.parametrize("method", ["autograd", "gauss_newton", *DIFFERENCES])
+def test_memory_is_flat_and_parameters_do_not_drift(method):
+    module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32, lr=0.0)
+    before, alive = weights(module), []
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step in (100, 300):
+                gc.collect()
+                alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+
+    fit(module, [callback(method, 1e-9), Count()], data(dtype=torch.float32), max_steps=300, max_epochs=-1)
+    assert torch.equal(weights(module), before)
+    assert alive[1] <= alive[0] + 2
+
+
+def reference(method, module, x, y, step=0, micro_batch=0, rank=0, strength=STRENGTH):
+    """The gradient that a step trains with, from ordinary code."""
+    parameters = list(module.parameters())
+    theta = nn.utils.parameters_to_vector(parameters).detach()
+
+    def gradient(at):
+        nn.utils.vector_to_parameters(at, parameters)
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(F.cross_entropy(module.net(x), y), parameters)])
+
+    v = ProbeSource(0, step, micro_batch, rank).rademacher(len(theta), 0, dtype=theta.dtype)
+    e = (2 * strength) ** 0.5
+    if method == "central_difference":
+        e = torch.finfo(theta.dtype).eps ** 0.25 / 2 * theta.square().mean().sqrt().item()
+    ends = gradient(theta + e * v) + gradient(theta - e * v)
+    middle = gradient(theta)
+    return middle + strength / e**2 * (ends - 2 * middle)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_accumulation_averages_the_micro_batches(method):
+    accumulated = gradient_of_step(smooth(), callback(method), data(8), accumulate_grad_batches=2)
+    singles = [reference(method, smooth(), x, y, micro_batch=k) for k, (x, y) in enumerate(list(data(8))[:2])]
+    torch.testing.assert_close(accumulated, torch.stack(singles).mean(dim=0), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_with_other_penalties_each_sees_the_task_loss_alone(method):
+    both = [callback(method), lh.HessianRegularizer(lh.InputGradientNorm(), strength=0.1)]
+    together = penalty_gradient(both[0], strength=1), penalty_gradient(both[1], strength=1)
+    seen = Gradients()
+    fit(smooth(), [*both, seen], max_steps=1)
+    torch.testing.assert_close(
+        seen.rows[0] - gradient_of_step(smooth()), together[0] + together[1], rtol=1e-6, atol=1e-8
+    )
+
+
+def test_two_penalties_of_two_passes():
+    first, second = callback("two_pass", parameters="*.weight"), callback("two_pass", 1e-3)
+    alone = [penalty_gradient(one, strength=1) for one in (first, second)]
+    seen = Gradients()
+    fit(smooth(), [first, second, seen], max_steps=1)
+    torch.testing.assert_close(seen.rows[0] - gradient_of_step(smooth()), alone[0] + alone[1], rtol=1e-9, atol=1e-12)
