@@ -95,13 +95,17 @@ def clean(row: dict) -> float:
 
 
 def at_clean_accuracy(points: list[tuple[float, float]], target: float) -> float | None:
-    """The second of (clean accuracy, robust accuracy), interpolated linearly to a clean accuracy."""
-    points = sorted(points)
+    """The second of (clean accuracy, robust accuracy), interpolated linearly to a clean accuracy.
+
+    The points are in the order of the strengths, and the curve goes from one to the next; where it meets the clean
+    accuracy more than once, the best counts.
+    """
+    met = []
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= target <= x1:
-            return (y0 + y1) / 2 if x0 == x1 else y0 + (y1 - y0) * (target - x0) / (x1 - x0)
-    distance, value = min((abs(x - target), y) for x, y in points)
-    return value if distance <= MATCHED_WITHIN else None
+        if min(x0, x1) <= target <= max(x0, x1):
+            met.append(max(y0, y1) if x0 == x1 else y0 + (y1 - y0) * (target - x0) / (x1 - x0))
+    near = [y for x, y in points if abs(x - target) <= MATCHED_WITHIN]
+    return max(met) if met else max(near, default=None)
 
 
 def matched(rows: list[dict], method: str, seeds: list[int], target: float, norm: str, radius: str) -> float | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.state import evaluation_mode
+from lightning_hessian.state import Snapshot, evaluation_mode
 
 Model = Callable[[Tensor], Tensor]
 """x -> logits of shape (samples, classes); usually an nn.Module."""
@@ -55,7 +55,8 @@ class FGSM:
             (channels, 1, 1)). None: no range.
 
     Returns:
-        When called with (model, x, y): inputs of x's shape and type, in the ball and the bounds. A sample that the
+        When called with (model, x, y): inputs of x's shape and type, in the ball and the bounds (up to the
+        rounding of that type). A sample that the
         step does not help keeps its x.
 
     Raises:
@@ -116,7 +117,8 @@ class PGD:
         seed: of the random starts. Global random state is neither used nor changed.
 
     Returns:
-        When called with (model, x, y): inputs of x's shape and type, in the ball and the bounds. A sample that is
+        When called with (model, x, y): inputs of x's shape and type, in the ball and the bounds (up to the
+        rounding of that type). A sample that is
         misclassified already keeps its x.
 
     Raises:
@@ -178,9 +180,9 @@ class PGD:
 def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
     """Evaluate ``model`` in evaluation mode and differentiate it anywhere; leave all as found, also on an exception.
 
-    Each module's own mode is restored, and so is the random state of the CPU and of x's CUDA device. Gradients can be
-    taken, also where the caller is in ``no_grad`` or ``inference_mode``; tensors that were made in inference mode must
-    be cloned inside.
+    Each module's own mode is restored, its buffers, and the random state of the CPU and of x's CUDA device. Gradients
+    can be taken, also where the caller is in ``no_grad`` or ``inference_mode``; tensors that were made in inference
+    mode must be cloned inside.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     devices = [x.device] if x.is_cuda else []
@@ -194,6 +196,8 @@ def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
         # Weights that autocast has cast without gradient must not serve the caller's own forward pass.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(evaluation_mode(modules))
+        if isinstance(model, nn.Module):
+            stack.enter_context(Snapshot(model, x.device).rewound())  # a model may count its calls
         yield
 
 

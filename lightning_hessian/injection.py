@@ -96,7 +96,10 @@ def _terms(
             if passes.coupling and isinstance(one.penalty, InputPenalty):
                 one.regularizer.say_own_pass(one.penalty, list(passes.coupling))
             with passes.explained(one.penalty):
-                value = one.penalty.value(passes.context(one.penalty, one.probes))
+                context = passes.context(one.penalty, one.probes)
+                if isinstance(one.penalty, InputPenalty):
+                    one.regularizer.warn_of_coupling(one.penalty, context)
+                value = one.penalty.value(context)
                 _log(module, f"curvature/{one.name}", value.detach())
                 if _is_finite(value, module):
                     terms.append(one.strength * one.penalty.term(value))

@@ -35,3 +35,21 @@ def test_the_type_is_kept():
     for dtype in (torch.float32, torch.bfloat16):
         with lh.higher_order():
             assert F.silu(torch.ones(2, dtype=dtype)).dtype == F.softplus(torch.ones(2, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("function", [F.softplus, F.silu])
+def test_transforms_of_functions_work_inside(function):
+    x = torch.randn(5, dtype=torch.float64)
+    for transform in (torch.func.vmap, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1], torch.func.jacrev):
+        with lh.higher_order():
+            ours = transform(function)(x)
+        torch.testing.assert_close(ours, transform(function)(x))
+
+
+def test_settings_that_change_the_formula_are_respected():
+    x = torch.linspace(-2, 2, 9)
+    with lh.higher_order():
+        torch.testing.assert_close(F.softplus(x, threshold=1), torch.where(x > 1, x, F.softplus(x)))
+        changed = x.clone()
+        F.silu(changed, inplace=True)
+    torch.testing.assert_close(changed, F.silu(x))

@@ -337,7 +337,7 @@ def test_a_loss_that_does_not_depend_on_the_inputs_is_an_error(name, x, y):
     of = lh.StepContext.of(
         lambda x: F.cross_entropy(module(x.detach()), y) + 0 * x.detach().sum(), x, dict(module.named_parameters())
     )
-    with pytest.raises(ValueError, match="does not depend on the inputs"):
+    with pytest.raises(ValueError, match="do not depend on the inputs"):
         PENALTIES[name].value(of)
 
 
@@ -346,7 +346,12 @@ def test_a_loss_that_does_not_depend_on_the_inputs_is_an_error(name, x, y):
     [
         (lambda z, y: F.cross_entropy(z, y, reduction="sum") / SAMPLES, 1),
         (lambda z, y: 10 * F.cross_entropy(z, y, reduction="none").mean(), 10),
-        (lambda z, y: 0.01 * F.cross_entropy(z, y, reduction="sum"), 0.01),
+        (lambda z, y: 0.7 * F.cross_entropy(z, y, reduction="none").mean(), 0.7),
+        (lambda z, y: F.cross_entropy(z, y, reduction="none").sum() / SAMPLES, 1),
+        (
+            lambda z, y: F.cross_entropy(z, y, reduction="sum") + F.cross_entropy(z, y, reduction="none").sum(),
+            2,
+        ),
         (lambda z, y: F.cross_entropy(z, y, size_average=False), 1),
         (lambda z, y: F.cross_entropy(z, y).mul_(3).add_(2), 3),
     ],
@@ -357,6 +362,93 @@ def test_factors_of_the_loss_are_understood(loss, factor, method, x, y):
     expected = penalty.value(context(module, x, y)).item()
     of = lh.StepContext.of(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
     assert penalty.value(of).item() == pytest.approx(factor * expected, rel=1e-5)
+
+
+def test_a_sum_over_the_targets_that_count_is_a_mean_whatever_the_batch(x):
+    """The usual loss of language models: the sum over all tokens that are no padding, divided by their number."""
+    module, y, penalty = net(), torch.tensor([0, 1, 2, -100, 0]), lh.InputGradientNorm()
+
+    def value(copies, loss):
+        return penalty.value(
+            lh.StepContext.of(
+                lambda x: loss(module(x), y.repeat(copies)), x.repeat(copies, 1), dict(module.named_parameters())
+            )
+        ).item()
+
+    def divided(z, y):
+        return F.cross_entropy(z, y, reduction="sum") / (y >= 0).sum()
+
+    def masked(z, y):
+        return (F.cross_entropy(z, y, reduction="none") * (y >= 0)).sum() / (y >= 0).sum()
+
+    for copies in (1, 4):
+        for loss in (divided, masked):
+            assert value(copies, loss) == pytest.approx(value(1, F.cross_entropy), rel=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_sum_with_a_factor_of_its_own_is_refused(reduction, x, y):
+    module = net()
+    of = lh.StepContext.of(
+        lambda x: 0.01 * F.cross_entropy(module(x), y, reduction=reduction).sum(), x, dict(module.named_parameters())
+    )
+    with pytest.raises(ValueError, match=r"a mean cannot be told from a sum.*reduction='mean'"):
+        lh.InputGradientNorm().value(of)
+
+
+def focal(z, y):
+    losses = F.cross_entropy(z, y, reduction="none")
+    return ((1 - torch.exp(-losses)) ** 2 * losses).mean()
+
+
+@pytest.mark.parametrize("loss", [focal, lambda z, y: F.cross_entropy(z, y) + z.square().mean()])
+def test_finite_differences_refuse_a_loss_that_is_not_all_seen(loss, x, y):
+    module = net()
+    of = lh.StepContext.of(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
+    with pytest.raises(ValueError, match="other terms depend on the inputs, or a factor does"):
+        lh.InputHessianNorm(method="finite_difference").value(of)
+
+
+def test_finite_differences_know_the_gradient_of_a_factor(x, y):
+    module = net()
+    module.scale = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def loss(x):
+        return torch.exp(-module.scale) * F.cross_entropy(module(x), y) + module.scale
+
+    found = [
+        gradient(penalty.value(lh.StepContext.of(loss, x, dict(module.named_parameters()))), module)
+        for penalty in (lh.InputHessianNorm(200), lh.InputHessianNorm(200, method="finite_difference", step=1e-4))
+    ]
+    assert relative_error(*found) < 1e-4
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_outputs_of_some_samples_only_are_refused(first, x, y):
+    module, x, y = net(), torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
+    chosen = torch.arange(6) % 2 == int(first)
+    of = lh.StepContext.of(lambda x: F.cross_entropy(module(x)[chosen], y[chosen]), x, dict(module.named_parameters()))
+    for penalty in (lh.JacobianNorm(), lh.InputHessianNorm(method="finite_difference")):
+        with pytest.raises(ValueError, match="its rows cannot be told apart by sample"):
+            penalty.value(of)
+
+
+def test_the_outputs_of_an_autoencoder_are_what_has_parameters(x):
+    module = nn.Linear(FEATURES, FEATURES).double()
+    norms = [
+        lh.JacobianNorm(-1).value(lh.StepContext.of(loss, x, dict(module.named_parameters()))).item()
+        for loss in (lambda x: F.mse_loss(module(x), x), lambda x: F.mse_loss(x, module(x)))
+    ]
+    assert norms == pytest.approx([module.weight.square().sum().item()] * 2)
+
+
+def test_a_sample_that_is_not_a_number_makes_the_value_so():
+    module, x = nn.Linear(3, 2).double(), torch.tensor([[1.0, 2, 3], [0, 0, 0]], dtype=torch.float64)
+    y = torch.tensor([0, 1])
+    of = lh.StepContext.of(
+        lambda x: F.cross_entropy(module(x) * x.norm(dim=1, keepdim=True), y), x, dict(module.named_parameters())
+    )
+    assert lh.InputHessianNorm().value(of).isnan()
 
 
 def test_a_loss_for_the_logs_alone_does_not_count(x, y):

@@ -205,6 +205,53 @@ def test_token_ids_give_an_error_that_names_the_embedding_layer():
         fit(Tokens(), [callback(lh.InputHessianNorm())], tokens())
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_floating_point_targets_are_not_taken_for_the_input(name):
+    class Regression(Tokens):
+        def training_step(self, batch, batch_idx):
+            ids, y = batch
+            return F.mse_loss(self.net(self.embedding(ids)).mean(1), y)
+
+    ids = next(iter(tokens()))[0]
+    loader = DataLoader(torch.utils.data.TensorDataset(ids, torch.randn(8, 3, dtype=torch.float64)), 8)
+    message = r"do not depend on the inputs.*float64 \(8, 3\).*targets.*layer='<name of the embedding layer>'"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Regression(), [callback(PENALTIES[name]())], loader)
+
+
+class RootOfTheMean(Classifier):
+    def training_step(self, batch, batch_idx):
+        return F.mse_loss(self.net(batch[0]), F.one_hot(batch[1], 3).double()).sqrt()
+
+
+class Mixup(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(0.7 * x + 0.3 * x.roll(1, 0)), y)
+
+
+@pytest.mark.parametrize(("kind", "times"), [(RootOfTheMean, 1), (Mixup, 1), (Classifier, 0)])
+def test_coupled_samples_are_warned_of_once(kind, times):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(kind(middle=nn.Identity()), [callback(lh.InputGradientNorm())])
+    assert sum("The samples of a batch are coupled" in str(w.message) for w in caught) == times
+
+
+def test_a_sum_is_understood_in_bfloat16():
+    class Summed(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1], reduction="sum") / 8
+
+    seen = []
+    for kind in (Summed, Classifier):
+        module = kind(middle=nn.Identity(), dtype=torch.float32)
+        trainer = fit(module, [callback(lh.InputGradientNorm())], data(dtype=torch.float32), max_steps=1,
+                      precision="bf16-mixed")  # fmt: skip
+        seen.append(float(trainer.logged_metrics["curvature/input_gradient_norm"]))
+    assert seen[0] == pytest.approx(seen[1], rel=1e-2)
+
+
 @pytest.mark.parametrize("name", [name for name in PENALTIES if name != "finite differences"])
 def test_embeddings_are_penalised_by_naming_their_layer(name):
     module = Tokens()

@@ -243,7 +243,7 @@ def test_a_module_without_forward_is_refused_before_training():
     [
         ({"attacks": []}, "at least one"),
         ({"attacks": "pgd"}, "must be an attack"),
-        ({"attacks": [PGD(0.1, steps=1), PGD(0.1, steps=2)]}, "more than one named pgd_linf_0.1"),
+        ({"attacks": [FGSM(0.1), FGSM(0.1, bounds=(0, 1))]}, "more than one named fgsm_linf_0.1"),
         ({"every_n_epochs": 0}, "every_n_epochs=0 must be a whole number of at least 1"),
         ({"max_samples": 0}, "max_samples=0 must be a whole number of at least 1"),
     ],
@@ -290,7 +290,9 @@ def test_masked_gradients_are_warned_of_once(kind, times):
     module, (x, _) = kind(), data().dataset.tensors
     y = module.eval()(x).argmax(1).detach()
     loader = DataLoader(torch.utils.data.TensorDataset(x, y), 8)
-    measure = AdversarialAccuracy([PGD(0.3, steps=3), PGD(0.3, steps=3, loss="cw"), PGD(0.2, steps=3, loss="dlr")])
+    stronger = PGD(0.3, steps=5, loss="cw")  # than any by cross-entropy here, so it tells nothing about gradients
+    attacks = [PGD(0.3, steps=3), PGD(0.3, steps=3, loss="cw"), PGD(0.2, steps=3, loss="dlr"), stronger]
+    measure = AdversarialAccuracy(attacks)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -298,8 +300,37 @@ def test_masked_gradients_are_warned_of_once(kind, times):
     masked = [str(w.message) for w in caught if "masked" in str(w.message)]
     assert len(masked) == times
     if times:
-        assert "pgd_cw_linf_0.3" in masked[0]
-        assert logged["robust/pgd_cw_linf_0.3/accuracy"] < logged["robust/pgd_linf_0.3/accuracy"] - 0.05
+        assert "pgd_cw_linf_0.3_3x1 leaves" in masked[0]
+        assert logged["robust/pgd_cw_linf_0.3_3x1/accuracy"] < logged["robust/pgd_linf_0.3/accuracy"] - 0.05
+
+
+def test_an_attack_that_was_given_more_steps_is_no_sign_of_masking():
+    module, (x, _) = Net(), data().dataset.tensors
+    loader = DataLoader(torch.utils.data.TensorDataset(x, module.eval()(x).argmax(1).detach()), 8)
+    attacks = [PGD(1.0, steps=1, step_size=1e-6, restarts=1), PGD(1.0, steps=20, loss="cw")]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        logged = run("validate", module, [AdversarialAccuracy(attacks)], loader)
+    assert logged["robust/pgd_cw_linf_1/accuracy"] < logged["robust/pgd_linf_1/accuracy"] - 0.05
+    assert not any("masked" in str(warning.message) for warning in caught)
+
+
+class CountsCalls(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_are_left_as_found():
+    module = CountsCalls()
+    run("validate", module, [])
+    alone = module.calls.item()
+    run("validate", module, [AdversarialAccuracy(PGD(0.1, steps=2), radius_estimate=True)])
+    assert module.calls.item() == 2 * alone
 
 
 class Result(L.Callback):

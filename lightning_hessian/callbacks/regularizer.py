@@ -17,10 +17,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_hessian.checks import choice, is_number, whole_number
-from lightning_hessian.curvature.context import kinks
+from lightning_hessian.curvature.graph import kinks
 from lightning_hessian.injection import penalised
 from lightning_hessian.passes import check_layer
-from lightning_hessian.penalties import Penalty
+from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
 
 
 class HessianRegularizer(Callback):
@@ -99,6 +99,7 @@ class HessianRegularizer(Callback):
         self._tried_backward: set[int] = set()
         self._said_own_pass = False
         self._looked_for_kinks = False
+        self._looked_for_coupling: set[int] = set()
         self._begun_for: int | None = None
 
     def strengths_at(self, step: int) -> list[float]:
@@ -132,6 +133,7 @@ class HessianRegularizer(Callback):
         self._tried_backward = set()
         self._said_own_pass = False
         self._looked_for_kinks = False
+        self._looked_for_coupling = set()
         self._begun_for = id(module.trainer)
 
     def has_begun(self, trainer: Trainer) -> bool:
@@ -157,7 +159,7 @@ class HessianRegularizer(Callback):
             if "16" in str(trainer.precision) and penalty.needs_full_precision:
                 raise MisconfigurationException(
                     f"{penalty!r} takes differences of losses that 16-bit numbers (precision={trainer.precision!r}) "
-                    "round away: it would train on noise. Use precision='32-true', or another method."
+                    "round away: it would train on noise. Use precision='32-true', or method='autograd'."
                 )
             try:
                 penalty.check(dict(module.named_parameters()))
@@ -180,6 +182,16 @@ class HessianRegularizer(Callback):
                 "(SiLU, GELU, softplus, tanh), method='two_pass', whose step is larger, or method='gauss_newton'."
             )
         self._looked_for_kinks = self._looked_for_kinks or penalty.needs_smoothness
+
+    def warn_of_coupling(self, penalty: InputPenalty, context: StepContext) -> None:
+        """Once in a fit, see whether the samples are independent, so that each has input derivatives of its own."""
+        if id(penalty) not in self._looked_for_coupling and context.couples():
+            rank_zero_warn(
+                "The samples of a batch are coupled: one's outputs or share of the loss depend on another's input (a "
+                "root of the mean, mixup in the step, a contrastive loss, a layer whose first dimension is not that of "
+                f"the samples?). {penalty.name} then mixes their derivatives and depends on the batch."
+            )
+        self._looked_for_coupling.add(id(penalty))
 
     def say_own_pass(self, penalty: Penalty, layers: Sequence[str]) -> None:
         """Once in a fit, say why a penalty on the inputs costs a forward pass of its own."""

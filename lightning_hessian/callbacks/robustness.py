@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ class AdversarialAccuracy(Callback):
 
     Args:
         attacks: one or several, such as ``PGD(0.1)``; or other callables ``(model, x, y) -> inputs`` with a ``name``.
+            (Two PGDs of one name log theirs with steps and restarts: ``pgd_linf_0.1_40x2``.)
             One attack by gradients can be fooled: give a PGD with ``loss="cw"`` or ``"dlr"`` besides. A warning tells
             where it finds far more.
         every_n_epochs: in ``fit``, measure in the validation of every n-th epoch only. ``trainer.validate`` and
@@ -77,7 +79,7 @@ class AdversarialAccuracy(Callback):
             raise ValueError(
                 f"attacks={attacks!r} must be an attack such as PGD(0.1), or a list of at least one of them."
             )
-        names = [attack.name for attack in self.attacks]
+        names = self._names = _names(self.attacks)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f"attacks has more than one named {', '.join(repeated)}, and they would log under the same name. Keep "
@@ -129,7 +131,7 @@ class AdversarialAccuracy(Callback):
         self._means = {}
         if trainer.sanity_checking or (in_fit and (trainer.current_epoch + 1) % self.every_n_epochs):
             return
-        keys = [_key("clean"), *(_key(attack.name) for attack in self.attacks)]
+        keys = [_key("clean"), *map(_key, self._names)]
         if self.radius_estimate:
             keys.append("robust/radius_estimate")
         # The same names on every rank, also on one without a sample: computing and logging them is collective.
@@ -152,11 +154,11 @@ class AdversarialAccuracy(Callback):
                 logits = logits_of(module, x, y)
                 self._look_for_randomness(module, x, y, logits)
             self._means[_key("clean")].update((logits.argmax(dim=1) == y).float())
-            for attack in self.attacks:
+            for attack, name in zip(self.attacks, self._names, strict=True):
                 adversarial = attack(module, x, y)
                 with torch.no_grad():
                     right = logits_of(module, adversarial, y).argmax(dim=1) == y
-                self._means[_key(attack.name)].update(right.float())
+                self._means[_key(name)].update(right.float())
             if self.radius_estimate:
                 estimate = radius.radius_estimate(module, x, y).float()
                 # One sample without slope and curvature would make the mean infinite.
@@ -215,24 +217,33 @@ class AdversarialAccuracy(Callback):
             )
 
     def _look_for_masking(self, values: Mapping[str, Tensor]) -> None:
-        ours = [attack for attack in self.attacks if isinstance(attack, FGSM | PGD)]
-        plain = {_but_for_the_loss(attack): attack for attack in ours if attack.loss == "cross_entropy"}
-        for attack in ours:
+        ours = [(a, name) for a, name in zip(self.attacks, self._names, strict=True) if isinstance(a, FGSM | PGD)]
+        plain = {_but_for_the_loss(attack): name for attack, name in ours if attack.loss == "cross_entropy"}
+        for attack, name in ours:
             other = plain.get(_but_for_the_loss(attack))
             if attack.loss == "cross_entropy" or other is None or self._warned_of_masking:
                 continue
-            by_margin, by_cross_entropy = (float(values[_key(one.name)]) for one in (attack, other))
+            by_margin, by_cross_entropy = (float(values[_key(one)]) for one in (name, other))
             if by_margin < by_cross_entropy - MASKED:
                 self._warned_of_masking = True
                 rank_zero_warn(
-                    f"{attack.name} leaves an accuracy of {by_margin:.3f} and {other.name} one of "
+                    f"{name} leaves an accuracy of {by_margin:.3f} and {other} one of "
                     f"{by_cross_entropy:.3f}: the gradients of the cross-entropy are masked (saturated), and the model "
                     "is less robust than that attack says. Trust the lower value."
                 )
 
 
-def _but_for_the_loss(attack: FGSM | PGD) -> tuple[type, str, float]:
-    return type(attack), attack.norm, float(attack.radius)
+def _but_for_the_loss(attack: FGSM | PGD) -> str:
+    return repr(dataclasses.replace(attack, loss="cross_entropy"))
+
+
+def _names(attacks: Sequence[Attack]) -> list[str]:
+    """Those of the attacks; where two have the same, with the steps and restarts that tell them apart."""
+    names = [attack.name for attack in attacks]
+    return [
+        f"{name}_{attack.steps}x{attack.restarts}" if isinstance(attack, PGD) and names.count(name) > 1 else name
+        for attack, name in zip(attacks, names, strict=True)
+    ]
 
 
 def _key(name: str) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -20,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import activations, norms
+from lightning_hessian.curvature.graph import nodes
 
 
 class HigherOrderError(RuntimeError):
@@ -209,7 +211,7 @@ def refuse_unsound_graph(loss: Tensor, derivatives: int = 3) -> None:
     Raises:
         HigherOrderError: there is one; it is named.
     """
-    for node in _nodes(loss):
+    for node in nodes(loss):
         name = node.name()
         function = getattr(node, "_forward_cls", None)  # of a custom torch.autograd.Function
         fused = _FUSED_WEIGHT_NORM.search(name) or (derivatives > 2 and _FUSED_NORM.search(name))
@@ -226,29 +228,6 @@ def refuse_unsound_graph(loss: Tensor, derivatives: int = 3) -> None:
                 "PyTorch would leave its part of the Hessian out without an error. Write its backward with "
                 "differentiable operations and remove the mark. `lightning_hessian.verify` names the layer."
             )
-
-
-def kinks(loss: Tensor) -> list[str]:
-    """The functions in the graph of a loss whose first derivative jumps, by the names of their derivatives."""
-    return sorted({node.name() for node in _nodes(loss) if _KINKED.search(node.name())})
-
-
-_KINKED = re.compile(
-    r"^(Abs|Clamp|ClampMax|ClampMin|Hard\w*|LeakyRelu\w*|MaxPool\w*|AdaptiveMaxPool\w*|Max|Maximum|Min|Minimum|"
-    r"Prelu\w*|PreluKernel|Relu|Rrelu\w*|Softshrink|Threshold)Backward"
-)
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """All nodes of a graph, each once."""
-    todo, seen = [loss.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        yield node
-        todo.extend(following for following, _ in node.next_functions)
 
 
 def _once_differentiable(function: Any) -> bool:
@@ -334,8 +313,11 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
 
 
 def _plain(args: Any) -> bool:
-    """Whether the first argument is an ordinary tensor, whose type autocast does not change."""
-    return bool(args) and type(args[0]) is Tensor and not torch.is_autocast_enabled(args[0].device.type)
+    """Whether the first argument is an ordinary tensor (not in vmap, jvp or the like) whose type autocast leaves."""
+    if not args or type(args[0]) is not Tensor or torch.is_autocast_enabled(args[0].device.type):
+        return False
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(args[0])
+    return not transformed and forward_ad.unpack_dual(args[0]).tangent is None
 
 
 def _counts_batches(tensor: Tensor) -> bool:

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 
+from lightning_hessian.curvature.graph import has_parameters, nodes
+
 Reduction = Literal["mean", "sum"]
 
 _SEEN = {
@@ -44,29 +46,47 @@ class LossCall:
 
     @property
     def outputs(self) -> Tensor:
-        """Logits, predictions or log-probabilities: the argument with a graph, in whichever order they came."""
+        """Logits, predictions or log-probabilities: the argument with a graph, in whichever order they came; of two
+        such the one that depends on parameters (the other may be the input)."""
         first, second = self.arguments["input"], self.arguments["target"]
-        return first if first.requires_grad else second
+        if not (first.requires_grad and second.requires_grad):
+            return first if first.requires_grad else second
+        return second if has_parameters(second) and not has_parameters(first) else first
 
     def elements(self) -> Tensor:
-        """The same call without its reduction."""
-        return self.function(**{**self.arguments, "reduction": "none"})
+        """The same call without its reduction, in float32 at the least."""
+        return self.again(reduction="none")
 
-    def factor(self, loss: Tensor) -> Tensor | None:
+    def again(self, **changed: Any) -> Tensor:
+        """The same call with other arguments, in float32 at the least."""
+        return self.function(**{name: _widened(value) for name, value in {**self.arguments, **changed}.items()})
+
+    def factor(self, loss: Tensor, create_graph: bool = False) -> Tensor | None:
         """The derivative of the loss by what the call returned; None where it is no part of the loss."""
-        return torch.autograd.grad(loss, self.result, retain_graph=True, allow_unused=True)[0]
+        (found,) = torch.autograd.grad(
+            loss, self.result, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
+        return found
 
-    def weights(self, loss: Tensor) -> Tensor:
-        """The constant factors with which the elements enter the loss, of the elements' shape."""
-        factor = self.factor(loss)
-        if factor is None or self.reduction == "none":
-            return torch.zeros_like(self.result) if factor is None else factor
+    def weights(self, loss: Tensor, create_graph: bool = False) -> Tensor:
+        """The factors with which the elements enter the loss, of the elements' shape or one for all."""
+        factor = self.factor(loss, create_graph)
+        if factor is None:
+            return torch.zeros_like(self.result)
+        if self.reduction in ("none", "sum"):
+            return factor
         with torch.no_grad():
-            elements = self.elements()
             # What the reduction divides by depends on class weights and ignored targets: ask it.
+            elements = self.elements()
             total = elements.sum()
             share = self.value / total if total != 0 else total.new_tensor(1 / elements.numel())
-        return (factor * share).expand_as(elements)
+        return factor * share
+
+    def counted(self) -> float:
+        """How many elements count: what a mean over them divides by, with class weights and ignored targets."""
+        with torch.no_grad():
+            total, mean = self.again(reduction="sum"), self.again(reduction="mean")
+        return (total / mean).item() if mean != 0 and mean.isfinite() else float(self.elements().numel())
 
 
 class watch_losses(TorchFunctionMode):
@@ -113,19 +133,29 @@ class watch_losses(TorchFunctionMode):
     def reduction_of(self, loss: Tensor, samples: int) -> Reduction | None:
         """Whether the loss is the mean or the sum over samples; None where no call was seen.
 
-        A call that averages gives a mean; one that sums gives a sum, unless the step divides by the number of samples
-        (or elements); one without reduction gives a sum where its elements enter with factor 1, else a mean.
+        A call that averages gives a mean, whatever the factor. One that sums, or does not reduce, gives a sum where
+        its elements enter with factor 1, and a mean where they are divided by their number or that of the samples (in
+        sum, or each), or averaged.
 
         Raises:
-            ValueError: some calls average and others sum.
+            ValueError: some calls average and others sum, or no call tells.
         """
-        found = {_reduction(call, loss, samples) for call in self.calls_in(loss)}
-        if len(found) > 1:
+        calls = self.calls_in(loss)
+        found = {_reduction(call, loss, samples) for call in calls}
+        known = found - {None}
+        if len(known) > 1:
             raise ValueError(
                 "The step calls loss functions with reduction='mean' and with reduction='sum', so there is no one way "
                 "to tell each sample's loss from their sum. Use the same reduction in all."
             )
-        return found.pop() if found else None
+        if calls and not known:
+            raise ValueError(
+                f"The step sums its loss ({calls[0].function.__name__}, reduction={calls[0].reduction!r}) and "
+                "multiplies it by a factor that is neither 1 nor 1 over a number of samples or elements, so a mean "
+                "cannot be told from a sum, and each sample's loss not from their sum. Let the loss function average "
+                "(reduction='mean') and put the factor there."
+            )
+        return known.pop() if known else None
 
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -138,13 +168,29 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return arguments
 
 
-def _reduction(call: LossCall, loss: Tensor, samples: int) -> Reduction:
+def _reduction(call: LossCall, loss: Tensor, samples: int) -> Reduction | None:
     if call.reduction in ("mean", "batchmean"):
         return "mean"
-    with torch.no_grad():
-        weight = call.weights(loss).abs().mean().item()
-        count = call.elements().numel()
-    if call.reduction == "sum":
-        divided = any(math.isclose(weight * by, 1, rel_tol=1e-3) for by in (samples, count))
-        return "mean" if divided and samples > 1 else "sum"
-    return "sum" if math.isclose(weight, 1, rel_tol=1e-3) else "mean"
+    weights = call.weights(loss)
+    used = weights[weights != 0]
+    if not len(used) or (_alike(used.min(), 1) and _alike(used.max(), 1)):
+        return "sum"
+    elements = call.elements().numel()
+    in_sum = weights.sum().item() * (elements if call.reduction == "sum" else 1)
+    if any(_alike(in_sum, value) for value in (1, elements / samples)):
+        return "mean"
+    if _alike(used.min(), used.max()) and any(_alike(1 / used[0], n) for n in (samples, elements, call.counted())):
+        return "mean"
+    averaged = call.reduction == "none" and any(
+        node.name().startswith("MeanBackward") for node in nodes(loss, until=call.result.grad_fn)
+    )
+    return "mean" if averaged else None
+
+
+def _alike(a: Tensor | float, b: Tensor | float) -> bool:
+    return math.isclose(float(a), float(b), rel_tol=1e-3)
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+    return value.float() if half else value

@@ -18,6 +18,7 @@ from lightning_hessian.curvature import (
     select_parameters,
     watch_losses,
 )
+from lightning_hessian.curvature.graph import depends
 from lightning_hessian.state import RandomState
 
 
@@ -104,11 +105,16 @@ class StepContext:
 
     @property
     def sample_losses(self) -> Tensor | None:
-        """l_i, of shape (samples,), up to terms that do not pass through a loss function; None where none was seen."""
+        """l_i, of shape (samples,), up to terms that do not pass through a loss function; None where none was seen.
+
+        Where a factor of a loss function depends on the inputs (focal loss), these are not the samples' losses.
+        """
         calls = self.losses.calls_in(self.loss)
         if not calls:
             return None
-        parts = [self.by_sample(call.weights(self.loss) * call.elements()).sum(dim=1) for call in calls]
+        parts = [
+            self.by_sample(call.weights(self.loss, create_graph=True) * call.elements()).sum(dim=1) for call in calls
+        ]
         return (1 if self._reduction == "sum" else self.samples) * torch.stack(parts).sum(dim=0)
 
     @cached_property
@@ -130,10 +136,32 @@ class StepContext:
         return tensor.reshape(self.samples, -1)
 
     def _mixes(self, tensor: Tensor) -> bool:
-        # Of what would be the first sample's, does anything depend on another's input?
-        first = tensor.reshape(self.samples, -1)[0].sum()
-        gradients = torch.autograd.grad(first, self.inputs, retain_graph=True, allow_unused=True)
-        return any(gradient is not None and bool(gradient[1:].any()) for gradient in gradients)
+        # Does what would be the first sample's depend on another's input, or what would be another's on the first's?
+        rows = tensor.reshape(self.samples, -1)
+        for part, others in ((rows[0], slice(1, None)), (rows[1:], slice(0, 1))):
+            if self._depends(part.sum(), others):
+                return True
+        return False
+
+    def _depends(self, value: Tensor, samples: slice) -> bool:
+        if not value.requires_grad:
+            return False
+        gradients = torch.autograd.grad(value, self.inputs, retain_graph=True, allow_unused=True)
+        return any(gradient is not None and bool(gradient[samples].any()) for gradient in gradients)
+
+    def couples(self) -> bool:
+        """Whether one sample's outputs, or its share of the loss, depend on another sample's input."""
+        seen = self.losses.calls_in(self.loss)
+        factors = [factor for call in seen if (factor := call.factor(self.loss, create_graph=True)) is not None]
+        shared = [factor for factor in factors if factor.numel() < self.samples]
+        try:
+            rows = [self.by_sample(part) for part in (*self.outputs, *factors) if part.numel() >= self.samples]
+        except ValueError:
+            return True
+        # What stands before a mean or a sum belongs to all samples.
+        return any(self._depends(factor.sum(), slice(None)) for factor in shared) or any(
+            self._depends(part[0].sum(), slice(1, None)) for part in rows
+        )
 
 
 @dataclass(frozen=True)
@@ -233,7 +261,8 @@ class InputPenalty(Penalty):
     Args:
         inputs: which tensors of the batch: a key (or an attribute's name), an index, several of these, or a function
             of the batch that returns one tensor or several of its own; by default the first floating-point tensor.
-            Several inputs are taken together, as one long vector for each sample.
+            Several inputs are taken together, as one long vector for each sample. (The step gets a copy of the
+            batch's containers with these in place; what it writes into the containers, later hooks do not see.)
         layer: take the output of this layer (by name, at its first call in a step) for the input instead, for
             example that of an embedding.
 
@@ -267,6 +296,14 @@ class InputPenalty(Penalty):
             raise ValueError(
                 f"The inputs of {type(self).__name__} have the shapes {', '.join(map(str, sizes))}: their first "
                 "dimension must be the number of samples in all of them. Choose others with `inputs=`."
+            )
+        if context.outputs and not any(depends(z, on=x) for z in context.outputs for x in context.inputs):
+            chosen = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in context.inputs)
+            raise ValueError(
+                f"The outputs do not depend on the inputs that {type(self).__name__} takes ({chosen}). They may be "
+                "the targets, where the real inputs are whole numbers, which have no derivatives; or the step "
+                "detaches them. Choose with `inputs=`; convert images to floating point before the step; for token ids "
+                "penalise the embeddings, by layer='<name of the embedding layer>'."
             )
         if context.losses.batch_statistics:
             raise ValueError(

@@ -120,9 +120,9 @@ class InputHessianNorm(InputPenalty):
         squares = hessians.squared_length(v)
         if self.squared:
             return squares.mean()
-        # The root has no derivative at 0.
-        positive = squares > 0
-        return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0).mean()
+        # The root has no derivative at 0. (What is not a number must stay so.)
+        zero = squares == 0
+        return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt()).mean()
 
     def __repr__(self) -> str:
         return f"InputHessianNorm(iterations={self.iterations}, search={self.search!r}, method={self.method!r})"
@@ -171,8 +171,23 @@ class _ByFiniteDifferences:
 
     def squared_length(self, v: Tensor) -> Tensor:
         # |v'Hv| is ||Hv|| at an eigenvector.
-        ahead, here, behind = (self._losses(c) for c in (self._at(v, self.h), self.context, self._at(v, -self.h)))
-        return ((ahead + behind - 2 * here) / self.h.squeeze(1).square()).square()
+        contexts = self._at(v, self.h), self.context, self._at(v, -self.h)
+        ahead, here, behind = (self._losses(context) for context in contexts)
+        differences = ahead + behind - 2 * here
+        self._refuse_other_terms(differences, *(context.summed_loss for context in contexts))
+        return (differences / self.h.squeeze(1).square()).square()
+
+    def _refuse_other_terms(self, found: Tensor, ahead: Tensor, here: Tensor, behind: Tensor) -> None:
+        """The samples' differences must sum to the loss's own, up to rounding."""
+        with torch.no_grad():
+            missing = (ahead + behind - 2 * here - found.sum()).abs()
+            rounding = 100 * torch.finfo(here.dtype).eps * here.abs()
+            if missing > 0.05 * found.abs().sum() + rounding:
+                raise ValueError(
+                    "method='finite_difference' needs the loss as a sum over samples, and what the loss functions of "
+                    "torch.nn.functional return in the step is not all of it: other terms depend on the inputs, or a "
+                    "factor does (as in the focal loss). Use method='autograd'."
+                )
 
     def _at(self, v: Tensor, h: Tensor) -> StepContext:
         return self.moved(split_rows(h * v, self.context.inputs))

@@ -1,0 +1,63 @@
+"""Looking through the graph of a result, without differentiating it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def nodes(result: Tensor, until: Any = None) -> Iterator[Any]:
+    """All nodes of a tensor's graph, each once; not further than the node ``until``.
+
+    Example:
+        >>> import torch
+        >>> [node.name() for node in nodes(torch.ones(2, requires_grad=True).exp().sum())]
+        ['SumBackward0', 'ExpBackward0', 'torch::autograd::AccumulateGrad']
+    """
+    todo, seen = [result.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen or node is until:
+            continue
+        seen.add(node)
+        yield node
+        todo.extend(following for following, _ in node.next_functions)
+
+
+def has_parameters(result: Tensor) -> bool:
+    """Whether a tensor was computed from parameters."""
+    return any(isinstance(getattr(node, "variable", None), nn.Parameter) for node in nodes(result))
+
+
+def depends(result: Tensor, on: Tensor) -> bool:
+    """Whether there is a way in the graph from one tensor back to another.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> depends(x.exp(), on=x), depends(x.exp(), on=y)
+        (True, False)
+    """
+    if on.grad_fn is not None:
+        return any(node is on.grad_fn for node in nodes(result))
+    return result is on or any(getattr(node, "variable", None) is on for node in nodes(result))
+
+
+_KINKED = re.compile(
+    r"^(Abs|Clamp|ClampMax|ClampMin|Hard\w*|LeakyRelu\w*|MaxPool\w*|AdaptiveMaxPool\w*|Max|Maximum|Min|Minimum|"
+    r"Prelu\w*|PreluKernel|Relu|Rrelu\w*|Softshrink|Threshold)Backward"
+)
+
+
+def kinks(result: Tensor) -> list[str]:
+    """The functions in a graph whose first derivative jumps, by the names of their derivatives.
+
+    Example:
+        >>> import torch
+        >>> kinks(torch.ones(2, requires_grad=True).relu().sum())
+        ['ReluBackward0']
+    """
+    return sorted({node.name() for node in nodes(result) if _KINKED.search(node.name())})
