@@ -3,6 +3,8 @@
 import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from lightning_hessian.curvature import ProbeSource
+
 
 def dense_hessian(module, loss, names=None):
     """The Hessian of ``loss(call)`` by torch.func; ``call`` is the module as a function."""
@@ -50,6 +52,25 @@ class Differences:
     def _derivative(self, f):
         h = self.step  # five-point rule, error O(h^4)
         return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
+
+
+def by_differences(method, module, loss, strength, **key):
+    """The gradient that a step with a penalty by differences trains with: g + strength (g+ + g- - 2 g) / e^2."""
+    parameters = list(module.parameters())
+    theta = parameters_to_vector(parameters).detach().clone()
+
+    def gradient(at):
+        vector_to_parameters(at, parameters)
+        found = torch.autograd.grad(loss(module), parameters, allow_unused=True, materialize_grads=True)
+        vector_to_parameters(theta, parameters)
+        return flat(found)
+
+    v = ProbeSource(0, **key).rademacher(len(theta), 0, dtype=theta.dtype)
+    e = (2 * strength) ** 0.5
+    if method == "central_difference":
+        e = torch.finfo(theta.dtype).eps ** 0.25 / 2 * theta.square().mean().sqrt().item()
+    middle = gradient(theta)
+    return middle + strength / e**2 * (gradient(theta + e * v) + gradient(theta - e * v) - 2 * middle)
 
 
 def flat(tensors):

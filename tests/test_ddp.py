@@ -7,6 +7,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import CPU, Classifier, data, weights
+from oracles import by_differences
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -141,6 +142,49 @@ ON_INPUTS = {
     "gradient": lh.InputGradientNorm(),
     "jacobian": lh.JacobianNorm(projections=-1),
 }
+
+
+FIRST_ORDER = {
+    "two_pass": {},
+    "central_difference": {},
+    "gauss_newton": {},
+    "two_pass, unused parameters": {"find_unused_parameters": True},
+    "two_pass, static graph": {"static_graph": True, "gradient_as_bucket_view": True},
+}
+
+
+@pytest.mark.parametrize("case", FIRST_ORDER)
+def test_two_ranks_equal_one_for_methods_of_ordinary_passes(tmp_path, case):
+    method, loader = case.partition(",")[0], data(8)
+
+    def of_one(module, x, y, step):
+        total = 0
+        for rank, (inputs, targets) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+            key = {"step": step, "micro_batch": step, "rank": rank}
+
+            def loss(module, inputs=inputs, targets=targets):
+                return F.cross_entropy(module.net(inputs), targets)
+
+            if method == "gauss_newton":
+                with lh.higher_order(), lh.curvature.watch_losses() as seen:
+                    task = loss(module)
+                parameters = dict(module.named_parameters())
+                context = lh.StepContext(task, parameters, ProbeSource(0, **key), losses=seen)
+                total = total + (task + 0.02 * lh.HessianTrace(method=method)(context)) / 2
+            else:  # a scalar that has the gradient
+                gradient = by_differences(method, module, loss, 0.02, **key)
+                total = total + nn.utils.parameters_to_vector(module.parameters()) @ gradient / 2
+        return total
+
+    def module():
+        return Unused() if "unused" in case else Classifier(middle=nn.LayerNorm(6))
+
+    regularizer = callback(lh.HessianTrace(method=method))
+    first, second = fit_two(tmp_path, module(), regularizer, loader, **FIRST_ORDER[case])
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], fit_one(module(), of_one, loader), rtol=1e-6, atol=1e-6)
+    logged = [rank["logged"][0]["curvature/hessian_trace"] for rank in (first, second)]
+    assert logged[0] == logged[1]
 
 
 def context_of(module, x, y):

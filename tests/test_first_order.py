@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from nets import Classifier, Recorder, data, fit, weights
-from oracles import relative_error
+from oracles import by_differences, relative_error
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Accuracy
@@ -193,28 +193,13 @@ def test_memory_is_flat_and_parameters_do_not_drift(method):
     assert alive[1] <= alive[0] + 2
 
 
-def reference(method, module, x, y, step=0, micro_batch=0, rank=0, strength=STRENGTH):
-    """The gradient that a step trains with, from ordinary code."""
-    parameters = list(module.parameters())
-    theta = nn.utils.parameters_to_vector(parameters).detach()
-
-    def gradient(at):
-        nn.utils.vector_to_parameters(at, parameters)
-        return torch.cat([g.reshape(-1) for g in torch.autograd.grad(F.cross_entropy(module.net(x), y), parameters)])
-
-    v = ProbeSource(0, step, micro_batch, rank).rademacher(len(theta), 0, dtype=theta.dtype)
-    e = (2 * strength) ** 0.5
-    if method == "central_difference":
-        e = torch.finfo(theta.dtype).eps ** 0.25 / 2 * theta.square().mean().sqrt().item()
-    ends = gradient(theta + e * v) + gradient(theta - e * v)
-    middle = gradient(theta)
-    return middle + strength / e**2 * (ends - 2 * middle)
-
-
 @pytest.mark.parametrize("method", DIFFERENCES)
 def test_accumulation_averages_the_micro_batches(method):
     accumulated = gradient_of_step(smooth(), callback(method), data(8), accumulate_grad_batches=2)
-    singles = [reference(method, smooth(), x, y, micro_batch=k) for k, (x, y) in enumerate(list(data(8))[:2])]
+    singles = [
+        by_differences(method, smooth(), lambda net, x=x, y=y: F.cross_entropy(net.net(x), y), STRENGTH, micro_batch=k)
+        for k, (x, y) in enumerate(list(data(8))[:2])
+    ]
     torch.testing.assert_close(accumulated, torch.stack(singles).mean(dim=0), rtol=1e-6, atol=1e-8)
 
 
