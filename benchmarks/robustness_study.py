@@ -1,6 +1,6 @@
 """Robust accuracy at matched clean accuracy: penalties on the inputs against each other, on Fashion-MNIST.
 
-    python benchmarks/robustness_study.py run [--seeds 0 1 2] [--results docs/robustness/results.jsonl]
+    python benchmarks/robustness_study.py run [--seeds 0 1 2 3 4 5] [--results docs/robustness/results.jsonl]
     python benchmarks/robustness_study.py report    # docs/robustness.md's table, and its plot
 
 Each run is one of `lightning-hessian experiment=fmnist_robustness` with a regularizer, its strength and a seed; runs
@@ -117,8 +117,9 @@ def matched(rows: list[dict], method: str, seeds: list[int], target: float, norm
     return at_clean_accuracy(points, target)
 
 
-def with_error(value: float | None, without_one: list[float | None]) -> str:
-    """The value with its standard error by the jackknife over seeds."""
+def with_error(values: list[float | None]) -> str:
+    """The first value, of all seeds, with its standard error by the jackknife: the others leave out one seed each."""
+    value, *without_one = values
     left = [v for v in without_one if v is not None]
     if value is None:
         return ""
@@ -144,17 +145,30 @@ def report(arguments: argparse.Namespace) -> None:
 
     heads = [f"{norm.replace('linf', 'Linf').replace('l2', 'L2')} {radius}" for norm, radius in settings]
     print("Robust accuracy (%) at matched clean accuracy, on the mean curve over seeds ± jackknife standard error:\n")
+    subsets = [seeds, *([seed for seed in seeds if seed != left] for left in seeds)]
     for target in TARGETS:
         print(f"| clean accuracy {100 * target:.1f} % | " + " | ".join(heads) + " |")
         print("| --- |" + " --- |" * len(heads))
         for method in methods:
-            cells = []
-            for norm, radius in settings:
-                value = matched(rows, method, seeds, target, norm, radius)
-                others = [[s for s in seeds if s != left] for left in seeds]
-                cells.append(with_error(value, [matched(rows, method, o, target, norm, radius) for o in others if o]))
+            cells = [
+                with_error([matched(rows, method, some, target, norm, radius) for some in subsets])
+                for norm, radius in settings
+            ]
             print(f"| {NAMES[method]} | " + " | ".join(cells) + " |")
         print()
+
+    print("By how many points the input Hessian is above, at matched clean accuracy ± jackknife standard error:\n")
+    print("| clean accuracy | above | " + " | ".join(heads) + " |")
+    print("| --- | --- |" + " --- |" * len(heads))
+    for target, method in itertools.product(TARGETS, [m for m in methods if m not in ("none", "input_hessian")]):
+        cells = []
+        for norm, radius in settings:
+            both = ("input_hessian", method)
+            pairs = [[matched(rows, one, some, target, norm, radius) for one in both] for some in subsets]
+            cells.append(with_error([None if None in pair else pair[0] - pair[1] for pair in pairs]))
+        if any(cells):
+            print(f"| {100 * target:.1f} % | {NAMES[method]} | " + " | ".join(cells) + " |")
+    print()
 
     print("Every strength, mean over seeds:\n")
     print(
@@ -225,7 +239,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], help="further settings of each run")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "robustness" / "results.jsonl")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(6)))
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--strengths", nargs="+", default=None, help="of one method, instead of the study's")
     arguments = parser.parse_args()
