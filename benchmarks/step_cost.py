@@ -1,6 +1,7 @@
 """Time and peak memory of one training step, plain and with a curvature penalty, as ratios within one run.
 
-    python benchmarks/step_cost.py [--models mlp cnn resnet18 vit] [--rounds 7]
+    python benchmarks/step_cost.py [--models mlp cnn resnet18 vit gpt] [--methods plain SAM two_pass ...] [--rounds 7]
+                                   [--compile] [--bf16]
 
 Methods, in turn in every round, so that a machine whose speed drifts treats them alike:
 
@@ -8,11 +9,14 @@ Methods, in turn in every round, so that a machine whose speed drifts treats the
 - SAM: two passes, the second at the weights moved along the gradient (Foret et al. 2020);
 - hand-written: the usual recipe for loss + strength * v'Hv, `torch.autograd.grad` twice on PyTorch's fused operators
   (attention on the math backend, without which it does not run). Its gradient is wrong or missing through norms;
-- autograd: `HessianTrace()` inside `higher_order()`, as in the callback without its logging;
-- keep 0.5, keep 0.1: the same with tensor dropout.
+- autograd, gauss_newton, central_difference, two_pass: `HessianTrace(method=...)` in the callback, without its logging;
+- two_pass / 4: the same with `every_n_steps=4`, the mean of four steps;
+- keep 0.5, keep 0.1: autograd with tensor dropout.
 
 The time is the median over rounds; the memory what one step needs beyond the model at rest (on Linux or CUDA). The
-last column of the second table is the callback's own work on a step where it does not act.
+last column of the second table is the callback's own work on a step where it does not act. gpt is a small
+decoder with fused causal attention. With --compile the network is compiled (methods that need higher derivatives
+run it eagerly), with --bf16 it runs under autocast.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,41 +47,113 @@ import lightning as L  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
+from lightning_hessian.injection import penalised  # noqa: E402
 from lightning_hessian.training import models  # noqa: E402
 
-STRENGTH = 1e-3
+STRENGTH = 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {  # input shape, batch size
     "mlp": ((1, 28, 28), 128),
     "cnn": ((1, 28, 28), 128),
     "resnet18": ((3, 32, 32), 32),
     "vit": ((1, 28, 28), 128),
+    "gpt": ((128,), 16),
 }
+METHODS = ["plain", "SAM", "hand-written", "autograd", "keep 0.5", "keep 0.1", "gauss_newton", "central_difference",
+           "two_pass", "two_pass / 4"]  # fmt: skip
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-class Case:
-    """A model with one batch, and the steps to be compared."""
+class GPT(nn.Module):
+    """A small decoder: token and position embeddings, blocks with fused causal attention, a linear head."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, tokens: int = 256, length: int = 128, width: int = 128, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids) + self.positions.weight[: ids.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)).transpose(1, 2)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.qkv(self.norms[0](x)).unflatten(2, (3 * self.heads, -1)).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(*heads.chunk(3, dim=1), is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norms[1](x))
+
+
+class Case(L.LightningModule):
+    """A model with one batch, and the steps to be compared; they are timed when a fit starts."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        super().__init__()
         shape, batch = CASES[name]
         torch.manual_seed(0)
-        self.net: nn.Module = getattr(models, name)(shape, 10).to(DEVICE)
-        self.x = torch.randn(batch, *shape, device=DEVICE)
-        self.y = torch.randint(0, 10, (batch,), device=DEVICE)
-        self.parameters = list(self.net.parameters())
-        self.optimizer = torch.optim.SGD(self.parameters, lr=1e-4)
-        self.step = 0
-        self.methods = {
+        self.arguments = arguments
+        self.net: nn.Module = GPT() if name == "gpt" else getattr(models, name)(shape, 10)
+        if arguments.compile:
+            self.net.compile()
+        if name == "gpt":
+            self.x, self.y = torch.randint(0, 256, (2, batch, *shape), device=DEVICE)
+        else:
+            self.x, self.y = torch.randn(batch, *shape, device=DEVICE), torch.randint(0, 10, (batch,), device=DEVICE)
+        self.step_count = 0
+        self.results: dict[str, tuple[float, float | None] | str] = {}
+        every: dict[str, Callable[[], None]] = {
             "plain": self.plain,
             "SAM": self.sam,
             "hand-written": self.hand_written,
-            "autograd": lambda: self.penalised(lh.HessianTrace()),
-            "keep 0.5": lambda: self.penalised(lh.HessianTrace(keep=0.5)),
-            "keep 0.1": lambda: self.penalised(lh.HessianTrace(keep=0.1)),
+            "autograd": self.penalised("autograd"),
+            "keep 0.5": self.penalised("autograd", keep=0.5),
+            "keep 0.1": self.penalised("autograd", keep=0.1),
+            "gauss_newton": self.penalised("gauss_newton"),
+            "central_difference": self.penalised("central_difference"),
+            "two_pass": self.penalised("two_pass"),
+            "two_pass / 4": self.every_fourth(),
         }
+        self.methods = {label: step for label, step in every.items() if label in arguments.methods}
+
+    def training_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    def log(self, *_, **__) -> None:
+        pass  # nothing may be logged where a fit starts
+
+    def on_train_start(self) -> None:
+        self.all = list(self.parameters())
+        self.optimizer = self.configure_optimizers()
+        for label, method in list(self.methods.items()):
+            try:
+                method()  # warm up, and see whether it runs at all
+            except RuntimeError as error:
+                self.results[label] = str(error).splitlines()[0]
+                del self.methods[label]
+        times: dict[str, list[float]] = {label: [] for label in self.methods}
+        for _ in range(self.arguments.rounds):
+            for label, method in self.methods.items():
+                times[label].append(timed(method) / (4 if "/ 4" in label else 1))
+        for label, method in self.methods.items():
+            self.results[label] = statistics.median(times[label]), peak_memory(method)
 
     def loss(self) -> torch.Tensor:
-        return F.cross_entropy(self.net(self.x), self.y)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.arguments.bf16):
+            return F.cross_entropy(self.net(self.x), self.y)
 
     def update(self, loss: torch.Tensor) -> None:
         self.optimizer.zero_grad()
@@ -87,32 +164,45 @@ class Case:
         self.update(self.loss())
 
     def sam(self, rho: float = 0.05) -> None:
-        gradients = torch.autograd.grad(self.loss(), self.parameters)
+        gradients = torch.autograd.grad(self.loss(), self.all)
         scale = rho / torch.stack([g.norm() for g in gradients]).norm()
         moves = [scale * g for g in gradients]
         with torch.no_grad():
-            torch._foreach_add_(self.parameters, moves)
+            torch._foreach_add_(self.all, moves)
         self.optimizer.zero_grad()
         self.loss().backward()
         with torch.no_grad():
-            torch._foreach_sub_(self.parameters, moves)
+            torch._foreach_sub_(self.all, moves)
         self.optimizer.step()
 
     def hand_written(self) -> None:
         with sdpa_kernel(SDPBackend.MATH):
             loss = self.loss()
-        gradients = torch.autograd.grad(loss, self.parameters, create_graph=True)
-        v = [torch.randint_like(p, 0, 2) * 2 - 1 for p in self.parameters]
+        gradients = torch.autograd.grad(loss, self.all, create_graph=True)
+        v = [torch.randint_like(p, 0, 2) * 2 - 1 for p in self.all]
         product = sum((g * u).sum() for g, u in zip(gradients, v, strict=True))
-        hv = torch.autograd.grad(product, self.parameters, create_graph=True)
+        hv = torch.autograd.grad(product, self.all, create_graph=True)
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
-    def penalised(self, penalty: lh.Penalty) -> None:
-        with lh.higher_order(self.net):
-            loss = self.loss()
-        self.step += 1
-        context = lh.StepContext(loss, dict(self.net.named_parameters()), ProbeSource(step=self.step))
-        self.update(loss + STRENGTH * penalty(context))
+    def penalised(self, method: str, **settings) -> Callable[[], None]:
+        regularizer = lh.HessianRegularizer(lh.HessianTrace(method=method, **settings), STRENGTH)
+
+        def step() -> None:
+            if not regularizer.has_begun(self.trainer):
+                regularizer.begin(self)
+            self.update(penalised(self, [regularizer], lambda _: self.loss()))
+
+        return step
+
+    def every_fourth(self) -> Callable[[], None]:
+        acting = self.penalised("two_pass")
+
+        def four() -> None:
+            acting()
+            for _ in range(3):
+                self.plain()
+
+        return four
 
 
 def timed(method) -> float:
@@ -148,23 +238,13 @@ def _kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
-def measure(name: str, rounds: int) -> dict[str, tuple[float, float | None] | str]:
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, tuple[float, float | None] | str]:
     """For each method: median seconds and peak bytes, or why it does not run."""
-    case = Case(name)
-    results: dict[str, tuple[float, float | None] | str] = {}
-    for label, method in list(case.methods.items()):
-        try:
-            method()  # warm up, and see whether it runs at all
-        except RuntimeError as error:
-            results[label] = str(error).splitlines()[0]
-            del case.methods[label]
-    times: dict[str, list[float]] = {label: [] for label in case.methods}
-    for _ in range(rounds):
-        for label, method in case.methods.items():
-            times[label].append(timed(method))
-    for label, method in case.methods.items():
-        results[label] = statistics.median(times[label]), peak_memory(method)
-    return results
+    case = Case(name, arguments)
+    accelerator = "gpu" if DEVICE.type == "cuda" else "cpu"
+    trainer = L.Trainer(accelerator=accelerator, devices=1, max_steps=1, **QUIET)
+    trainer.fit(case, torch.utils.data.DataLoader(range(2)))
+    return case.results
 
 
 def idle_overhead(rounds: int = 2000) -> float:
@@ -192,14 +272,13 @@ def idle_overhead(rounds: int = 2000) -> float:
     module.bare = module.training_step
     module.with_callback, module.without = [], []
     callback = lh.HessianRegularizer(lh.HessianTrace(), strength=0.0)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = L.Trainer(accelerator="cpu", max_steps=1, callbacks=[callback], enable_model_summary=False, **quiet)
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, callbacks=[callback], **QUIET)
     trainer.fit(module, torch.utils.data.DataLoader(range(2)))
     return statistics.median(module.with_callback) - statistics.median(module.without)
 
 
-def probe_seconds(name: str, rounds: int = 30) -> float:
-    size = sum(p.numel() for p in Case(name).parameters)
+def probe_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) -> float:
+    size = sum(p.numel() for p in Case(name, arguments).parameters())
     source = ProbeSource()
     return statistics.median(timed(lambda: source.rademacher(size, 0, DEVICE)) for _ in range(rounds))
 
@@ -207,28 +286,35 @@ def probe_seconds(name: str, rounds: int = 30) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--bf16", action="store_true")
     arguments = parser.parse_args()
 
     place = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    print(f"{place}, torch {torch.__version__}, Python {platform.python_version()}, {arguments.rounds} rounds\n")
-    print("| model | method | time / plain | time / hand-written | peak memory / plain |")
-    print("| --- | --- | --- | --- | --- |")
+    settings = f"{'compiled, ' * arguments.compile}{'bf16, ' * arguments.bf16}{arguments.rounds} rounds"
+    print(f"{place}, torch {torch.__version__}, Python {platform.python_version()}, {settings}\n")
+    print("| model | method | ms | time / plain | / SAM | / hand-written | peak memory / plain |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     plain = {}
     failures = []
     for name in arguments.models:
-        results = measure(name, arguments.rounds)
+        results = measure(name, arguments)
         base_time, base_memory = plain[name] = results["plain"]
-        by_hand = results["hand-written"]
-        for label, result in results.items():
+        for label in arguments.methods:
+            result = results[label]
             if isinstance(result, str):
-                print(f"| {name} | {label} | fails | | |")
+                print(f"| {name} | {label} | fails | | | | |")
                 failures.append(f"{name}, {label}: {result}")
                 continue
             seconds, memory = result
-            against = "" if isinstance(by_hand, str) else f"{seconds / by_hand[0]:.2f}"
-            memory_ratio = f"{memory / base_memory:.1f}" if memory and base_memory else "n/a"
-            print(f"| {name} | {label} | {seconds / base_time:.2f} | {against} | {memory_ratio} |", flush=True)
+            ratios = [f"{seconds / base_time:.2f}"]
+            for other in ("SAM", "hand-written"):
+                known = isinstance(results.get(other), tuple)
+                ratios.append(f"{seconds / results[other][0]:.2f}" if known else "")
+            ratios.append(f"{memory / base_memory:.2f}" if memory and base_memory else "n/a")
+            print(f"| {name} | {label} | {1000 * seconds:.1f} | {' | '.join(ratios)} |", flush=True)
     for failure in failures:
         print(f"\n{failure}")
 
@@ -236,7 +322,7 @@ def main() -> None:
     print("\n| model | drawing a probe / plain | idle callback / plain |\n| --- | --- | --- |")
     for name in arguments.models:
         seconds = plain[name][0]
-        print(f"| {name} | {probe_seconds(name) / seconds:.2%} | {overhead / seconds:.3%} |")
+        print(f"| {name} | {probe_seconds(name, arguments) / seconds:.2%} | {overhead / seconds:.3%} |")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.curvature.first_order import GradientSum, movable
+from lightning_hessian.curvature.first_order import GradientSum, is_sharded, movable
 from lightning_hessian.passes import Passes, no_loss_again
 from lightning_hessian.penalties import InputPenalty, Penalty
 
@@ -52,8 +52,10 @@ def penalised(
     ]
     # A penalty keeps its name on every step, whichever others act.
     names = _different([penalty.name for _, penalty, _ in listed])
+    # Ranks draw probes of their own, but where they hold parts of one set of parameters.
+    rank = 0 if any(map(is_sharded, module.parameters())) else trainer.global_rank
     acting = [
-        _Acting(*entry, name, ProbeSource(entry[0].seed, now, count, trainer.global_rank))
+        _Acting(*entry, name, ProbeSource(entry[0].seed, now, count, rank))
         for entry, name in zip(listed, names, strict=True)
         if entry[2] > 0
     ]
@@ -130,7 +132,7 @@ def _with_differences(
     # A gradient of a float16 loss may underflow: the Trainer's scale protects it here as it does in its own backward.
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = 1.0 if scaler is None else float(scaler.get_scale())
-    total = GradientSum(list(named.values()), scale)
+    total = GradientSum(list(named.values()), scale, by_backward=any(map(is_sharded, named.values())))
     added: Tensor | float = 0.0
     output: Any = None
     if by_graph or at_rest:
@@ -142,7 +144,7 @@ def _with_differences(
             one.regularizer.warn_of_kinks(one.penalty, task.loss)
         terms = _terms(module, passes, by_graph, task.loss, log=False) if by_graph else None
         added = 0.0 if terms is None else terms.detach()
-        _add(total, at_rest * task.loss + (0.0 if terms is None else terms), 1.0)
+        _add(total, by_differences[0].regularizer, at_rest * task.loss + (0.0 if terms is None else terms), 1.0)
         del task, terms
     for one, differences in listed:
         slopes: list[Tensor] = []
@@ -150,14 +152,16 @@ def _with_differences(
             ends: list[Tensor] = []
             with movable(difference.tensors) as move:
                 for sign in (1, -1):
-                    move(difference.parts(), sign * difference.step)
+                    move(difference.direction(), sign * difference.step)
                     run = passes.at_present(for_real=output is None)
                     if run.loss is None:
                         if output is None:
                             return run.output
                         raise no_loss_again(one.penalty)
                     output = run.output if output is None else output
-                    ends.append(difference.slope(_add(total, run.loss, difference.weight)))
+                    gradients = _add(total, by_differences[0].regularizer, run.loss, difference.weight)
+                    ends.append(difference.slope(gradients))
+                    del gradients
                     del run
             slopes.append((ends[0] - ends[1]) / (2 * difference.step))
         value = torch.stack(slopes).mean()
@@ -171,7 +175,8 @@ def _with_differences(
     return _with_loss(output, total.loss())
 
 
-def _add(total: GradientSum, loss: Tensor, weight: float) -> dict[Tensor, Tensor]:
+def _add(total: GradientSum, regularizer: HessianRegularizer, loss: Tensor, weight: float) -> dict[Tensor, Tensor]:
+    total.by_backward = total.by_backward or regularizer.needs_backward(loss)
     # As any backward pass, outside of autocast.
     with torch.autocast(loss.device.type, enabled=False):
         gradients = total.add(loss, weight)

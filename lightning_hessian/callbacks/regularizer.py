@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import MethodType
 from typing import Any, Literal
 
@@ -17,10 +17,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_hessian.checks import choice, is_number, whole_number
-from lightning_hessian.curvature.graph import kinks
+from lightning_hessian.curvature.graph import kinks, nodes
 from lightning_hessian.injection import penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
+
+Strength = float | Callable[[int], float]
+"""The factor of a penalty in the loss, or a function from the optimizer step to it."""
 
 
 class HessianRegularizer(Callback):
@@ -37,9 +40,9 @@ class HessianRegularizer(Callback):
 
     Args:
         penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
-        strength: its factor, at least 0; with 0 nothing is computed. For a list of penalties a list of factors, or
-            one for all. A plain attribute: schedules may set it. Start where strength * penalty is 1-10 % of the
-            task loss.
+        strength: its factor, at least 0; with 0 nothing is computed. A number, or a function of the optimizer step
+            (0, 1, ...). For a list of penalties a list of these, or one for all. A plain attribute: schedules may set
+            it. Start where strength * penalty is 1-10 % of the task loss.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (In manual optimization,
             where several optimizers may step, batches are counted.)
         warmup_steps: raise the strength linearly from 0 over this many steps.
@@ -70,7 +73,7 @@ class HessianRegularizer(Callback):
     def __init__(
         self,
         penalty: Penalty | Sequence[Penalty],
-        strength: float | Sequence[float] = 1e-3,
+        strength: Strength | Sequence[Strength] = 1e-3,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
@@ -100,6 +103,7 @@ class HessianRegularizer(Callback):
         self._said_own_pass = False
         self._looked_for_kinks = False
         self._looked_for_coupling: set[int] = set()
+        self._has_reentrant_checkpoints: bool | None = None
         self._begun_for: int | None = None
 
     def strengths_at(self, step: int) -> list[float]:
@@ -108,20 +112,22 @@ class HessianRegularizer(Callback):
         if step % self.every_n_steps:
             return [0.0] * len(strengths)
         ramp = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        return [strength * self.every_n_steps * ramp for strength in strengths]
+        return [_at(strength, step) * self.every_n_steps * ramp for strength in strengths]
 
-    def _strengths(self) -> list[float]:
+    def _strengths(self) -> list[Strength]:
         if not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
-            _check_strength(self.strength)
-            return [self.strength] * len(self.penalties)
-        if len(self.strength) != len(self.penalties):
+            strengths: list[Any] = [self.strength] * len(self.penalties)
+        elif len(self.strength) != len(self.penalties):
             raise ValueError(
                 f"strength={self.strength!r} has {len(self.strength)} factors for {len(self.penalties)} penalties. "
                 "Give one for each, or a single number for all."
             )
-        for strength in self.strength:
-            _check_strength(strength)
-        return list(self.strength)
+        else:
+            strengths = list(self.strength)
+        for strength in strengths:
+            if not callable(strength):
+                _check_strength(strength)
+        return strengths
 
     def begin(self, module: LightningModule) -> None:
         """Start anew for a fit; refuse, before training, what cannot work on this module and its Trainer."""
@@ -134,6 +140,7 @@ class HessianRegularizer(Callback):
         self._said_own_pass = False
         self._looked_for_kinks = False
         self._looked_for_coupling = set()
+        self._has_reentrant_checkpoints = None
         self._begun_for = id(module.trainer)
 
     def has_begun(self, trainer: Trainer) -> bool:
@@ -149,10 +156,13 @@ class HessianRegularizer(Callback):
                 "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass'), or pass "
                 "allow_fp16=True to try it all the same."
             )
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy) or (
+            by_graph and isinstance(trainer.strategy, ModelParallelStrategy)
+        ):
             raise MisconfigurationException(
                 f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
-                "Hessian-vector products would be zero or fail. Use strategy='ddp' or one device."
+                "Hessian-vector products would be zero or fail. Use HessianTrace(method='two_pass') with "
+                "ModelParallelStrategy (FSDP2), or any penalty with strategy='ddp' or one device."
             )
         for penalty in self.penalties:
             check_layer(penalty, module)
@@ -172,6 +182,12 @@ class HessianRegularizer(Callback):
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             self._tried_backward.add(id(penalty))
+
+    def needs_backward(self, loss: Tensor) -> bool:
+        """Whether the loss can be differentiated by ``backward()`` only; looked for once in a fit."""
+        if self._has_reentrant_checkpoints is None:
+            self._has_reentrant_checkpoints = any("CheckpointFunction" in node.name() for node in nodes(loss))
+        return self._has_reentrant_checkpoints
 
     def warn_of_kinks(self, penalty: Penalty, loss: Tensor) -> None:
         """Once in a fit, warn where a penalty needs smooth activations and the loss's graph has others."""
@@ -289,6 +305,14 @@ def _refuse_empty_batch(batch: Any) -> None:
             "The batch is empty: none of its tensors has an entry, so its mean loss and the loss's curvature do not "
             "exist. Look at the dataset and the sampler, or pass drop_last=True to the DataLoader."
         )
+
+
+def _at(strength: Strength, step: int) -> float:
+    if not callable(strength):
+        return strength
+    value = strength(step)
+    _check_strength(value)
+    return float(value)
 
 
 def _check_strength(strength: float) -> None:

@@ -28,6 +28,9 @@ class HigherOrderError(RuntimeError):
     """An operator or a layer cannot be differentiated as often as a curvature penalty needs."""
 
 
+_OTHERWISE = "HessianTrace(method='two_pass') takes it as it is: it needs ordinary backward passes only."
+
+
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float,
                 cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
     return norms.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
@@ -188,7 +191,7 @@ class higher_order(TorchFunctionMode):
             raise HigherOrderError(
                 f"The operator {operator}{where} cannot be differentiated three times, as a curvature penalty needs. "
                 "Replace it by one that can, or keep it out of the penalty's way: choose with `parameters=` "
-                "only parameters whose gradient does not pass through it."
+                f"only parameters whose gradient does not pass through it. {_OTHERWISE}"
             ) from error
 
 
@@ -245,7 +248,7 @@ def _refuse_layers(module: nn.Module) -> None:
             raise HigherOrderError(
                 f"The layer {name!r} is a SyncBatchNorm, which has no double backward (pytorch#61222), so no curvature "
                 "penalty can be differentiated through it. Train with `sync_batchnorm=False` (each process then "
-                "normalises by its own batch), or use GroupNorm."
+                f"normalises by its own batch), or use GroupNorm. {_OTHERWISE}"
             )
         if layer.training and _spectral_norm(layer):
             raise HigherOrderError(
@@ -260,7 +263,7 @@ def _refuse_layers(module: nn.Module) -> None:
         if isinstance(layer, torch.jit.ScriptModule):
             raise HigherOrderError(
                 f"The layer {name!r} is TorchScript, whose fused operators cannot be exchanged for ones that are "
-                "differentiable three times. Use the Python module it was made from."
+                f"differentiable three times. Use the Python module it was made from. {_OTHERWISE}"
             )
 
 
@@ -297,7 +300,7 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
         def apply(*_: Any) -> Any:
             raise HigherOrderError(
                 f"{context.layer_name(_calling_module())} uses a reentrant checkpoint, which cannot be differentiated "
-                "twice (pytorch#102223). Pass `use_reentrant=False` to torch.utils.checkpoint.checkpoint."
+                f"twice (pytorch#102223). Pass `use_reentrant=False` to torch.utils.checkpoint.checkpoint. {_OTHERWISE}"
             )
 
     patched: dict[str, Any] = {name: in_higher_order(getattr(checkpoint, name)) for name in names}

@@ -127,7 +127,43 @@ class _Known(torch.autograd.Function):
         return None, None, *(gradient * factor for gradient in ctx.gradients)
 
 
-def local(tensor: Tensor) -> Tensor:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, as the parameters are under FSDP2."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Any) -> Tensor:
     """The part of a sharded tensor that this process holds; any other tensor itself, without its graph."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part.detach()
+
+
+def local_part(whole: Tensor, like: Any) -> Tensor:
+    """What this process holds of a tensor that is sharded as ``like`` is."""
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    part: Tensor = (
+        DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+        .redistribute(placements=like.placements)
+        .to_local()
+    )
+    return part
+
+
+def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:
+    """v'g over all parts, those of other processes included where the tensors are sharded (as ``like`` is)."""
+    parts = [torch.dot(a.reshape(-1), local(g).reshape(-1).to(a.dtype)) for a, g in zip(v, gradients, strict=True)]
+    total = torch.stack(parts).sum().float() if parts else torch.zeros((), device=like.device)
+    return over_shards(total, like)
+
+
+def over_shards(value: Tensor, like: Any) -> Tensor:
+    """The sum of a value over the processes among which a tensor is sharded."""
+    if is_sharded(like):
+        for dimension, placement in enumerate(like.placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(value, group=like.device_mesh.get_group(dimension))
+    return value

@@ -18,6 +18,7 @@ from lightning_hessian.curvature import (
     select_parameters,
     watch_losses,
 )
+from lightning_hessian.curvature.first_order import dot
 from lightning_hessian.curvature.graph import depends
 from lightning_hessian.state import RandomState
 
@@ -170,26 +171,21 @@ class Difference:
 
     Args:
         tensors: the parts of theta that move.
-        direction: v, flat, over all entries of the tensors; drawn anew at each call.
+        direction: v, part by part of the tensors' shapes (of a sharded one, the part that this process holds); drawn
+            anew at each call, so that nothing of the model's size need be kept.
         step: how far.
         weight: strength / step^2, over the number of differences that are averaged.
     """
 
     tensors: Sequence[Tensor]
-    direction: Callable[[], Tensor]
+    direction: Callable[[], list[Tensor]]
     step: float
     weight: float
 
-    def parts(self) -> list[Tensor]:
-        """v, cut into the tensors' shapes."""
-        v = self.direction().split([tensor.numel() for tensor in self.tensors])
-        return [part.view_as(tensor).to(tensor.dtype) for part, tensor in zip(v, self.tensors, strict=True)]
-
     def slope(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
         """v'g, of a gradient by tensor; one that has none does not count."""
-        pairs = [(v, gradients[t]) for v, t in zip(self.parts(), self.tensors, strict=True) if t in gradients]
-        dots = [torch.dot(v.reshape(-1), gradient.reshape(-1)).float() for v, gradient in pairs]
-        return torch.stack(dots).sum() if dots else torch.zeros((), device=self.tensors[0].device)
+        pairs = [(v, gradients[t]) for v, t in zip(self.direction(), self.tensors, strict=True) if t in gradients]
+        return dot([v for v, _ in pairs], [gradient for _, gradient in pairs], self.tensors[0])
 
 
 class Penalty(ABC):

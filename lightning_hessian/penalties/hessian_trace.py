@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hessian.checks import choice, count_or_all, is_number
 from lightning_hessian.curvature import HessianOperator, ParameterFilter, ProbeSource, select_parameters
-from lightning_hessian.curvature.first_order import local
+from lightning_hessian.curvature.first_order import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
 from lightning_hessian.penalties.base import Difference, Penalty, StepContext
 
@@ -196,7 +196,7 @@ class HessianTrace(Penalty):
         # One first gradient serves all probes; it stops at the tensors that no probe keeps.
         needed = sorted({i for kept, _ in draws for i in kept})
         hessian = HessianOperator(context.loss, [chosen[i] for i in needed], differentiable=True)
-        forms = [hessian.quadratic_form(v(), [needed.index(i) for i in kept]) for kept, v in draws]
+        forms = [hessian.quadratic_form(_flat(v()), [needed.index(i) for i in kept]) for kept, v in draws]
         return torch.stack(forms).mean()
 
     def differences(self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource) -> list[Difference]:
@@ -219,28 +219,30 @@ class HessianTrace(Penalty):
         if self.scale == "parameter":
             return share
         squares = torch.stack([local(tensor).square().sum() for tensor in chosen]).sum()
-        return share * math.sqrt(squares.item() / sum(local(tensor).numel() for tensor in chosen))
+        return share * math.sqrt(over_shards(squares, chosen[0]).item() / sum(tensor.numel() for tensor in chosen))
 
     def _draw(
         self, probes: ProbeSource, chosen: Sequence[Tensor], sizes: _Sizes, index: int
-    ) -> tuple[list[int], Callable[[], Tensor]]:
-        """Which tensors a probe keeps, and v over these, flat; drawn anew at each call, so that nobody need keep it."""
+    ) -> tuple[list[int], Callable[[], list[Tensor]]]:
+        """Which tensors a probe keeps, and v over these; drawn anew at each call, so that nobody need keep it."""
         kept, factor = list(range(len(chosen))), 1.0
         if self.keep < 1 and self.drop == "tensor":
             kept, factor = probes.kept_tensors(len(chosen), self.keep, index)
         tensors = [chosen[i] for i in kept]
-        count = sum(tensor.numel() for tensor in tensors)
+        counts = [tensor.numel() for tensor in tensors]
         where = (index, tensors[0].device, tensors[0].dtype)
 
-        def v() -> Tensor:
+        def v() -> list[Tensor]:
             if self.keep < 1 and self.drop == "element":
-                signs = probes.sparse_rademacher(count, self.keep, *where)
+                flat = probes.sparse_rademacher(sum(counts), self.keep, *where)
             else:
-                signs = probes.rademacher(count, *where)
-            if sizes is not None:
-                parts = zip(kept, signs.split([tensor.numel() for tensor in tensors]), strict=True)
-                signs = torch.cat([(part.view_as(chosen[i]) * sizes[i]).reshape(-1) for i, part in parts])
-            return signs if factor == 1 else signs * math.sqrt(factor)
+                flat = probes.rademacher(sum(counts), *where)
+            parts = []
+            for i, part in zip(kept, flat.split(counts), strict=True):
+                part = local_part(part.view(chosen[i].shape).to(chosen[i].dtype), like=chosen[i])
+                part = part if sizes is None else part * sizes[i]
+                parts.append(part if factor == 1 else part * math.sqrt(factor))
+            return parts
 
         return kept, v
 
@@ -275,15 +277,20 @@ class HessianTrace(Penalty):
 
 
 _Sizes = list[Tensor] | None
+"""Of each chosen tensor's parts; None where all count the same."""
 _DIFFERENCES = ("two_pass", "central_difference")
 
 
 def _size(tensor: Tensor) -> Tensor:
     """The root mean square of each filter, or the absolute value of each entry of a vector; a constant."""
-    tensor = tensor.detach()
+    tensor = local(tensor)
     if tensor.dim() < 2:
         return tensor.abs()
     return tensor.square().mean(dim=tuple(range(1, tensor.dim())), keepdim=True).sqrt()
+
+
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 def _exact_trace(hessian: HessianOperator, sizes: _Sizes) -> Tensor:

@@ -1,0 +1,293 @@
+"""The methods of the trace penalty in the surroundings of ordinary training: precision, compilers, kernels, devices."""
+
+import lightning as L
+import pytest
+import torch
+import torch._dynamo.testing
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from nets import CPU, Classifier, data, fit, weights
+from oracles import by_differences, relative_error
+from test_ddp import STEPS, DealtInTurn, Result, joined
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+
+import lightning_hessian as lh
+
+STRENGTH = 1e-2
+DIFFERENCES = ("two_pass", "central_difference")
+METHODS = (*DIFFERENCES, "gauss_newton", "autograd")
+
+
+def callback(method, **settings):
+    return lh.HessianRegularizer(lh.HessianTrace(method=method), strength=STRENGTH, **settings)
+
+
+def trained(module, method, **settings):
+    fit(module, [callback(method)] if method else [], max_steps=2, **settings)
+    return weights(module)
+
+
+class Images(Classifier):
+    """Any network on eight numbers a sample."""
+
+    def __init__(self, net, dtype=torch.float64):
+        super().__init__()
+        self.net = net.to(dtype)
+
+
+def sequences(dtype=torch.float64):
+    return data(8, dtype=dtype)
+
+
+class Attends(nn.Module):
+    """A Transformer layer over the four numbers of a sample, dropout 0: PyTorch takes the fused kernel."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Linear(1, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x.unsqueeze(2))).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.lstm = nn.LSTM(1, 6, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant=None):
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.block = nn.Linear(4, 6), nn.Sequential(nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.use_reentrant is None:
+            return self.head(self.block(hidden))
+        return self.head(checkpoint(self.block, hidden, use_reentrant=self.use_reentrant))
+
+
+def expected(net, method):
+    """Two steps in plain code."""
+    module = Images(net)
+    optimizer = module.configure_optimizers()
+    for step, (x, y) in enumerate(list(data(8))[:2]):
+        gradient = by_differences(
+            method, module, lambda m, x=x, y=y: F.cross_entropy(m.net(x), y), STRENGTH, step=step, micro_batch=step
+        )
+        optimizer.zero_grad()
+        (nn.utils.parameters_to_vector(module.parameters()) @ gradient).backward()
+        optimizer.step()
+    return weights(module)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("net", [Attends, Recurrent, Checkpointed])
+def test_fused_attention_and_recurrent_layers_run_as_they_are(net, method):
+    torch.testing.assert_close(trained(Images(net()), method), expected(net(), method), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_of_both_kinds_change_nothing(use_reentrant, method):
+    ours = trained(Images(Checkpointed(use_reentrant)), method)
+    torch.testing.assert_close(ours, trained(Images(Checkpointed()), method), rtol=1e-9, atol=1e-10)
+
+
+def test_the_refusal_of_a_reentrant_checkpoint_names_a_method_that_works():
+    with pytest.raises(lh.HigherOrderError, match=r"method='two_pass'"):
+        trained(Images(Checkpointed(use_reentrant=True)), "autograd")
+
+
+class Silent(Classifier):
+    def training_step(self, batch, batch_idx):  # a compiled one cannot log
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("what", ["submodule", "LightningModule"])
+def test_compiled_steps_stay_compiled(what, method):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    ours, eager = Silent(), Silent()
+    if what == "submodule":
+        ours.net.compile(backend=counter)
+        fit(ours, [callback(method)], max_steps=4)
+    else:
+        fit(torch.compile(ours, backend=counter), [callback(method)], max_steps=4)
+    frames = counter.frame_count
+    fit(eager, [callback(method)], max_steps=4)
+    torch.testing.assert_close(weights(ours), weights(eager), rtol=1e-8, atol=1e-9)
+    assert frames == 1  # all passes run the same code
+
+
+@pytest.mark.parametrize("method", ["two_pass", "gauss_newton"])
+def test_bfloat16_is_near_float32(method):
+    def step(precision):
+        module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32, lr=1.0)
+        before = weights(module)
+        fit(module, [callback(method)], data(16, 16, torch.float32), precision=precision)
+        return weights(module) - before
+
+    assert relative_error(step("bf16-mixed"), step("32-true")) < 0.05
+
+
+def test_central_differences_in_bfloat16_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"train on noise.*method='autograd'"):
+        fit(Classifier(), [callback("central_difference")], precision="bf16-mixed")
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_float16_with_a_scaler_is_near_float32(method):
+    """Small losses, whose gradients float16 cannot hold unscaled."""
+
+    class Small(Classifier):
+        def training_step(self, batch, batch_idx):
+            return 1e-4 * F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def step(**settings):
+        module = Small(middle=nn.LayerNorm(6), dtype=torch.float32, lr=1e4)
+        before = weights(module)
+        fit(module, [callback(method)], data(16, 16, torch.float32), max_steps=1, **settings)
+        return weights(module) - before
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    half = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    if method == "central_difference":
+        with pytest.raises(MisconfigurationException, match="train on noise"):
+            step(plugins=[half])
+        return
+    assert relative_error(step(plugins=[half]), step()) < 0.05
+
+
+def test_a_float16_overflow_is_left_to_the_scaler():
+    module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32)
+    before = weights(module)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    trainer = fit(
+        module,
+        [callback("two_pass")],
+        data(16, 16, torch.float32),
+        max_steps=1,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
+    )
+    assert torch.equal(weights(module), before)
+    assert scaler.get_scale() == 2.0**59
+    assert "train/hessian_trace_skipped" not in trainer.logged_metrics
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_manual_optimization_equals_the_callback(method):
+    class Manual(lh.HessianRegularizationMixin, Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.regularizer = callback(method)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(batch[0]), batch[1])))
+            optimizer.step()
+
+    torch.testing.assert_close(trained(Manual(), None), trained(Classifier(), method), rtol=1e-10, atol=1e-12)
+
+
+def test_a_step_that_takes_the_iterator_is_refused():
+    class Iterates(Classifier):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(MisconfigurationException, match=r"would take another batch.*method='autograd'"):
+        fit(Iterates(), [callback("two_pass")])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_fourth_step_and_a_schedule(method):
+    strengths = []
+
+    def schedule(step):
+        strengths.append(step)
+        return 1e-3 * (step + 1)
+
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(method=method), strength=schedule, every_n_steps=4)
+    assert regularizer.strengths_at(4) == [4 * 1e-3 * 5]
+    assert regularizer.strengths_at(5) == [0.0]
+    fit(Classifier(), [regularizer], max_steps=5)
+    assert strengths[-1] == 4
+
+
+def test_a_schedule_that_turns_negative_is_refused():
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=lambda step: 0.1 - step)
+    with pytest.raises(ValueError, match="A negative one would reward curvature"):
+        fit(Classifier(), [regularizer], max_steps=3)
+
+
+class Sharded(Classifier):
+    def configure_model(self):
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in (self.net[0], self.net[3], self.net):
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+class Gathered(Result):
+    def on_train_end(self, trainer, pl_module):
+        whole = torch.cat([p.detach().full_tensor().reshape(-1) for p in pl_module.parameters()])
+        torch.save({"weights": whole, "logged": self.logged}, self.path / f"{trainer.global_rank}.pt")
+
+
+def sharded_fit(rank, path, method, port):
+    import os
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
+    torch.set_num_threads(1)
+    loader = data(8)
+    dealt = DataLoader(loader.dataset, loader.batch_size, sampler=DealtInTurn(len(loader.dataset)))
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    trainer = L.Trainer(
+        **CPU, max_steps=STEPS, callbacks=[callback(method), Gathered(path)], devices=2, strategy=strategy,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(Sharded(middle=nn.LayerNorm(6)), dealt)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_fsdp2_on_two_processes_equals_one(tmp_path, method):
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    torch.multiprocessing.start_processes(
+        sharded_fit, (tmp_path, method, get_free_port()), nprocs=2, start_method="fork"
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
+    module = Classifier(middle=nn.LayerNorm(6))
+    optimizer = module.configure_optimizers()
+    for step, (x, y) in enumerate(joined(data(8))):
+        gradient = by_differences(
+            method, module, lambda m, x=x, y=y: F.cross_entropy(m.net(x), y), STRENGTH, step=step, micro_batch=step
+        )
+        optimizer.zero_grad()
+        (nn.utils.parameters_to_vector(module.parameters()) @ gradient).backward()
+        optimizer.step()
+    expected = nn.utils.parameters_to_vector(module.parameters()).detach()
+    torch.testing.assert_close(first["weights"], expected, rtol=1e-5, atol=1e-5)
