@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,18 +151,18 @@ def _with_differences(
         slopes: list[Tensor] = []
         for difference in differences:
             ends: list[Tensor] = []
+            v = difference.direction()
             with movable(difference.tensors) as move:
                 for sign in (1, -1):
-                    move(difference.direction(), sign * difference.step)
+                    move(v, sign * difference.step)
                     run = passes.at_present(for_real=output is None)
                     if run.loss is None:
                         if output is None:
                             return run.output
                         raise no_loss_again(one.penalty)
                     output = run.output if output is None else output
-                    gradients = _add(total, by_differences[0].regularizer, run.loss, difference.weight)
-                    ends.append(difference.slope(gradients))
-                    del gradients
+                    slope = functools.partial(difference.slope, v)
+                    ends.append(_add(total, by_differences[0].regularizer, run.loss, difference.weight, slope))
                     del run
             slopes.append((ends[0] - ends[1]) / (2 * difference.step))
         value = torch.stack(slopes).mean()
@@ -175,12 +176,17 @@ def _with_differences(
     return _with_loss(output, total.loss())
 
 
-def _add(total: GradientSum, regularizer: HessianRegularizer, loss: Tensor, weight: float) -> dict[Tensor, Tensor]:
+def _add(
+    total: GradientSum,
+    regularizer: HessianRegularizer,
+    loss: Tensor,
+    weight: float,
+    look: Callable[[Mapping[Tensor, Tensor]], Any] = lambda gradients: None,
+) -> Any:
     total.by_backward = total.by_backward or regularizer.needs_backward(loss)
     # As any backward pass, outside of autocast.
     with torch.autocast(loss.device.type, enabled=False):
-        gradients = total.add(loss, weight)
-    return {t: g for t, g in zip(total.tensors, gradients, strict=True) if g is not None}
+        return total.add(loss, weight, look)
 
 
 def _task_loss_alone(module: LightningModule, passes: Passes, one: _Acting, value: Tensor, output: Any) -> Any:

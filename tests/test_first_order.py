@@ -14,6 +14,7 @@ from torchmetrics import Accuracy
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.curvature.first_order import GradientSum
 
 STRENGTH = 1e-2
 DIFFERENCES = ("two_pass", "central_difference")
@@ -220,3 +221,23 @@ def test_two_penalties_of_two_passes():
     seen = Gradients()
     fit(smooth(), [first, second, seen], max_steps=1)
     torch.testing.assert_close(seen.rows[0] - gradient_of_step(smooth()), alone[0] + alone[1], rtol=1e-9, atol=1e-12)
+
+
+def test_one_tensor_may_be_the_gradient_of_several_parameters():
+    a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
+    total = GradientSum([a, b])
+    for weight in (0.5, 0.25):
+        total.add(((a + b) ** 2).sum(), weight)
+    total.loss().backward()
+    for tensor in (a, b):
+        torch.testing.assert_close(tensor.grad, torch.full((3,), 0.75 * 4.0))
+
+
+def test_the_loss_can_be_differentiated_once():
+    a = torch.ones(3, requires_grad=True)
+    total = GradientSum([a])
+    total.add(a.sum(), 1.0)
+    loss = total.loss()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone after the first backward"):
+        loss.backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,8 +36,8 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
 
     def move(v: Sequence[Tensor], step: float) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(parts, before)
-            torch._foreach_add_(parts, list(v), alpha=step)
+            for part, old, towards in zip(parts, before, v, strict=True):
+                torch.add(old, towards, alpha=step, out=part)
         torch.clear_autocast_cache()  # it holds weights as they were
 
     try:
@@ -64,7 +64,7 @@ class GradientSum:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> total = GradientSum([w])
         >>> for weight in (0.5, -0.25):
-        ...     _ = total.add((w**2).sum(), weight)
+        ...     total.add((w**2).sum(), weight)
         >>> loss = total.loss()
         >>> loss.backward()
         >>> loss.item(), w.grad
@@ -77,26 +77,44 @@ class GradientSum:
         self.by_backward = by_backward
         self.value: Tensor | None = None
         self._gradients: list[Tensor | None] = [None] * len(self.tensors)
+        self._unit = 1.0  # the gradients are summed in units of this, so that the first need not be multiplied
 
-    def add(self, loss: Tensor, weight: float) -> list[Tensor | None]:
-        """Add ``weight * loss`` and return the loss's own gradient, tensor by tensor; its graph is freed."""
+    def add(self, loss: Tensor, weight: float, look: Callable[[Mapping[Tensor, Tensor]], Any] | None = None) -> Any:
+        """Add ``weight * loss``, whose graph is freed.
+
+        Args:
+            loss: a scalar with its graph.
+            weight: its weight.
+            look: called with the loss's own gradient, by tensor; what it returns is returned.
+        """
         scaled = loss if self.scale == 1 else loss * self.scale
         found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
-        for i, gradient in enumerate(found):
-            if gradient is None:
-                continue
-            if self.scale != 1:
-                gradient.div_(self.scale)
+        if self.scale != 1:
+            found = [None if gradient is None else gradient / self.scale for gradient in found]
+        named = {tensor: gradient for tensor, gradient in zip(self.tensors, found, strict=True) if gradient is not None}
+        seen = look(named) if look is not None else None
+        del named
+        if self.value is None:
+            self._unit, self.value = weight, torch.zeros_like(loss)
+        share = weight / self._unit
+        for i in range(len(found)):
+            gradient, found[i] = found[i], None  # freed one after the other
             summed = self._gradients[i]
-            self._gradients[i] = weight * gradient if summed is None else summed.add_(gradient, alpha=weight)
-        self.value = weight * loss.detach() + (0 if self.value is None else self.value)
-        return found
+            if gradient is not None:
+                # Not in place: autograd may hand out one tensor as several gradients.
+                if summed is not None:
+                    self._gradients[i] = torch.add(summed, gradient, alpha=share)
+                else:
+                    self._gradients[i] = gradient if share == 1 else gradient * share
+        self.value = self.value + weight * loss.detach()
+        return seen
 
     def loss(self) -> Tensor:
-        """A scalar of this value that has this gradient, once."""
+        """A scalar of this value that has this gradient; it can be differentiated once."""
         assert self.value is not None
         used = [(t, g) for t, g in zip(self.tensors, self._gradients, strict=True) if g is not None]
-        return _Known.apply(self.value, tuple(g for _, g in used), *(t for t, _ in used))
+        self._gradients = []
+        return _Known.apply(self.value, [g for _, g in used], self._unit, *(t for t, _ in used))
 
     def _by_grad(self, loss: Tensor) -> list[Tensor | None]:
         return list(torch.autograd.grad(loss, self.tensors, allow_unused=True))
@@ -117,14 +135,18 @@ class _Known(torch.autograd.Function):
     """A value whose gradient is known."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *tensors: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], unit: float, *tensors: Tensor) -> Tensor:
+        ctx.gradients, ctx.unit = gradients, unit
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
-        return None, None, *(gradient * factor for gradient in ctx.gradients)
+        if ctx.gradients is None:
+            raise RuntimeError("The loss's gradient was computed in its passes and is gone after the first backward().")
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = factor * ctx.unit
+        return None, None, None, *(gradients.pop(0) * factor for _ in range(len(gradients)))
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -172,7 +172,7 @@ class Difference:
     Args:
         tensors: the parts of theta that move.
         direction: v, part by part of the tensors' shapes (of a sharded one, the part that this process holds); drawn
-            anew at each call, so that nothing of the model's size need be kept.
+            anew at each call, so that nothing of the model's size need be kept for long.
         step: how far.
         weight: strength / step^2, over the number of differences that are averaged.
     """
@@ -182,9 +182,9 @@ class Difference:
     step: float
     weight: float
 
-    def slope(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+    def slope(self, v: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]) -> Tensor:
         """v'g, of a gradient by tensor; one that has none does not count."""
-        pairs = [(v, gradients[t]) for v, t in zip(self.direction(), self.tensors, strict=True) if t in gradients]
+        pairs = [(part, gradients[t]) for part, t in zip(v, self.tensors, strict=True) if t in gradients]
         return dot([v for v, _ in pairs], [gradient for _, gradient in pairs], self.tensors[0])
 
 
