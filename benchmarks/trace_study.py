@@ -3,13 +3,14 @@
     python benchmarks/trace_study.py run [--methods none SAM two_pass ...] [--seeds 0 1 2]
     python benchmarks/trace_study.py report    # the table of docs/trace.md
 
-Each run trains the small CNN (width 16, batch norm, SiLU) on 3,000 training images for 15 epochs (SGD, momentum 0.9,
-weight decay 5e-4, cosine decay from 0.1, batch 100), with a penalty of one strength and a seed (weights, order, probes).
-Runs whose result is in the file already are left out, so an interrupted study goes on.
+Each run trains the small CNN (width 16, batch norm, SiLU) on 3,000 training images for 10 epochs (SGD, momentum 0.9,
+weight decay 5e-4, cosine decay from 0.1, batch 100), with a penalty of one strength and a seed (weights, order, and
+probes). Runs whose result is in the file already are left out, so an interrupted study goes on.
 
 For each method the strength is the one of the highest mean accuracy on 5,000 validation images; the test accuracy is
-that of these runs. The trace (20 probes) and the largest eigenvalue (20 steps of Lanczos) are those of the mean loss
-over 500 training images, in evaluation mode. SAM's strength is rho.
+that of these runs. The trace (10 probes) and the largest eigenvalue (12 steps of Lanczos) are those of the mean loss
+over 200 training images, in evaluation mode. SAM's strength is rho. Seconds are processor time of the training,
+in one thread (OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ STRENGTHS: dict[str, list[float]] = {
     "none": [0.0],
     "SAM": [0.02, 0.05, 0.1],
     "two_pass": [1e-4, 3e-4, 1e-3],
-    "two_pass, scale=parameter": [1e-2, 3e-2, 1e-1],
+    "two_pass, scale=parameter": [1e-2, 3e-2],
     "gauss_newton": [1e-4, 3e-4, 1e-3],
     "autograd": [1e-4, 3e-4, 1e-3],
 }
-EPOCHS, IMAGES, WIDTH = 15, 3000, 16
+EPOCHS, IMAGES, WIDTH = 10, 3000, 16
 
 
 class SAM(torch.optim.SGD):
@@ -111,9 +112,9 @@ def train(method: str, strength: float, seed: int) -> dict:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.fit(module, source)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     trainer.limit_val_batches = 1.0
     accuracy = {}
     for stage, measure in (("val", trainer.validate), ("test", trainer.test)):
@@ -127,7 +128,7 @@ def train(method: str, strength: float, seed: int) -> dict:
 
 def curvature(module: Classifier, source: data.ImageData) -> tuple[float, float]:
     """The trace and the largest absolute eigenvalue of the Hessian."""
-    batches = source.training_samples(500)
+    batches = source.training_samples(200)
 
     def loss(batch):
         with lh.higher_order(module):
@@ -135,9 +136,9 @@ def curvature(module: Classifier, source: data.ImageData) -> tuple[float, float]
 
     with evaluation_mode(module.modules()):
         operator = BatchedHessianOperator(loss, module.parameters(), batches, lambda batch: len(batch[1]))
-        trace = hutchinson_trace(operator, 20).estimate
+        trace = hutchinson_trace(operator, 10).estimate
         start = torch.randn(1, operator.size, generator=torch.Generator().manual_seed(0))
-        v = lanczos(lambda v: operator.matvec(v[0]).unsqueeze(0), start, 20)
+        v = lanczos(lambda v: operator.matvec(v[0]).unsqueeze(0), start, 12)
         return trace, operator.matvec(v[0]).norm().item()
 
 

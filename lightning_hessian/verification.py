@@ -103,7 +103,7 @@ def verify(
         HigherOrderError: an operator has no double backward, or no third one.
         MisconfigurationException: the step returns no differentiable loss, or optimization is manual and there is no
             ``loss``.
-        ValueError: the penalty cannot be computed on these parameters.
+        ValueError: the penalty cannot be computed on these parameters, or has no higher derivative to verify.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
@@ -112,6 +112,11 @@ def verify(
         >>> report.ok, report.replaced
         (True, {'1': 'layer_norm'})
     """
+    if penalty.by_differences:
+        raise ValueError(
+            f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. Verify "
+            "HessianTrace(), to which its gradient tends for small steps."
+        )
     if loss is None:
         loss = _training_step
         if (
