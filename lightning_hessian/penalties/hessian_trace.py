@@ -183,6 +183,8 @@ class HessianTrace(Penalty):
         return self._value(context, self._sizes(self._chosen(context.parameters)))
 
     def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        if self.scale == "none":
+            return self
         sizes = self._sizes(self._chosen(context.parameters))
         return lambda other: self.term(self._value(other, sizes))
 
