@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.first_order import GradientSum, is_sharded, movable
-from lightning_hessian.passes import Passes, no_loss_again
+from lightning_hessian.passes import Pass, Passes, no_loss_again
 from lightning_hessian.penalties import InputPenalty, Penalty
 
 if TYPE_CHECKING:
@@ -142,27 +142,29 @@ def _with_differences(
             return task.output
         output = task.output
         for one in by_differences:
-            one.regularizer.warn_of_kinks(one.penalty, task.loss)
+            one.regularizer.warn_of_kinks(one.penalty, module, task.loss)
         terms = _terms(module, passes, by_graph, task.loss, log=False) if by_graph else None
         added = 0.0 if terms is None else terms.detach()
-        _add(total, by_differences[0].regularizer, at_rest * task.loss + (0.0 if terms is None else terms), 1.0)
-        del task, terms
+        loss = at_rest * task.loss + (0.0 if terms is None else terms)
+        _add(module, total, by_differences[0].regularizer, loss, 1.0)
+        del task, terms, loss
     for one, differences in listed:
         slopes: list[Tensor] = []
         for difference in differences:
             ends: list[Tensor] = []
+            one.regularizer.warn_of_rounding(one.penalty, difference)
             v = difference.direction()
             with movable(difference.tensors) as move:
                 for sign in (1, -1):
                     move(v, sign * difference.step)
-                    run = passes.at_present(for_real=output is None)
+                    run = _run(module, passes, for_real=output is None)
                     if run.loss is None:
                         if output is None:
                             return run.output
                         raise no_loss_again(one.penalty)
                     output = run.output if output is None else output
                     slope = functools.partial(difference.slope, v)
-                    ends.append(_add(total, by_differences[0].regularizer, run.loss, difference.weight, slope))
+                    ends.append(_add(module, total, one.regularizer, run.loss, difference.weight, slope))
                     del run
             slopes.append((ends[0] - ends[1]) / (2 * difference.step))
         value = torch.stack(slopes).mean()
@@ -176,17 +178,48 @@ def _with_differences(
     return _with_loss(output, total.loss())
 
 
+def _run(module: LightningModule, passes: Passes, for_real: bool) -> Pass:
+    """The step at the present parameters, which it must leave alone."""
+    before = [(name, parameter, parameter._version) for name, parameter in module.named_parameters()]
+    run = passes.at_present(for_real)
+    for name, parameter, version in before:
+        if parameter._version != version:
+            raise MisconfigurationException(
+                f"The training step changes the parameter {name!r}, and a penalty that runs the step several times, at "
+                "other parameters, would change it as often. Change it in `on_train_batch_end` (moving averages of "
+                "weights, for example), or use method='autograd'."
+            )
+    return run
+
+
 def _add(
+    module: LightningModule,
     total: GradientSum,
     regularizer: HessianRegularizer,
     loss: Tensor,
     weight: float,
     look: Callable[[Mapping[Tensor, Tensor]], Any] = lambda gradients: None,
 ) -> Any:
-    total.by_backward = total.by_backward or regularizer.needs_backward(loss)
-    # As any backward pass, outside of autocast.
-    with torch.autocast(loss.device.type, enabled=False):
-        return total.add(loss, weight, look)
+    if regularizer.needs_backward(loss):
+        total.by_backward = True
+        if getattr(module.trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise MisconfigurationException(
+                "DDP with static_graph=True counts the backward passes that reentrant checkpoints need, and would not "
+                "reduce the gradients of a step that takes several. Pass use_reentrant=False to "
+                "torch.utils.checkpoint.checkpoint, or leave static_graph off."
+            )
+    try:
+        # As any backward pass, outside of autocast.
+        with torch.autocast(loss.device.type, enabled=False):
+            return total.add(loss, weight, look)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise MisconfigurationException(
+            "The loss passes through something that was computed before the step (or before `self.regularized`), and a "
+            "penalty that runs the step several times differentiates that several times. Compute the whole forward "
+            "pass inside, detach what comes from outside, or use method='autograd'."
+        ) from error
 
 
 def _task_loss_alone(module: LightningModule, passes: Passes, one: _Acting, value: Tensor, output: Any) -> Any:

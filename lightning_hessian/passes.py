@@ -300,6 +300,8 @@ def _silent(module: nn.Module) -> Iterator[None]:
         elif isinstance(layer, Metric):
             replace(layer, "update", _nothing)
             replace(layer, "forward", lambda *args, metric=layer, **kwargs: metric._forward_cache)
+            replace(layer, "compute", lambda metric=layer: torch.nan if metric._computed is None else metric._computed)
+            replace(layer, "reset", _nothing)
     try:
         yield
     finally:

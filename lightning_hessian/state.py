@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """The global random state of the CPU and of one CUDA device.
+    """The global random state of the CPU (PyTorch's, NumPy's and Python's) and of one CUDA device.
 
     Example:
         >>> state = RandomState.now(torch.device("cpu"))
@@ -24,15 +27,19 @@ class RandomState:
 
     device: torch.device
     cpu: Tensor
+    numpy: Any
+    python: Any
     cuda: Tensor | None
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(device, torch.get_rng_state(), cuda)
+        return cls(device, torch.get_rng_state(), np.random.get_state(), random.getstate(), cuda)
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
@@ -77,7 +84,7 @@ class Snapshot:
 
         The buffers are exchanged for copies, not overwritten: graphs may have saved them.
         """
-        now, random = _buffers_of(self.module), RandomState.now(self.random.device)
+        now, states = _buffers_of(self.module), RandomState.now(self.random.device)
         try:
             for layer, name, _, value in self.buffers:
                 layer._buffers[name] = value.clone()
@@ -86,7 +93,7 @@ class Snapshot:
         finally:
             for layer, name, buffer in now:
                 layer._buffers[name] = buffer
-            random.restore()
+            states.restore()
 
 
 def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:

@@ -114,8 +114,8 @@ def verify(
     """
     if penalty.by_differences:
         raise ValueError(
-            f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. Verify "
-            "HessianTrace(), to which its gradient tends for small steps."
+            f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. "
+            "Verify HessianTrace(), to which its gradient tends for small steps."
         )
     if loss is None:
         loss = _training_step

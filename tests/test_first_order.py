@@ -2,10 +2,14 @@
 
 import gc
 import itertools
+import random
+import warnings
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import Classifier, Recorder, data, fit, weights
 from oracles import by_differences, relative_error
 from torch import nn
@@ -241,3 +245,161 @@ def test_the_loss_can_be_differentiated_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gone after the first backward"):
         loss.backward()
+
+
+def penalised_step(module, method, **settings):
+    fit(module, [callback(method, 1e-3)] if method else [], max_steps=1, limit_train_batches=1, **settings)
+    return module
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_hooks_on_parameters_see_the_sum_once(method):
+    seen = []
+    module = smooth()
+    module.net[0].weight.register_hook(lambda gradient: seen.append(1) or 0.1 * gradient)
+    module.net[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(2))
+    gradient = gradient_of_step(module, callback(method))
+    expected = gradient_of_step(smooth(), callback(method))
+    size = module.net[0].bias.numel() + module.net[0].weight.numel()
+    torch.testing.assert_close(gradient[: module.net[0].weight.numel()], 0.1 * expected[: module.net[0].weight.numel()])
+    torch.testing.assert_close(gradient[size:], expected[size:])
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_random_numbers_of_numpy_and_python_are_the_same_in_every_pass(method):
+    class Mixup(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.shares = [*getattr(self, "shares", []), np.random.beta(1, 1) + random.random()]
+            return F.cross_entropy(self.net(self.shares[-1] * batch[0]), batch[1])
+
+    after = []
+    for regularized in (None, method):
+        np.random.seed(0)
+        random.seed(0)
+        module = penalised_step(Mixup(middle=nn.LayerNorm(6)), regularized)
+        assert len(set(module.shares)) == 1
+        after.append((np.random.rand(), random.random()))
+    assert after[0] == after[1]
+
+
+def test_a_step_that_changes_parameters_is_refused():
+    class MovingAverage(Classifier):
+        def __init__(self):
+            super().__init__(middle=nn.LayerNorm(6))
+            self.teacher = nn.Linear(4, 6).double().requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self.teacher.weight.mul_(0.5).add_(self.net[0].weight, alpha=0.5)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    with pytest.raises(MisconfigurationException, match=r"changes the parameter 'teacher.weight'.*on_train_batch_end"):
+        penalised_step(MovingAverage(), "two_pass")
+
+
+def test_a_metric_that_is_computed_and_reset_inside_the_step():
+    class Computes(Everything):
+        def training_step(self, batch, batch_idx):
+            self.accuracy.update(self.net(batch[0]), batch[1])
+            self.values = [*getattr(self, "values", []), float(self.accuracy.compute())]
+            self.accuracy.reset()
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = penalised_step(Computes(), "two_pass")
+    assert len(module.values) == 2
+    assert module.values[0] >= 0  # of the run for real
+
+
+class Partly(lh.HessianRegularizationMixin, Classifier):
+    """A part of the loss is computed before the regularized one."""
+
+    shared = False
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net[0](batch[0])
+        aside = hidden.square().mean()
+
+        def loss():
+            return F.cross_entropy(self.net[1:](hidden if self.shared else self.net[0](batch[0])), batch[1])
+
+        return aside + self.regularized(loss)
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_graphs_made_before_keep_their_parameters(method):
+    module = Partly(middle=nn.LayerNorm(6))
+    module.regularizer = callback(method)
+    gradient = gradient_of_step(module)
+    plain = smooth()
+    plain.net[0](next(iter(data()))[0]).square().mean().backward()
+    aside = torch.cat([torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)
+                       for p in plain.parameters()])  # fmt: skip
+    torch.testing.assert_close(gradient, gradient_of_step(smooth(), callback(method)) + aside)
+
+
+def test_a_forward_pass_that_begins_outside_is_refused():
+    module = Partly(middle=nn.LayerNorm(6))
+    module.shared, module.regularizer = True, callback("two_pass")
+    with pytest.raises(MisconfigurationException, match="Compute the whole forward pass inside"):
+        gradient_of_step(module)
+
+
+def test_sparse_gradients_are_refused_by_name():
+    class Sparse(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(3, 3, sparse=True)
+
+    with pytest.raises(MisconfigurationException, match="'embedding' has sparse gradients"):
+        penalised_step(Sparse(), "two_pass")
+
+
+def warnings_of(module, regularizer, **settings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, [regularizer], **settings)
+    return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kinks_are_warned_of_once_for_central_differences(compiled):
+    for activation, times in ((nn.ReLU(), 1), (nn.SiLU(), 0)):
+        module = Classifier(middle=activation)
+        if compiled:
+            module.net.compile(backend="aot_eager")
+        messages = warnings_of(module, callback("central_difference"))
+        assert sum("the loss has kinks" in message for message in messages) == times
+        assert not any(
+            "kinks" in message for message in warnings_of(Classifier(middle=activation), callback("two_pass"))
+        )
+
+
+def test_a_step_that_the_precision_does_not_see_is_warned_of_once():
+    for strength, times in ((1e-12, 1), (1e-3, 0)):
+        module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32)
+        messages = warnings_of(module, callback("two_pass", strength), loader=data(dtype=torch.float32),
+                               precision="bf16-mixed")  # fmt: skip
+        assert sum("its value is rounding" in message for message in messages) == times
+
+
+def test_verify_has_nothing_to_verify():
+    with pytest.raises(ValueError, match="no higher derivative to verify"):
+        lh.verify(smooth(), next(iter(data())), lh.HessianTrace(method="two_pass"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "two_pass", "clamp": 0.0}, "its passes are the loss"),
+        ({"method": "two_pass", "step": 0.1}, "is that of method='central_difference'"),
+        ({"method": "gauss_newton", "keep": 0.5}, "gauss_newton has none"),
+        ({"method": "gauss_newton", "probes": -1}, "is for method='autograd'"),
+        ({"method": "three_pass"}, "is unknown. Choose one of autograd, two_pass"),
+        ({"scale": "filter"}, "is unknown. Choose one of none, parameter"),
+        ({"method": "central_difference", "step": 0.0}, "must be a positive number"),
+    ],
+)
+def test_bad_arguments(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lh.HessianTrace(**settings)

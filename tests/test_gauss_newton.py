@@ -73,6 +73,7 @@ LOSSES = {
     "binary, weights": lambda z: F.binary_cross_entropy_with_logits(z, BINARY, WEIGHTS, pos_weight=2 * WEIGHTS),
     "squares": lambda z: F.mse_loss(z, SOFT),
     "squares, the other way round": lambda z: F.mse_loss(SOFT, z),
+    "both arguments": lambda z: F.mse_loss(z, 0.5 * z.roll(1, 0)),
     "two losses": lambda z: F.cross_entropy(z, Y) + 0.1 * F.mse_loss(z, SOFT),
 }
 
@@ -84,6 +85,17 @@ def test_mean_over_probes_is_the_dense_trace(name, x):
     values = draws(module, lambda module: LOSSES[name](module(x)), count=1000)
     assert (values >= 0).all()
     assert abs(values.mean() - exact) < 4 * values.std() / len(values) ** 0.5
+
+
+def test_half_precision_with_class_weights(x):
+    module = net().bfloat16()
+    exact = dense_gauss_newton(net(), LOSSES["class weights"], x).trace().item()
+
+    def loss(module):
+        return F.cross_entropy(module(x.bfloat16()), Y, weight=WEIGHTS.bfloat16())
+
+    values = draws(module, loss, count=1000)
+    assert abs(values.mean() - exact) < 4 * values.std() / len(values) ** 0.5 + 0.02 * exact
 
 
 def test_equals_the_hessians_trace_on_a_relu_net_without_batch_norm(x):
@@ -143,6 +155,10 @@ def test_losses_without_a_formula_are_refused(x):
         penalty.value(context_of(module, lambda module: module(x).square().mean()))
     with pytest.raises(ValueError, match=r"huber_loss, whose Gauss-Newton matrix is not known"):
         penalty.value(context_of(module, lambda module: F.huber_loss(module(x), SOFT)))
+    with pytest.raises(ValueError, match="not linear in what mse_loss returns"):
+        penalty.value(context_of(module, lambda module: F.mse_loss(module(x), SOFT).sqrt()))
+    with pytest.raises(ValueError, match="The targets of cross_entropy depend on parameters"):
+        penalty.value(context_of(module, lambda module: F.cross_entropy(module(x), module(2 * x).softmax(1))))
     with pytest.raises(ValueError, match="negative factor"):
         penalty.value(context_of(module, lambda module: -F.mse_loss(module(x), SOFT)))
 

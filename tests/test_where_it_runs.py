@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import CPU, Classifier, data, fit, weights
 from oracles import by_differences, relative_error
-from test_ddp import STEPS, DealtInTurn, Result, joined
+from test_ddp import STEPS, DealtInTurn, Result, fit_two, joined
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -110,6 +110,32 @@ def test_checkpoints_of_both_kinds_change_nothing(use_reentrant, method):
     torch.testing.assert_close(ours, trained(Images(Checkpointed()), method), rtol=1e-9, atol=1e-10)
 
 
+def test_reentrant_checkpoints_in_a_static_graph_are_refused(tmp_path):
+    message = "DDP with static_graph=True counts the backward passes"
+    with pytest.raises(Exception, match=message):
+        fit_two(tmp_path, Images(Checkpointed(True)), callback("two_pass"), data(8), static_graph=True)
+
+
+@pytest.mark.parametrize("net", [Attends, Recurrent])
+def test_gauss_newton_through_attention_and_recurrent_layers_equals_the_context(net):
+    module, plain = Images(net()), Images(net())
+    fit(module, [callback("gauss_newton")], max_steps=1)
+    x, y = next(iter(data(8)))
+    optimizer = plain.configure_optimizers()
+    with lh.higher_order(plain), lh.curvature.watch_losses() as seen:
+        task = F.cross_entropy(plain.net(x), y)
+    context = lh.StepContext(task, dict(plain.named_parameters()), losses=seen)
+    (task + STRENGTH * lh.HessianTrace(method="gauss_newton")(context)).backward()
+    optimizer.step()
+    torch.testing.assert_close(weights(module), weights(plain), rtol=1e-9, atol=1e-10)
+
+
+def test_gauss_newton_with_a_compiled_network_runs_it_eagerly():
+    ours, eager = Classifier(), Classifier()
+    ours.net.compile(backend="aot_eager")
+    torch.testing.assert_close(trained(ours, "gauss_newton"), trained(eager, "gauss_newton"), rtol=1e-9, atol=1e-10)
+
+
 def test_the_refusal_of_a_reentrant_checkpoint_names_a_method_that_works():
     with pytest.raises(lh.HigherOrderError, match=r"method='two_pass'"):
         trained(Images(Checkpointed(use_reentrant=True)), "autograd")
@@ -192,7 +218,7 @@ def test_a_float16_overflow_is_left_to_the_scaler():
     assert "train/hessian_trace_skipped" not in trainer.logged_metrics
 
 
-@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("method", [*DIFFERENCES, "gauss_newton"])
 def test_manual_optimization_equals_the_callback(method):
     class Manual(lh.HessianRegularizationMixin, Classifier):
         def __init__(self):

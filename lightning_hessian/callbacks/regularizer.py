@@ -14,13 +14,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.checks import choice, is_number, whole_number
-from lightning_hessian.curvature.graph import kinks, nodes
+from lightning_hessian.curvature.first_order import local
+from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes
 from lightning_hessian.injection import penalised
 from lightning_hessian.passes import check_layer
-from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
+from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
 Strength = float | Callable[[int], float]
 """The factor of a penalty in the loss, or a function from the optimizer step to it."""
@@ -32,7 +33,8 @@ class HessianRegularizer(Callback):
     When fitting starts the module's ``training_step`` is wrapped; when fitting ends, also by an exception, it is put
     back. The penalty is added to the loss that the step returns (a tensor, a dict with "loss", or None), and there is
     one backward pass, so accumulation, clipping, DDP and schedulers work as ever. The user's own logs keep the task
-    loss; logged besides are ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
+    loss (with ``HessianTrace(method="two_pass")`` the one at theta + s v); logged besides are
+    ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
     (Between the steps on which the penalty acts, Lightning repeats the last values in its logs.)
 
     Several penalties, in one of these callbacks or in several on one Trainer, share the forward pass, and each sees
@@ -102,6 +104,7 @@ class HessianRegularizer(Callback):
         self._tried_backward: set[int] = set()
         self._said_own_pass = False
         self._looked_for_kinks = False
+        self._looked_at_rounding = False
         self._looked_for_coupling: set[int] = set()
         self._has_reentrant_checkpoints: bool | None = None
         self._begun_for: int | None = None
@@ -139,6 +142,7 @@ class HessianRegularizer(Callback):
         self._tried_backward = set()
         self._said_own_pass = False
         self._looked_for_kinks = False
+        self._looked_at_rounding = False
         self._looked_for_coupling = set()
         self._has_reentrant_checkpoints = None
         self._begun_for = id(module.trainer)
@@ -156,6 +160,13 @@ class HessianRegularizer(Callback):
                 "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass'), or pass "
                 "allow_fp16=True to try it all the same."
             )
+        by_differences = [penalty for penalty in self.penalties if penalty.by_differences]
+        for name, layer in module.named_modules() if by_differences else ():
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+                raise MisconfigurationException(
+                    f"The layer {name!r} has sparse gradients, and {by_differences[0]!r} sums gradients of several "
+                    "passes. Pass sparse=False to it."
+                )
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy) or (
             by_graph and isinstance(trainer.strategy, ModelParallelStrategy)
         ):
@@ -189,15 +200,35 @@ class HessianRegularizer(Callback):
             self._has_reentrant_checkpoints = any("CheckpointFunction" in node.name() for node in nodes(loss))
         return self._has_reentrant_checkpoints
 
-    def warn_of_kinks(self, penalty: Penalty, loss: Tensor) -> None:
-        """Once in a fit, warn where a penalty needs smooth activations and the loss's graph has others."""
-        if penalty.needs_smoothness and not self._looked_for_kinks and (found := kinks(loss)):
+    def warn_of_kinks(self, penalty: Penalty, module: LightningModule, loss: Tensor) -> None:
+        """Once in a fit, warn where a penalty needs smooth activations and the model has others."""
+        if not penalty.needs_smoothness or self._looked_for_kinks:
+            return
+        self._looked_for_kinks = True
+        # The graph of a compiled network does not tell.
+        if found := sorted({*kinks(loss), *kinked_layers(module)}):
             rank_zero_warn(
                 f"{penalty!r} differentiates twice by a small step, and the loss has kinks ({', '.join(found)}): where "
                 "the step crosses one, the difference is noise that grows as the step shrinks. Take smooth activations "
                 "(SiLU, GELU, softplus, tanh), method='two_pass', whose step is larger, or method='gauss_newton'."
             )
-        self._looked_for_kinks = self._looked_for_kinks or penalty.needs_smoothness
+
+    def warn_of_rounding(self, penalty: Penalty, difference: Difference) -> None:
+        """Once in a fit, warn where a step is so short that the precision of the forward pass does not see it."""
+        if self._looked_at_rounding:
+            return
+        self._looked_at_rounding = True
+        first = difference.tensors[0]
+        kind = first.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
+        squares = torch.stack([local(tensor).square().mean() for tensor in difference.tensors]).mean()
+        spacing = torch.finfo(dtype).eps * squares.sqrt().item()
+        moved = max(part.abs().max().item() for part in difference.direction()) * difference.step
+        if moved < spacing:
+            rank_zero_warn(
+                f"{penalty!r} moves the parameters by {moved:.1e}, and {dtype} resolves about {spacing:.1e} of them: "
+                "its value is rounding. Raise the strength (the step is its root), or use precision='32-true'."
+            )
 
     def warn_of_coupling(self, penalty: InputPenalty, context: StepContext) -> None:
         """Once in a fit, see whether the samples are independent, so that each has input derivatives of its own."""

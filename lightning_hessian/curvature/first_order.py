@@ -34,8 +34,11 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
         parts = [local(tensor) for tensor in tensors]
         before = [part.clone() for part in parts]
 
+    # What comes back bit for bit may be saved in graphs that were made before.
+    unchanged = torch.autograd._unsafe_preserve_version_counter
+
     def move(v: Sequence[Tensor], step: float) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(tuple(parts)):
             for part, old, towards in zip(parts, before, v, strict=True):
                 torch.add(old, towards, alpha=step, out=part)
         torch.clear_autocast_cache()  # it holds weights as they were
@@ -43,7 +46,7 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
     try:
         yield move
     finally:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(tuple(parts)):
             torch._foreach_copy_(parts, before)
         torch.clear_autocast_cache()
 
@@ -88,7 +91,8 @@ class GradientSum:
             look: called with the loss's own gradient, by tensor; what it returns is returned.
         """
         scaled = loss if self.scale == 1 else loss * self.scale
-        found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
+        with _without_hooks(self.tensors):  # they see the sum, once
+            found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
         if self.scale != 1:
             found = [None if gradient is None else gradient / self.scale for gradient in found]
         named = {tensor: gradient for tensor, gradient in zip(self.tensors, found, strict=True) if gradient is not None}
@@ -129,6 +133,25 @@ class GradientSum:
         finally:
             for tensor, gradient in zip(self.tensors, before, strict=True):
                 tensor.grad = gradient
+
+
+@contextmanager
+def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, no hook that was registered on a tensor's gradient is called."""
+    tables = [
+        table
+        for tensor in tensors
+        for table in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+        if table
+    ]
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)
 
 
 class _Known(torch.autograd.Function):
@@ -177,8 +200,9 @@ def local_part(whole: Tensor, like: Any) -> Tensor:
 
 def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:
     """v'g over all parts, those of other processes included where the tensors are sharded (as ``like`` is)."""
-    parts = [torch.dot(a.reshape(-1), local(g).reshape(-1).to(a.dtype)) for a, g in zip(v, gradients, strict=True)]
-    total = torch.stack(parts).sum().float() if parts else torch.zeros((), device=like.device)
+    exact = torch.promote_types(like.dtype, torch.float32)
+    flat = [(a.reshape(-1).to(exact), local(g).reshape(-1).to(exact)) for a, g in zip(v, gradients, strict=True)]
+    total = torch.stack([torch.dot(a, g) for a, g in flat]).sum() if flat else like.new_zeros((), dtype=exact)
     return over_shards(total, like)
 
 

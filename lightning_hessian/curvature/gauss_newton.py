@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_hessian.curvature.graph import depends, has_parameters
 from lightning_hessian.curvature.losses import LossCall, watch_losses
 from lightning_hessian.curvature.probes import ProbeSource, rademacher
 
@@ -22,9 +23,10 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
 
     - cross entropy: S S' = a (diag p - p p'), S u = sqrt(a) (sqrt(p) u - p sqrt(p)'u);
     - binary cross entropy with logits: S u = sqrt(a p (1 - p)) u;
-    - squared error: S u = sqrt(2 a) u.
+    - squared error: S u = sqrt(2 a) u, with z the difference of its two arguments.
 
-    Class weights, ignored targets, label smoothing, reductions and factors of the step's own are in a.
+    Class weights, ignored targets, label smoothing, reductions and factors of the step's own are in a. Terms of the
+    loss that do not pass through these functions have no part in G.
 
     Args:
         losses: the calls of loss functions seen in the step.
@@ -36,7 +38,8 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
         For each call the outputs z and S u, of z's shape and with their graph.
 
     Raises:
-        ValueError: no loss function was seen, one has no such formula, or an element's weight is negative.
+        ValueError: no loss function was seen, one has no such formula, targets depend on parameters, the loss is not
+            linear in what a function returns, or an element's weight is negative.
 
     Source:
         Schraudolph 2002; Dauphin et al. 2024 (arXiv 2401.10809) on training with its trace.
@@ -50,16 +53,40 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
         )
     factors = []
     for position, call in enumerate(calls):
-        z = call.outputs
+        _refuse_others(call, loss)
+        z = call.arguments["input"] - call.arguments["target"] if call.function is F.mse_loss else call.outputs
         generator = probes.generator(index * len(calls) + position, z.device)
         exact = torch.promote_types(z.dtype, torch.float32)
         u = rademacher(z.numel(), generator, exact).view_as(z)
-        factors.append((z, _factor(call, loss, z, z.to(exact), u).to(z.dtype)))
+        factors.append((z, _factor(call, loss, z.to(exact), u).to(z.dtype)))
     return factors
 
 
-def _factor(call: LossCall, loss: Tensor, outputs: Tensor, z: Tensor, u: Tensor) -> Tensor:
-    """S u at the call's outputs, z in float32 or better."""
+def _refuse_others(call: LossCall, loss: Tensor) -> None:
+    """The formulas are for a loss that is linear in what the loss function returns, and for constant targets."""
+    name = call.function.__name__
+    otherwise = "Use method='autograd' or method='two_pass'."
+    if call.function not in (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss):
+        raise ValueError(
+            f"The step calls {name}, whose Gauss-Newton matrix is not known here: it is for cross_entropy, "
+            f"binary_cross_entropy_with_logits and mse_loss. {otherwise}"
+        )
+    target = call.arguments["target"]
+    if call.function is not F.mse_loss and target.requires_grad and has_parameters(target):
+        raise ValueError(
+            f"The targets of {name} depend on parameters, and the Gauss-Newton matrix is that of the outputs for "
+            f"constant targets. Detach them, if they are meant to be constant. {otherwise}"
+        )
+    factor = call.factor(loss, create_graph=True)
+    if factor is not None and factor.requires_grad and depends(factor, on=call.result):
+        raise ValueError(
+            f"The loss is not linear in what {name} returns (a root, a logarithm, a focal factor), so its curvature in "
+            f"the outputs is not the one this method knows. {otherwise}"
+        )
+
+
+def _factor(call: LossCall, loss: Tensor, z: Tensor, u: Tensor) -> Tensor:
+    """S u at the outputs z, in float32 or better."""
     if call.function is F.cross_entropy:
         classes = 1 if z.dim() > 1 else 0
         a = _weight(call, loss, at=torch.zeros_like(z), value=math.log(z.size(classes))).unsqueeze(classes)
@@ -69,23 +96,15 @@ def _factor(call: LossCall, loss: Tensor, outputs: Tensor, z: Tensor, u: Tensor)
     if call.function is F.binary_cross_entropy_with_logits:
         a = _weight(call, loss, at=torch.zeros_like(z), value=math.log(2))
         return (a * z.sigmoid() * (-z).sigmoid()).sqrt() * u
-    if call.function is F.mse_loss:
-        other = call.arguments["target"] if outputs is call.arguments["input"] else call.arguments["input"]
-        return (2 * _weight(call, loss, at=other.detach().to(z.dtype) + 1, value=1.0)).sqrt() * u
-    raise ValueError(
-        f"The step calls {call.function.__name__}, whose Gauss-Newton matrix is not known here: it is for "
-        "cross_entropy, binary_cross_entropy_with_logits and mse_loss. Use one of these, or method='autograd' or "
-        "method='two_pass'."
-    )
+    target = call.arguments["target"].detach().to(z.dtype).expand_as(z)
+    return (2 * _weight(call, loss, at=target + 1, value=1.0)).sqrt() * u
 
 
 def _weight(call: LossCall, loss: Tensor, at: Tensor, value: float) -> Tensor:
     """a, of the elements' shape: what an element adds to the loss at the outputs ``at``, where one of weight 1 has
     ``value``."""
     with torch.no_grad():
-        name = "input" if call.outputs is call.arguments["input"] else "target"
-        elements = call.function(**{**call.arguments, name: at, "reduction": "none"})
-        a = call.weights(loss) * elements / value
+        a = call.weights(loss) * call.again(input=at, reduction="none") / value
     if (a < 0).any():
         raise ValueError(
             f"The call of {call.function.__name__} enters the loss with a negative factor, so its Gauss-Newton matrix "

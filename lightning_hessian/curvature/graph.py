@@ -52,6 +52,17 @@ _KINKED = re.compile(
 )
 
 
+_KINKED_LAYERS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish,
+    nn.Hardshrink, nn.Softshrink, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
+)  # fmt: skip
+
+
+def kinked_layers(module: nn.Module) -> list[str]:
+    """The classes of a module's layers whose first derivative jumps."""
+    return sorted({type(layer).__name__ for layer in module.modules() if isinstance(layer, _KINKED_LAYERS)})
+
+
 def kinks(result: Tensor) -> list[str]:
     """The functions in a graph whose first derivative jumps, by the names of their derivatives.
 

@@ -43,6 +43,9 @@ class HessianTrace(Penalty):
           s = \sqrt{2 \cdot \text{strength}},
 
       so that it runs wherever ordinary training runs: compiled models, fused attention, float16, sharded parameters.
+      What the step logs and counts (the task loss, metrics, batch norm's running statistics) is of its first run, at
+      theta + s v. For strengths above about 1e-4 recompute the statistics before evaluation
+      (``torch.optim.swa_utils.update_bn``).
     - ``"central_difference"`` (3): the same difference with a step of its own,
 
       .. math:: v'Hv = [L(\theta + e v) + L(\theta - e v) - 2 L(\theta)] / e^2 + O(e^2).
