@@ -45,12 +45,14 @@ def penalised(
     trainer = module.trainer
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
     now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx
-    count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     listed = [
         (regularizer, penalty, strength)
         for regularizer in regularizers
         for penalty, strength in zip(regularizer.penalties, regularizer.strengths_at(now), strict=True)
     ]
+    if not any(strength for *_, strength in listed) or not trainer.training or not torch.is_grad_enabled():
+        return step(batch)
+    count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     # A penalty keeps its name on every step, whichever others act.
     names = _different([penalty.name for _, penalty, _ in listed])
     # Ranks draw probes of their own, but where they hold parts of one set of parameters.
@@ -60,8 +62,6 @@ def penalised(
         for entry, name in zip(listed, names, strict=True)
         if entry[2] > 0
     ]
-    if not acting or not trainer.training or not torch.is_grad_enabled():
-        return step(batch)
     by_graph = [one for one in acting if not one.penalty.by_differences]
     by_differences = [one for one in acting if one.penalty.by_differences]
     penalties = [one.penalty for one in by_graph]
