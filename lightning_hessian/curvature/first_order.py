@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +34,8 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
         parts = [local(tensor) for tensor in tensors]
         before = [part.clone() for part in parts]
 
-    # What comes back bit for bit may be saved in graphs that were made before.
-    unchanged = torch.autograd._unsafe_preserve_version_counter
-
     def move(v: Sequence[Tensor], step: float) -> None:
-        with torch.no_grad(), unchanged(tuple(parts)):
+        with _writable(parts):
             for part, old, towards in zip(parts, before, v, strict=True):
                 torch.add(old, towards, alpha=step, out=part)
         torch.clear_autocast_cache()  # it holds weights as they were
@@ -46,9 +43,18 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
     try:
         yield move
     finally:
-        with torch.no_grad(), unchanged(tuple(parts)):
+        with _writable(parts):
             torch._foreach_copy_(parts, before)
         torch.clear_autocast_cache()
+
+
+@contextmanager
+def _writable(parts: Sequence[Tensor]) -> Iterator[None]:
+    """Write without a trace: what comes back bit for bit may be saved in graphs that were made before."""
+    with torch.no_grad(), ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(part))
+        yield
 
 
 class GradientSum:
