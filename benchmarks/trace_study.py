@@ -164,10 +164,10 @@ def report(arguments: argparse.Namespace) -> None:
     rows = read(arguments.results)
     print(f"{len(rows)} runs, {len({row['seed'] for row in rows})} seeds; mean ± standard deviation over seeds.\n")
     print(
-        "| method | strength | chosen | validation accuracy (%) | test accuracy (%) | test loss | trace "
+        "| method | strength | chosen | runs | validation accuracy (%) | test accuracy (%) | test loss | trace "
         "| largest eigenvalue | seconds |"
     )
-    print("| --- |" + " --- |" * 8)
+    print("| --- |" + " --- |" * 9)
     for method, strengths in STRENGTHS.items():
         of = {s: [row for row in rows if (row["method"], row["strength"]) == (method, s)] for s in strengths}
         of = {strength: own for strength, own in of.items() if own}
@@ -180,7 +180,7 @@ def report(arguments: argparse.Namespace) -> None:
             cells += [spread([row[key] for row in own], 1) for key in ("trace", "largest eigenvalue")]
             cells += [f"{statistics.mean(row['seconds'] for row in own):.0f}"]
             chosen = "yes" if strength == best else ""
-            print(f"| {method} | {strength:g} | {chosen} | " + " | ".join(cells) + " |")
+            print(f"| {method} | {strength:g} | {chosen} | {len(own)} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
