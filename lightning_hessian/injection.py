@@ -73,6 +73,7 @@ def penalised(
         if task.loss is None:
             return task.output
         terms = _terms(module, passes, by_graph, task.loss)
+        _log(module, "train/penalty", torch.zeros_like(task.loss) if terms is None else terms.detach())
         return _with_loss(task.output, task.loss + terms) if terms is not None else task.output
 
 
@@ -87,9 +88,7 @@ class _Acting:
     probes: ProbeSource
 
 
-def _terms(
-    module: LightningModule, passes: Passes, acting: Sequence[_Acting], loss: Tensor, log: bool = True
-) -> Tensor | None:
+def _terms(module: LightningModule, passes: Passes, acting: Sequence[_Acting], loss: Tensor) -> Tensor | None:
     """The sum of strength * penalty, with its graph; None where no penalty is finite."""
     parameters = list(module.parameters())
     terms: list[Tensor] = []
@@ -109,10 +108,7 @@ def _terms(
                     one.regularizer.try_backward(one.penalty, terms[-1], parameters)
                 else:
                     _report_nonfinite(module, one.regularizer, one.penalty, loss, value)
-    added = torch.stack(terms).sum() if terms else None
-    if log:
-        _log(module, "train/penalty", torch.zeros_like(loss) if added is None else added.detach())
-    return added
+    return torch.stack(terms).sum() if terms else None
 
 
 def _with_differences(
@@ -143,7 +139,7 @@ def _with_differences(
         output = task.output
         for one in by_differences:
             one.regularizer.warn_of_kinks(one.penalty, module, task.loss)
-        terms = _terms(module, passes, by_graph, task.loss, log=False) if by_graph else None
+        terms = _terms(module, passes, by_graph, task.loss) if by_graph else None
         added = 0.0 if terms is None else terms.detach()
         loss = at_rest * task.loss + (0.0 if terms is None else terms)
         _add(module, total, by_differences[0].regularizer, loss, 1.0)
@@ -198,7 +194,7 @@ def _add(
     regularizer: HessianRegularizer,
     loss: Tensor,
     weight: float,
-    look: Callable[[Mapping[Tensor, Tensor]], Any] = lambda gradients: None,
+    look: Callable[[Mapping[Tensor, Tensor]], Any] | None = None,
 ) -> Any:
     if regularizer.needs_backward(loss):
         total.by_backward = True

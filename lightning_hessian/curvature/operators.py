@@ -90,7 +90,7 @@ class HessianOperator(_TensorOperator):
         self.gradient = _gradient(loss, self.tensors)
 
     def matvec(self, v: Tensor) -> Tensor:
-        products = _products(self.gradient, self.tensors, self.split(v))
+        products = vector_jacobian_product(self.gradient, self.tensors, self.split(v))
         return torch.cat([part.reshape(-1).to(self.dtype) for part in products])
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
@@ -105,7 +105,7 @@ class HessianOperator(_TensorOperator):
         # A model may mix types: each part of the probe takes its tensor's.
         flat = [part.to(t.dtype) for part, t in zip(v.split([t.numel() for t in tensors]), tensors, strict=True)]
         parts = [part.view_as(tensor) for part, tensor in zip(flat, tensors, strict=True)]
-        products = _products([self.gradient[i] for i in kept], tensors, parts, create_graph=True)
+        products = vector_jacobian_product([self.gradient[i] for i in kept], tensors, parts, create_graph=True)
         dots = [torch.dot(a.reshape(-1), b).to(self.dtype) for a, b in zip(products, flat, strict=True)]
         return torch.stack(dots).sum()
 
@@ -183,7 +183,7 @@ class SampleHessians:
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """H_i v_i, of shape (samples, n)."""
-        return rows(_products(self._gradients, self.inputs, split_rows(v, self.inputs), create_graph))
+        return rows(vector_jacobian_product(self._gradients, self.inputs, split_rows(v, self.inputs), create_graph))
 
 
 def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 1) -> list[Tensor]:
@@ -216,16 +216,16 @@ def split_rows(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
 
 
-def _products(
-    gradients: Sequence[Tensor], tensors: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool = False
+def vector_jacobian_product(
+    outputs: Sequence[Tensor], tensors: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool = False
 ) -> Sequence[Tensor]:
-    """Hv = d(g'v) / d tensors, part by part."""
-    # A gradient without a graph is constant: its rows of H are zero.
-    curved = [(gradient, part) for gradient, part in zip(gradients, v, strict=True) if gradient.requires_grad]
+    """d(sum_k outputs_k'v_k) / d tensors, part by part; Hv where the outputs are a loss's gradient by the tensors."""
+    # What has no graph is constant: of a gradient, its rows of H are zero.
+    curved = [(output, part) for output, part in zip(outputs, v, strict=True) if output.requires_grad]
     if not curved:
-        return [torch.zeros_like(part) for part in v]
+        return [torch.zeros_like(tensor) for tensor in tensors]
     return torch.autograd.grad(
-        [gradient for gradient, _ in curved],
+        [output for output, _ in curved],
         tensors,
         [part for _, part in curved],
         create_graph=create_graph,

@@ -13,6 +13,7 @@ from lightning_hessian.checks import choice, count_or_all, is_number
 from lightning_hessian.curvature import HessianOperator, ParameterFilter, ProbeSource, select_parameters
 from lightning_hessian.curvature.first_order import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
+from lightning_hessian.curvature.operators import vector_jacobian_product
 from lightning_hessian.penalties.base import Difference, Penalty, StepContext
 
 Method = Literal["autograd", "two_pass", "central_difference", "gauss_newton"]
@@ -261,16 +262,10 @@ class HessianTrace(Penalty):
         squares = []
         for index in range(self.probes):
             factors = random_factors(context.losses, context.loss, context.probes, index)
-            rows = torch.autograd.grad(
-                [z for z, _ in factors],
-                chosen,
-                [factor for _, factor in factors],
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            z, su = zip(*factors, strict=True)
+            rows = vector_jacobian_product(z, chosen, su, create_graph=True)
             if sizes is not None:
-                rows = tuple(row * size for row, size in zip(rows, sizes, strict=True))
+                rows = [row * size for row, size in zip(rows, sizes, strict=True)]
             squares += [row.square().sum() for row in rows]
         return torch.stack(squares).sum() / self.probes
 

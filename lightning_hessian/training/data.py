@@ -15,6 +15,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_hessian.checks import whole_number
+
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 
@@ -77,8 +79,8 @@ class ImageData(LightningDataModule):
     ) -> None:
         super().__init__()
         for name, value in {"batch_size": batch_size, "validation": validation, "train_samples": train_samples}.items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+            if value is not None:
+                whole_number(name, value, least=1)
         for name, switch in {"augment": augment, "normalise": normalise}.items():
             if not isinstance(switch, bool):
                 raise ValueError(f"{name}={switch!r} must be true or false.")

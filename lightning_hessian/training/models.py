@@ -7,13 +7,14 @@ import math
 import torchvision
 from torch import nn
 
+from lightning_hessian.checks import whole_number
+
 Shape = tuple[int, int, int]
 
 
 def _check(**settings: int) -> None:
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        whole_number(name, value, least=1)
 
 
 def mlp(shape: Shape, classes: int, width: int = 256, depth: int = 2) -> nn.Sequential:
