@@ -31,7 +31,7 @@ from lightning_hessian.curvature import (
 )
 from lightning_hessian.injection import loss_of, without_penalties
 from lightning_hessian.passes import Passes
-from lightning_hessian.state import RandomState, evaluation_mode
+from lightning_hessian.state import RandomState, evaluation_mode, seed_all
 
 Loss = Callable[[LightningModule, Any], Tensor]
 """``loss(module, batch)``: the mean loss of a batch."""
@@ -222,7 +222,7 @@ class Measurement:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             passes = []
             for index, batch in enumerate(self.batches):
-                torch.manual_seed(self.settings.seed + index)  # the same dropout masks in every measurement
+                seed_all(self.settings.seed + index)  # the same dropout masks in every measurement
                 step = self._step_at(index)
                 passes.append(Passes(module, step, batch, [], loss_of, repeated=True, context=context))
             stack.enter_context(context.explained())
@@ -286,7 +286,7 @@ def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) 
     generators = [(generator, generator.get_state()) for generator in _generators(loaders)]
     random = RandomState.now(module.device)
     try:
-        torch.manual_seed(seed)
+        seed_all(seed)
         with torch.inference_mode(False), torch.no_grad():
             return [_as_in_training(trainer, module, batch) for batch in islice(_batches(copies), count)]
     finally:

@@ -44,7 +44,8 @@ class CurvatureMonitor(Callback):
     - ``overlap/<layers>``: of the top eigenspace of these layers' block with its own at the last measurement.
 
     In TensorBoard there are images besides: eigenvalues over training, traces by layer, the spectral density.
-    All values are in ``history`` too, and in checkpoints.
+    All values are in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and one of validation
+    data.
 
     The step runs silently for a measurement: ``self.log`` and torchmetrics do not notice, and modes, gradients, buffers
     and random states stay as they are. (A list of its own that a step appends to grows.) A product costs about two
@@ -77,7 +78,7 @@ class CurvatureMonitor(Callback):
     Raises:
         ValueError: an argument is out of its range.
         MisconfigurationException: when training starts: no data, no differentiable loss, globs that match nothing, more
-            eigenvalues than parameters, sharded parameters, two monitors on the same data.
+            eigenvalues than parameters, sharded parameters.
 
     Source:
         Yao et al. 2020, "PyHessian" (arXiv 1912.07145); Cohen et al. 2021, on the edge of stability (arXiv 2103.00065);
@@ -159,12 +160,6 @@ class CurvatureMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
             return
-        alike = [c for c in trainer.callbacks if isinstance(c, CurvatureMonitor) and c.batches == self.batches]  # type: ignore[attr-defined]
-        if len(alike) > 1:
-            raise MisconfigurationException(
-                f"The Trainer has {len(alike)} CurvatureMonitors with batches={self.batches!r}, which would log under "
-                "the same names. Keep one."
-            )
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
                 f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
