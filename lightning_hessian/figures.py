@@ -30,6 +30,7 @@ def eigenvalues_over_training(history: Sequence[Curvature]) -> Figure:
     edges = [edge for edge in edges if edge[1] < 3 * highest]
     if edges:
         axes.plot(*zip(*edges, strict=True), "k--", linewidth=1, label="2 / learning rate")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="optimizer step", ylabel=f"eigenvalue of the Hessian ({_UNITS})")
     axes.set_title(f"Eigenvalues over training, step {history[-1].step}")
     axes.legend(frameon=False)
@@ -47,8 +48,8 @@ def spectral_density(density: SpectralDensity, step: int) -> Figure:
     axes.set_ylim(bottom=max(values.max().item() * 1e-8, 1e-12))
     axes.set(
         xlabel=f"eigenvalue of the Hessian ({_UNITS})",
-        ylabel="share of eigenvalues per unit (parameter² / loss)",
-        title=f"Spectral density, step {step}, smeared by {width:.2g}",
+        ylabel="density (parameter² / loss)",
+        title=f"Spectral density, step {step}, smeared by a Gaussian of {width:.2g}",
     )
     return figure
 
