@@ -5,6 +5,7 @@ from lightning_hessian.callbacks import AdversarialAccuracy, HessianRegularizer
 from lightning_hessian.curvature import HigherOrderError, higher_order
 from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.penalties import (
+    HessianNorm,
     HessianTrace,
     InputGradientNorm,
     InputHessianNorm,
@@ -19,6 +20,7 @@ from lightning_hessian.verification import Verification, verify
 __all__ = [
     "AdversarialAccuracy",
     "FGSM",
+    "HessianNorm",
     "HessianRegularizationMixin",
     "HessianRegularizer",
     "HessianTrace",
