@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -21,8 +20,8 @@ class HessianRegularizationMixin(LightningModule):
     """Adds ``self.regularized(...)`` to a LightningModule, for manual optimization or for a part of the loss only.
 
     Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
-    as a callback as well. What a penalty keeps from step to step (:class:`HessianNorm`) is in the checkpoints: a module
-    that overrides ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
+    as a callback as well. What its penalties keep from step to step (the vector of :class:`HessianNorm`) is in the
+    checkpoints: a module that overrides ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
 
     Example:
         >>> import torch
@@ -54,7 +53,7 @@ class HessianRegularizationMixin(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        if self._trainer is not None:
             load_states(self._regularizers(), checkpoint, self._trainer)
 
     def _regularizers(self) -> list[HessianRegularizer]:

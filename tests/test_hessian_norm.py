@@ -8,7 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import Classifier, Recorder, data, fit, weights
+from nets import CPU, Classifier, Recorder, data, fit, weights
 from oracles import dense_hessian, flat, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -297,11 +297,15 @@ def test_a_fresh_fit_starts_anew(given):
     assert torch.equal(*both)
 
 
-def test_loading_weights_alone_leaves_the_penalty_alone(tmp_path):
-    first, second = Mixed(callback()), Mixed(callback())
-    fit(first, [SaveAt(tmp_path / "c.ckpt")], data(dtype=torch.float32))
-    second.on_load_checkpoint(torch.load(tmp_path / "c.ckpt"))
-    assert second.regularizer.penalty.state_dict() == {}
+def test_a_checkpoint_that_no_fit_resumes_from_leaves_the_penalty_alone(tmp_path):
+    path, loader = tmp_path / "c.ckpt", data(dtype=torch.float32)
+    regularizer = callback()
+    module = Mixed(callback())
+    fit(module, [SaveAt(path)], loader)
+    second = Mixed(callback())
+    second.on_load_checkpoint(torch.load(path))  # as `load_from_checkpoint` does
+    L.Trainer(**CPU, callbacks=[regularizer]).test(second, loader, ckpt_path=path)
+    assert second.regularizer.penalty.state_dict() == regularizer.penalty.state_dict() == {}
 
 
 def test_another_choice_of_parameters_is_searched_for_anew_with_a_warning():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -36,6 +37,9 @@ class HessianRegularizer(Callback):
     loss (with ``HessianTrace(method="two_pass")`` the one at theta + s v); logged besides are
     ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
     (Between the steps on which the penalty acts, Lightning repeats the last values in its logs.)
+
+    What a penalty keeps from step to step (the vector of :class:`HessianNorm`) is in the Trainer's checkpoints; a fit
+    that resumes from none starts anew.
 
     Several penalties, in one of these callbacks or in several on one Trainer, share the forward pass, and each sees
     the task loss alone.
@@ -310,7 +314,9 @@ def save_states(regularizers: Sequence[HessianRegularizer], checkpoint: dict[str
 
 
 def load_states(regularizers: Sequence[HessianRegularizer], checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-    """Let the penalties go on from a checkpoint; those that are not in it start anew."""
+    """Let the penalties go on from a checkpoint that a fit resumes from; those that are not in it start anew."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
     states = checkpoint.get(_CHECKPOINT_KEY, {})
     for name, regularizer, penalty in by_name(regularizers):
         penalty.load_state_dict(states.get(name, {}))

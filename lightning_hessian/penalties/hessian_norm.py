@@ -41,8 +41,10 @@ class HessianNorm(Penalty):
 
     Each batch has a Hessian of its own, so v follows a moving target, and lags where the top eigenvalue has rivals of
     nearly its size. With accumulation of gradients the iteration goes on over the micro-batches, and what is penalised
-    is the mean of their norms. The first product of a run is searched for with 5 more iterations, from a
-    random vector; so is one after the chosen parameters have changed (layers unfrozen, another model), with a warning.
+    is the mean of their norms; it also goes on over the calls of an optimizer's closure. The first step of a run
+    searches with 5 iterations more, from a random vector. So does one after the chosen parameters have changed (layers
+    unfrozen, a checkpoint of another model), with a warning. A step that fails leaves v alone, and so does one whose
+    penalty is not finite.
 
     It is the Hessian of the loss that the step computes, in the mode the model is in.
 
@@ -224,7 +226,7 @@ class HessianNorm(Penalty):
 
     def _keep(self, u: Tensor, chosen: Mapping[str, Tensor]) -> bool:
         """Go on from u at the next step, unless it is zero or not a number."""
-        usable = bool(u.any() and u.isfinite().all())
+        usable = u.square().sum().item() > 0
         if usable:
             self._v = _split(u, chosen)
         return usable
