@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Literal
@@ -111,8 +112,12 @@ class HessianRegularizer(Callback):
         self._looked_at_rounding = False
         self._looked_for_coupling: set[int] = set()
         self._has_reentrant_checkpoints: bool | None = None
-        self._begun_for: int | None = None
-        self._resumed_by: int | None = None
+        self._begun_for: weakref.ref[Trainer] | None = None
+        self._resumed_by: weakref.ref[Trainer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, which may be for another process, has begun for no Trainer.
+        return {**self.__dict__, "_begun_for": None, "_resumed_by": None}
 
     def strengths_at(self, step: int) -> list[float]:
         """The factor of each penalty at an optimizer step; 0 where it does not act."""
@@ -140,8 +145,9 @@ class HessianRegularizer(Callback):
     def begin(self, module: LightningModule) -> None:
         """Start anew for a fit; refuse, before training, what cannot work on this module and its Trainer."""
         self._refuse(module, module.trainer)
-        for penalty in self.penalties if self._resumed_by != id(module.trainer) else ():
-            penalty.load_state_dict({})
+        if not _refers(self._resumed_by, to=module.trainer):
+            for penalty in self.penalties:
+                penalty.load_state_dict({})
         self._resumed_by = None
         for penalty, strength in zip(self.penalties, self._strengths(), strict=True):
             if strength == 0:
@@ -153,11 +159,11 @@ class HessianRegularizer(Callback):
         self._looked_at_rounding = False
         self._looked_for_coupling = set()
         self._has_reentrant_checkpoints = None
-        self._begun_for = id(module.trainer)
+        self._begun_for = weakref.ref(module.trainer)
 
     def has_begun(self, trainer: Trainer) -> bool:
         """Whether :meth:`begin` was called for this Trainer."""
-        return self._begun_for == id(trainer)
+        return _refers(self._begun_for, to=trainer)
 
     def _refuse(self, module: LightningModule, trainer: Trainer) -> None:
         by_graph = [penalty for penalty in self.penalties if not penalty.by_differences]
@@ -294,13 +300,17 @@ class HessianRegularizer(Callback):
 
     def resume(self, trainer: Trainer) -> None:
         """Let the next :meth:`begin` for this Trainer keep the penalties' states, which come from a checkpoint."""
-        self._resumed_by = id(trainer)
+        self._resumed_by = weakref.ref(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         _restore(pl_module)
+
+
+def _refers(reference: weakref.ref[Trainer] | None, to: Trainer) -> bool:
+    return reference is not None and reference() is to
 
 
 _CHECKPOINT_KEY = "lightning_hessian"
