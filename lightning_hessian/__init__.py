@@ -1,7 +1,7 @@
 """Curvature regularization for PyTorch Lightning."""
 
 from lightning_hessian.attacks import FGSM, PGD
-from lightning_hessian.callbacks import AdversarialAccuracy, HessianRegularizer
+from lightning_hessian.callbacks import AdversarialAccuracy, CurvatureMonitor, HessianRegularizer
 from lightning_hessian.curvature import HigherOrderError, higher_order
 from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.penalties import (
@@ -19,6 +19,7 @@ from lightning_hessian.verification import Verification, verify
 
 __all__ = [
     "AdversarialAccuracy",
+    "CurvatureMonitor",
     "FGSM",
     "HessianNorm",
     "HessianRegularizationMixin",

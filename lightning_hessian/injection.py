@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,19 @@ from lightning_hessian.penalties import Difference, InputPenalty, Penalty
 
 if TYPE_CHECKING:
     from lightning_hessian.callbacks.regularizer import HessianRegularizer
+
+
+_switched_off = ContextVar("_switched_off", default=False)
+
+
+@contextmanager
+def without_penalties() -> Iterator[None]:
+    """Inside, a training step computes the task loss alone."""
+    token = _switched_off.set(True)
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
 
 
 def penalised(
@@ -43,6 +57,8 @@ def penalised(
         batch: what penalties on the inputs find them in.
         all_inputs: whether every tensor of the batch is an input.
     """
+    if _switched_off.get():
+        return step(batch)
     trainer = module.trainer
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
     now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx

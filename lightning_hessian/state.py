@@ -44,6 +44,13 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
+def seed_all(seed: int) -> None:
+    """Seed PyTorch's, NumPy's and Python's global random states."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 class Snapshot:
     """The buffers and the random states of a moment.
 

@@ -54,6 +54,14 @@ class Differences:
         return (8 * (f(h) - f(-h)) - (f(2 * h) - f(-2 * h))) / (12 * h)
 
 
+def hessian_by_differences(module, loss, step=1e-5):
+    """From first-order gradients alone (torch.func's is wrong through batch norm in training mode)."""
+    of = Differences(module, loss)
+    directions = torch.eye(len(of.theta), dtype=of.theta.dtype)
+    rows = [(of.gradient(of.theta + step * e) - of.gradient(of.theta - step * e)) / (2 * step) for e in directions]
+    return (torch.stack(rows) + torch.stack(rows).T) / 2
+
+
 def by_differences(method, module, loss, strength, **key):
     """The gradient that a step with a penalty by differences trains with: g + strength (g+ + g- - 2 g) / e^2."""
     parameters = list(module.parameters())

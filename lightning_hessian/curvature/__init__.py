@@ -12,23 +12,39 @@ from lightning_hessian.curvature.operators import (
 )
 from lightning_hessian.curvature.parameters import ParameterFilter, select_parameters
 from lightning_hessian.curvature.probes import ProbeSource
-from lightning_hessian.curvature.trace import TraceEstimate, hutchinson_trace
+from lightning_hessian.curvature.spectrum import (
+    Eigenpairs,
+    ExtremeEigenvalues,
+    SpectralDensity,
+    extreme_eigenvalues,
+    spectral_density,
+    subspace_overlap,
+)
+from lightning_hessian.curvature.trace import Estimate, Moments, hutchinson_trace, moments
 
 __all__ = [
     "BatchedHessianOperator",
+    "Eigenpairs",
+    "Estimate",
+    "ExtremeEigenvalues",
     "HessianOperator",
     "HigherOrderError",
     "LinearOperator",
     "MatrixOperator",
+    "Moments",
     "ParameterFilter",
     "ProbeSource",
     "SampleHessians",
-    "TraceEstimate",
+    "SpectralDensity",
+    "extreme_eigenvalues",
     "higher_order",
     "hutchinson_trace",
     "lanczos",
+    "moments",
     "power_iteration",
     "refuse_unsound_graph",
     "select_parameters",
+    "spectral_density",
+    "subspace_overlap",
     "watch_losses",
 ]

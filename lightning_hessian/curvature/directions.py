@@ -5,21 +5,15 @@ An algorithm sees products only: ``matvec`` maps vectors of shape (samples, n) t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-BatchedMatvec = Callable[[Tensor], Tensor]
+from lightning_hessian.curvature.krylov import BatchedMatvec, krylov, unit
+
 Search = Literal["power", "lanczos"]
 SEARCHES = get_args(Search)
-
-
-def unit(v: Tensor) -> Tensor:
-    """Each row divided by its length; a row of zeros stays one."""
-    length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    return v / torch.where(length > 0, length, 1)
 
 
 def power_iteration(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
@@ -52,7 +46,6 @@ def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
     """A times the Ritz vector of largest |Ritz value| in span(v, Av, ..., A^(k-1) v), normalised.
 
     The products with the basis are known, so this last power step is free, and one iteration is a power iteration.
-    Every basis vector is orthogonalised against all before it, twice.
 
     Args:
         matvec: the products A_i v_i.
@@ -70,23 +63,12 @@ def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
         >>> lanczos(lambda v: scale * v, torch.ones(1, 3), 3).abs().round(decimals=3)
         tensor([[0., 1., 0.]])
     """
-    q = unit(start)
     if iterations == 0:
-        return q
-    basis = q.new_empty(len(q), min(iterations, q.size(1)), q.size(1))
-    products = torch.empty_like(basis)
-    for k in range(basis.size(1)):
-        basis[:, k], products[:, k] = q, matvec(q)
-        q, before = products[:, k], torch.linalg.vector_norm(products[:, k], dim=1, keepdim=True)
-        for _ in range(2):
-            q = q - torch.einsum("skn,sk->sn", basis[:, : k + 1], torch.einsum("skn,sn->sk", basis[:, : k + 1], q))
-        # What is left of a product inside the span is rounding: a row of zeros ends this sample's basis.
-        left = torch.linalg.vector_norm(q, dim=1, keepdim=True) > 100 * torch.finfo(q.dtype).eps * before
-        q = unit(torch.where(left, q, 0))
-    small = torch.einsum("sin,sjn->sij", basis, products)
-    exact = torch.promote_types(small.dtype, torch.float32)  # there is no eigh for half precision
-    ritz_values, ritz_vectors = (part.to(small.dtype) for part in torch.linalg.eigh(small.to(exact)))
+        return unit(start)
+    space = krylov(matvec, start, iterations)
+    ritz_values, ritz_vectors = space.ritz()
     largest = ritz_values.abs().argmax(dim=1)
-    chosen = ritz_vectors.gather(2, largest[:, None, None].expand(-1, basis.size(1), 1)).squeeze(2)
-    product = torch.einsum("skn,sk->sn", products, chosen)
-    return torch.where(product.any(dim=1, keepdim=True), unit(product), basis[:, 0])
+    chosen = ritz_vectors.gather(2, largest[:, None, None].expand(-1, ritz_vectors.size(1), 1)).squeeze(2).to(start)
+    product = torch.einsum("skn,sk->sn", space.basis, torch.einsum("sij,sj->si", space.projected, chosen))
+    product = product + space.rest * chosen[:, -1:]
+    return torch.where(product.any(dim=1, keepdim=True), unit(product), space.basis[:, 0])

@@ -115,13 +115,17 @@ class BatchedHessianOperator(_TensorOperator):
     """H of the mean loss over a fixed list of batches, each weighted by its number of samples.
 
     A product goes through every batch and keeps the graph of one at a time, so memory does not grow with the number
-    of batches.
+    of batches; the graph of a single batch is kept from product to product. Vectors are in float32 or better.
 
     Args:
         loss: ``loss(batch)`` returns the batch's mean loss with its graph.
         tensors: with respect to what.
         batches: the batches; they must stay the same within an estimate, so hand over a list.
         samples: ``samples(batch)``, the number of samples; by default all batches count the same.
+        sum_over_ranks: the sum of a tensor over all processes, where each has batches of its own.
+
+    Raises:
+        ValueError: there is no batch.
 
     Example:
         >>> x = torch.tensor([1.0], requires_grad=True)
@@ -135,21 +139,44 @@ class BatchedHessianOperator(_TensorOperator):
         tensors: Iterable[Tensor],
         batches: Sequence[Any],
         samples: Callable[[Any], int] = lambda batch: 1,
+        sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__(tensors)
         if not batches:
             raise ValueError("There is no batch to measure the Hessian on. Hand over at least one.")
+        self.dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = loss
         self.batches = batches
+        self.sum_over_ranks = sum_over_ranks
         counts = [samples(batch) for batch in batches]
-        self.weights = [count / sum(counts) for count in counts]
+        total = self._summed(torch.tensor(float(sum(counts)), device=self.device)).item()
+        self.weights = [count / total for count in counts]
+        self._only: HessianOperator | None = None
 
     def matvec(self, v: Tensor) -> Tensor:
+        return self.matmat(v.unsqueeze(0)).squeeze(0)
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """Hv for each of the rows, of shape (k, n), at the price of one graph for each batch."""
+        total = torch.zeros_like(rows)
         with torch.enable_grad():
-            total = torch.zeros_like(v)
             for batch, weight in zip(self.batches, self.weights, strict=True):
-                total += weight * HessianOperator(self.loss(batch), self.tensors).matvec(v)
-            return total
+                hessian = self._only or HessianOperator(self.loss(batch), self.tensors)
+                if len(self.batches) == 1:
+                    self._only = hessian
+                for row, v in zip(total, rows, strict=True):
+                    row += weight * hessian.matvec(v)
+                del hessian
+        return self._summed(total)
+
+    def _summed(self, local: Tensor) -> Tensor:
+        return local if self.sum_over_ranks is None else self.sum_over_ranks(local)
+
+
+def matmat(operator: LinearOperator, rows: Tensor) -> Tensor:
+    """Av for each of the rows, all at once where the operator can."""
+    at_once = getattr(operator, "matmat", None)
+    return at_once(rows) if at_once is not None else torch.stack([operator.matvec(v) for v in rows])
 
 
 class SampleHessians:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_hessian.curvature import (
     BatchedHessianOperator,
-    TraceEstimate,
+    Estimate,
     higher_order,
     hutchinson_trace,
     select_parameters,
@@ -39,7 +39,7 @@ class Report:
 
     test_accuracy: float
     test_loss: float
-    trace: TraceEstimate
+    trace: Estimate
     trace_samples: int
     robustness: dict[str, float]
     directory: Path
@@ -63,7 +63,7 @@ class Report:
 _TENSORBOARD = shutil.which("tensorboard") or Path(sys.executable).with_name("tensorboard")
 
 
-def hessian_trace(module: Classifier, data: ImageData, samples: int, probes: int, seed: int) -> TraceEstimate:
+def hessian_trace(module: Classifier, data: ImageData, samples: int, probes: int, seed: int) -> Estimate:
     """tr(H) of the mean training loss by Hutchinson's method, in evaluation mode, on a fixed set of images."""
     batches = [
         (images.to(module.device), labels.to(module.device)) for images, labels in data.training_samples(samples)
@@ -79,7 +79,7 @@ def hessian_trace(module: Classifier, data: ImageData, samples: int, probes: int
         return hutchinson_trace(operator, probes, seed)
 
 
-def report(trainer: Trainer, module: Classifier, data: ImageData, trace: TraceEstimate, samples: int) -> Report:
+def report(trainer: Trainer, module: Classifier, data: ImageData, trace: Estimate, samples: int) -> Report:
     """Put together what ``trainer.test`` measured and the trace."""
     metrics = trainer.callback_metrics
     return Report(

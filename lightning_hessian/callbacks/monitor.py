@@ -1,0 +1,351 @@
+"""The callback that watches curvature and never changes training."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_hessian.checks import choice, whole_number
+from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
+from lightning_hessian.curvature.spectrum import check_eigenvalues
+from lightning_hessian.measurement import Curvature, Loss, Measurement, Settings, fixed_batches
+
+Stage = Literal["train", "val", "test"]
+_LOADERS = {"train": "train_dataloader", "val": "val_dataloaders", "test": "test_dataloaders"}
+
+
+class CurvatureMonitor(Callback):
+    r"""Measure the curvature of the loss while a module trains, and change nothing.
+
+    H is the Hessian of the mean loss over a fixed set of batches (on all ranks together), in 32-bit precision or
+    better, whatever the training precision. Measured when training starts and then every n epochs or steps; in
+    ``trainer.validate`` and ``trainer.test`` once, on their data. Logged, with any logger, at the number of optimizer
+    steps taken, as ``curvature/...`` on training data and ``curvature/val/...``, ``curvature/test/...`` on others:
+
+    - ``trace``, ``trace_standard_error``, ``frobenius_norm``, ``trace/<layer>``: Hutchinson's estimates, from the same
+      ``probes`` products;
+    - ``largest_eigenvalue``, ``smallest_eigenvalue`` (``..._2``, ...), each with ``_residual``: Lanczos. There is an
+      eigenvalue within the residual;
+    - ``stability``: eta lambda_max / 2, eta the largest learning rate of the optimizers' parameter groups. Gradient
+      descent without momentum is linearly unstable above 1 (with momentum beta, above 1 + beta; for adaptive methods
+      the number has no such meaning);
+    - ``overlap/<layers>``: of the top eigenspace of these layers' block with its own at the last measurement.
+
+    In TensorBoard there are images besides: eigenvalues over training, traces by layer, the spectral density.
+    All values are in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and one of validation
+    data.
+
+    The step runs silently for a measurement: ``self.log`` and torchmetrics do not notice, and modes, gradients, buffers
+    and random states stay as they are. (A list of its own that a step appends to grows.) A product costs about two
+    thirds of a training step on each batch; with more than one batch those of Lanczos cost twice that, because only
+    the graph of a single batch is kept.
+
+    Args:
+        every_n_epochs: measure at the end of every n-th training epoch.
+        every_n_steps: measure after every n-th optimizer step instead.
+        batches: ``"train"`` or ``"val"``: on which data in training. (Of several validation dataloaders the first.)
+        n_batches: how many of its batches, drawn once when training starts, by the seed where the loader shuffles.
+            Where there are fewer, all.
+        mode: ``"eval"``: dropout is off and batch norm uses its running statistics. ``"train"``: layers as they are in
+            training, with the same dropout masks in every measurement.
+        probes: of Hutchinson's estimates, at least 2.
+        eigenvalues: how many at either end of the spectrum.
+        iterations: of Lanczos. Memory: this many vectors of the parameters' size.
+        density_runs: runs of Lanczos for the spectral density, each as long; 0 for none.
+        layers: globs on parameter names, each of which is a layer whose trace is logged; by default every layer that
+            has parameters of its own. An empty list for none.
+        overlap: the dimension of the top eigenspaces to compare, by globs on parameter names:
+            ``{"net.0.*": 10}``.
+        parameters: measure with respect to these only: a glob, a list of globs, or a predicate.
+        figures: log images where the logger is TensorBoard's (needs matplotlib).
+        png_directory: save the images as PNG files here.
+        loss: ``loss(module, batch)`` returns the mean loss of a batch, where the training step does not return it
+            (manual optimization).
+        seed: of the random vectors.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        MisconfigurationException: when training starts: no data, no differentiable loss, globs that match nothing, more
+            eigenvalues than parameters, sharded parameters.
+
+    Source:
+        Yao et al. 2020, "PyHessian" (arXiv 1912.07145); Cohen et al. 2021, on the edge of stability (arXiv 2103.00065);
+        Wu et al. 2020, "Dissecting Hessian" (arXiv 2010.04261).
+
+    Example:
+        >>> import lightning as L
+        >>> monitor = CurvatureMonitor(every_n_epochs=5)
+        >>> trainer = L.Trainer(callbacks=[monitor], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        batches: Literal["train", "val"] = "train",
+        n_batches: int = 1,
+        mode: Literal["eval", "train"] = "eval",
+        probes: int = 10,
+        eigenvalues: int = 1,
+        iterations: int = 20,
+        density_runs: int = 0,
+        layers: Sequence[str] | None = None,
+        overlap: Mapping[str, int] | None = None,
+        parameters: ParameterFilter = None,
+        figures: bool = True,
+        png_directory: str | Path | None = None,
+        loss: Loss | None = None,
+        seed: int = 0,
+    ) -> None:
+        whole_number("every_n_epochs", every_n_epochs, 1)
+        if every_n_steps is not None:
+            whole_number("every_n_steps", every_n_steps, 1)
+        choice("batches", batches, ("train", "val"))
+        whole_number("n_batches", n_batches, 1)
+        choice("mode", mode, ("eval", "train"))
+        whole_number("probes", probes, 2, "a standard error needs two")
+        whole_number("eigenvalues", eigenvalues, 1)
+        check_eigenvalues(eigenvalues, eigenvalues, iterations)
+        whole_number("density_runs", density_runs, 0)
+        if isinstance(layers, str):
+            raise ValueError(f"layers={layers!r} must be a list of globs on parameter names, such as [{layers!r}].")
+        for glob, dimension in (overlap or {}).items():
+            whole_number(f"overlap[{glob!r}]", dimension, 1, "the dimension of the top eigenspace")
+        whole_number("seed", seed)
+        if png_directory is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("png_directory needs matplotlib, which is not installed: pip install matplotlib.")
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.batches: Stage = batches
+        self.n_batches = n_batches
+        self.mode = mode
+        self.probes = probes
+        self.eigenvalues = eigenvalues
+        self.iterations = iterations
+        self.density_runs = density_runs
+        self.layers = layers
+        self.overlap = dict(overlap or {})
+        self.parameters = parameters
+        self.figures = figures
+        self.png_directory = None if png_directory is None else Path(png_directory)
+        self.loss = loss
+        self.seed = seed
+        self.history: list[Curvature] = []
+        self._measurement: Measurement | None = None
+        self._spaces: dict[str, Tensor] = {}
+        self._steps_seen = 0
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(batches=self.batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [one.state_dict() for one in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [Curvature.from_state_dict(one) for one in state_dict["history"]]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
+                "Hessian-vector products would be zero or fail. Measure a checkpoint on one device or with "
+                "strategy='ddp', by trainer.validate."
+            )
+        if trainer.precision == "16-true":
+            raise MisconfigurationException(
+                "precision='16-true': Hessian-vector products of float16 weights overflow and vanish without a word. "
+                "Measure a float32 copy by trainer.validate, or train with '16-mixed' or 'bf16-mixed'."
+            )
+        if self.loss is None:
+            self._refuse_step(pl_module)
+        if self.figures and self._tensorboards(trainer) and importlib.util.find_spec("matplotlib") is None:
+            rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
+
+    def _refuse_step(self, module: LightningModule) -> None:
+        what = None
+        if not is_overridden("training_step", module):
+            what = "defines no training_step"
+        elif not module.automatic_optimization:
+            what = "uses manual optimization, so its training_step need not return a loss, and steps its optimizers"
+        elif is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            what = "takes the dataloader's iterator, from which CurvatureMonitor would take batches away"
+        if what:
+            raise MisconfigurationException(
+                f"{type(module).__name__} {what}, and CurvatureMonitor measures the loss of that step. Pass it "
+                "loss=lambda module, batch: ..., which returns the mean loss of a batch."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        # Of a run that goes on, what was measured here already is measured again.
+        self.history = [one for one in self.history if trainer.ckpt_path is not None and one.step < step]
+        self._spaces = {}
+        self._steps_seen = trainer.global_step
+        self._say_learning_rate(trainer)
+        self._measurement = self._prepared(trainer, pl_module, self.batches)
+        self._take(trainer, step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps is None or trainer.global_step == self._steps_seen:
+            return  # the latter where gradients are accumulated
+        self._steps_seen = trainer.global_step
+        # Lightning counts this batch later: loggers then have the curvature at the step of the next loss.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        if step % self.every_n_steps == 0:
+            self._take(trainer, step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._take(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measurement = None
+        self._spaces = {}
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._take_alone(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_alone(trainer, pl_module, "test")
+
+    def _take_alone(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+        measurement = self._prepared(trainer, module, stage)
+        curvature, _ = measurement.take(trainer.global_step, None)
+        # Equal on all ranks already: reducing only tells Lightning so.
+        module.log_dict({_key(stage, name): value for name, value in curvature.scalars().items()}, sync_dist=True)
+        self._draw(trainer, [curvature], stage)
+
+    def _take(self, trainer: Trainer, step: int) -> None:
+        assert self._measurement is not None
+        curvature, spaces = self._measurement.take(step, self._learning_rate(trainer))
+        overlaps = {
+            group: subspace_overlap(self._spaces[group], space)
+            for group, space in spaces.items()
+            if group in self._spaces
+        }
+        curvature.overlaps.update(overlaps)
+        self._spaces = spaces
+        self.history.append(curvature)
+        scalars = {_key(self.batches, name): value for name, value in curvature.scalars().items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+        self._draw(trainer, self.history, self.batches)
+
+    def _prepared(self, trainer: Trainer, module: LightningModule, stage: Stage) -> Measurement:
+        try:
+            chosen = select_parameters(dict(module.named_parameters()), self.parameters)
+            size = sum(parameter.numel() for parameter in chosen.values())
+            check_eigenvalues(self.eigenvalues, self.eigenvalues, self.iterations, size)
+            layers = (
+                _by_owner(chosen) if self.layers is None else {_short(g): _matching(chosen, g) for g in self.layers}
+            )
+            spaces = {_short(glob): (_matching(chosen, glob), k) for glob, k in self.overlap.items()}
+            for names, dimension in spaces.values():
+                size = sum(chosen[name].numel() for name in names)
+                check_eigenvalues(dimension, 0, self.iterations + dimension, size)
+        except ValueError as error:
+            raise MisconfigurationException(f"CurvatureMonitor cannot measure. {error}") from error
+        settings = Settings(
+            self.probes, self.eigenvalues, self.iterations, self.density_runs, layers, spaces, self.seed
+        )
+        batches = self._fixed_batches(trainer, module, stage)
+        return Measurement(module, batches, chosen, settings, self.mode == "train", self.loss)
+
+    def _fixed_batches(self, trainer: Trainer, module: LightningModule, stage: Stage) -> list[Any]:
+        loaders = getattr(trainer, _LOADERS[stage])
+        if stage != "train" and isinstance(loaders, list | tuple):
+            loaders = loaders[0] if loaders else None
+        if loaders is None:
+            raise MisconfigurationException(
+                f"CurvatureMonitor(batches={stage!r}) finds no such data: {type(module).__name__} has no validation "
+                "(dataloader and validation_step), or it is switched off by limit_val_batches=0. Pass batches='train'."
+            )
+        batches = fixed_batches(module, loaders, self.n_batches, self.seed)
+        if not batches:
+            raise MisconfigurationException("The dataloader that CurvatureMonitor measures on gives no batch.")
+        if len(batches) < self.n_batches:
+            rank_zero_warn(
+                f"n_batches={self.n_batches}, and the {stage} dataloader has {len(batches)}: CurvatureMonitor measures "
+                "on all of them."
+            )
+        return batches
+
+    def _say_learning_rate(self, trainer: Trainer) -> None:
+        rates = {float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        if not rates:
+            rank_zero_info("CurvatureMonitor logs no stability: there is no optimizer, and so no learning rate.")
+        elif len(rates) > 1 or len(trainer.optimizers) > 1:
+            rank_zero_info(
+                f"CurvatureMonitor takes the largest of the learning rates {sorted(rates)} (of "
+                f"{len(trainer.optimizers)} optimizers) for the stability, which is then an upper bound."
+            )
+
+    def _learning_rate(self, trainer: Trainer) -> float | None:
+        rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        return max(rates, default=None)
+
+    def _tensorboards(self, trainer: Trainer) -> list[TensorBoardLogger]:
+        return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+    @rank_zero_only
+    def _draw(self, trainer: Trainer, history: Sequence[Curvature], stage: Stage) -> None:
+        boards = self._tensorboards(trainer) if self.figures else []
+        if not (boards or self.png_directory) or importlib.util.find_spec("matplotlib") is None:
+            return
+        from lightning_hessian import figures
+
+        now = history[-1]
+        drawn = {"eigenvalues": figures.eigenvalues_over_training(history)}
+        if now.layers:
+            drawn["trace_by_layer"] = figures.traces_by_layer(now)
+        if now.density is not None:
+            drawn["spectral_density"] = figures.spectral_density(now.density, now.step)
+        for name, figure in drawn.items():
+            for board in boards:
+                board.experiment.add_figure(_key(stage, name), figure, global_step=now.step)
+            if self.png_directory is not None:
+                self.png_directory.mkdir(parents=True, exist_ok=True)
+                prefix = "" if stage == "train" else f"{stage}_"
+                figure.savefig(self.png_directory / f"{prefix}{name}_step={now.step}.png")
+
+
+def _key(stage: Stage, name: str) -> str:
+    return f"curvature/{name}" if stage == "train" else f"curvature/{stage}/{name}"
+
+
+def _by_owner(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of each layer's own parameters, by the layer's name."""
+    layers: dict[str, list[str]] = {}
+    for name in parameters:
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
+    return layers
+
+
+def _matching(parameters: Mapping[str, Tensor], glob: str) -> list[str]:
+    return list(select_parameters(parameters, glob))
+
+
+def _short(glob: str) -> str:
+    return glob.removesuffix(".*")

@@ -1,0 +1,186 @@
+"""Eigenvalues at the ends of a spectrum, and its density, from matrix-vector products."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.checks import whole_number
+from lightning_hessian.curvature.krylov import krylov
+from lightning_hessian.curvature.operators import LinearOperator, matmat
+from lightning_hessian.curvature.probes import ProbeSource
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Approximate eigenvalues and eigenvectors.
+
+    Args:
+        values: theta, of shape (k,).
+        residuals: ||A y - theta y||, of shape (k,): there is an eigenvalue within that distance of theta.
+        vectors: y, of shape (k, n), orthonormal rows.
+    """
+
+    values: Tensor
+    residuals: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True)
+class ExtremeEigenvalues:
+    """Both ends of a spectrum.
+
+    Args:
+        largest: descending.
+        smallest: ascending.
+        matvecs: how many products were spent.
+    """
+
+    largest: Eigenpairs
+    smallest: Eigenpairs
+    matvecs: int
+
+
+def extreme_eigenvalues(
+    operator: LinearOperator, largest: int = 1, smallest: int = 1, iterations: int = 20, seed: int = 0
+) -> ExtremeEigenvalues:
+    """The largest and the smallest (most negative) eigenvalues by Lanczos with full reorthogonalisation.
+
+    Outlying eigenvalues converge first; the residuals tell how far. With as many iterations as the matrix has rows all
+    are exact. The basis takes ``iterations`` vectors of memory.
+
+    Args:
+        operator: the symmetric matrix.
+        largest: how many of the largest, at least 0.
+        smallest: how many of the smallest, at least 0.
+        iterations: how many products to spend, at least as many as there are eigenvalues asked at either end.
+        seed: of the start.
+
+    Raises:
+        ValueError: more eigenvalues are asked than the matrix has or the iterations can give.
+
+    Source:
+        Lanczos 1950; Golub and Van Loan, Matrix Computations, chapter 10.
+
+    Example:
+        >>> from lightning_hessian.curvature import MatrixOperator
+        >>> ends = extreme_eigenvalues(MatrixOperator(torch.diag(torch.tensor([1.0, 5.0, -2.0]))))
+        >>> [round(value.item(), 4) for value in (ends.largest.values[0], ends.smallest.values[0])]
+        [5.0, -2.0]
+    """
+    check_eigenvalues(largest, smallest, iterations, operator.size)
+    generator = ProbeSource(seed).generator(0, operator.device)
+    shape = (1, operator.size)
+    draw = partial(torch.randn, shape, generator=generator, device=operator.device, dtype=operator.dtype)
+    space = krylov(partial(matmat, operator), draw(), iterations, restart=draw)
+    values, vectors = space.ritz()
+    # A y - theta y = (last entry of the eigenvector of T) r.
+    residuals = (vectors[0, -1].abs() * torch.linalg.vector_norm(space.rest).to(values)).to(values)
+
+    def pairs(chosen: Tensor) -> Eigenpairs:
+        ritz = vectors[0, :, chosen].T.to(space.basis) @ space.basis[0]
+        return Eigenpairs(values[0, chosen], residuals[chosen], ritz)
+
+    order = torch.arange(values.size(1), device=values.device)
+    return ExtremeEigenvalues(pairs(order.flip(0)[:largest]), pairs(order[:smallest]), values.size(1))
+
+
+def check_eigenvalues(largest: int, smallest: int, iterations: int, size: int | None = None) -> None:
+    """Refuse numbers of eigenvalues that :func:`extreme_eigenvalues` cannot give.
+
+    Raises:
+        ValueError: for a matrix of that size, or of any if None.
+    """
+    whole_number("largest", largest, 0, "how many of the largest eigenvalues")
+    whole_number("smallest", smallest, 0, "how many of the smallest eigenvalues")
+    whole_number("iterations", iterations, 1, "the products that Lanczos spends")
+    most = max(largest, smallest)
+    if most > iterations:
+        raise ValueError(
+            f"{most} eigenvalues at one end of the spectrum are more than iterations={iterations} products can tell "
+            f"apart. Spend at least {2 * most}; outliers converge first."
+        )
+    if size is not None and most > size:
+        raise ValueError(f"{most} eigenvalues are asked for, and the matrix has {size}: one for each parameter.")
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """How the eigenvalues of a matrix are spread: a weighted set of points, for each run of Lanczos.
+
+    Args:
+        nodes: Ritz values, of shape (runs, m).
+        weights: of shape (runs, m); of every run they sum to 1.
+        matvecs: how many products were spent.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    matvecs: int
+
+    def on_grid(self, grid: Tensor, width: float) -> Tensor:
+        """The density at the points of a grid, each node smeared by a Gaussian of this standard deviation.
+
+        Its integral is 1; times n and the length of an interval it is the number of eigenvalues there.
+        """
+        distances = (grid.unsqueeze(1) - self.nodes.reshape(1, -1)) / width
+        weights = self.weights.reshape(-1) / len(self.weights)
+        return (torch.exp(-distances.square() / 2) * weights).sum(dim=1) / (width * math.sqrt(2 * math.pi))
+
+
+def spectral_density(operator: LinearOperator, runs: int = 4, iterations: int = 30, seed: int = 0) -> SpectralDensity:
+    """The spectral density by stochastic Lanczos quadrature.
+
+    Each run starts from a random v with entries +-1; Gauss quadrature of v's own spectral measure has the Ritz values
+    for nodes and the squared first entries of the eigenvectors of T for weights. Their mean over v is the density.
+
+    Args:
+        operator: the symmetric matrix.
+        runs: how many v.
+        iterations: products a run.
+        seed: of the v.
+
+    Raises:
+        ValueError: a number is below 1.
+
+    Source:
+        Golub and Welsch 1969; Lin, Saad, Yang 2016, "Approximating Spectral Densities of Large Matrices";
+        Ghorbani, Krishnan, Xiao 2019 (arXiv 1901.10159).
+
+    Example:
+        >>> from lightning_hessian.curvature import MatrixOperator
+        >>> density = spectral_density(MatrixOperator(torch.eye(4)), runs=2)
+        >>> grid = torch.linspace(0.5, 1.5, 1001)
+        >>> round(torch.trapezoid(density.on_grid(grid, 0.05), grid).item(), 4)
+        1.0
+    """
+    whole_number("runs", runs, 1)
+    whole_number("iterations", iterations, 1)
+    source = ProbeSource(seed)
+    starts = [source.rademacher(operator.size, run, operator.device, operator.dtype) for run in range(runs)]
+    space = krylov(partial(matmat, operator), torch.stack(starts), iterations)
+    nodes, vectors = space.ritz()
+    return SpectralDensity(nodes, vectors[:, 0].square(), nodes.numel())
+
+
+def subspace_overlap(a: Tensor, b: Tensor) -> float:
+    """||A B'||_F^2 / k: how much of one k-dimensional space lies in another; 1 if they are the same, 0 if orthogonal.
+
+    Two random spaces in n dimensions overlap by k / n.
+
+    Args:
+        a: of shape (k, n), with orthonormal rows.
+        b: likewise.
+
+    Source:
+        Wu et al. 2020, "Dissecting Hessian" (arXiv 2010.04261); Gur-Ari et al. 2018 (arXiv 1812.04754).
+
+    Example:
+        >>> subspace_overlap(torch.eye(3)[:2], torch.eye(3)[1:])
+        0.5
+    """
+    return (a @ b.T).square().sum().item() / len(a)

@@ -1,0 +1,79 @@
+"""Pictures of curvature; matplotlib is imported by whoever draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_hessian.curvature import SpectralDensity
+from lightning_hessian.measurement import Curvature
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_UNITS = "loss / parameter²"
+
+
+def eigenvalues_over_training(history: Sequence[Curvature]) -> Figure:
+    """The ends of the spectrum against the optimizer step, with 2 / learning rate where there is one."""
+    figure, axes = _figure()
+    steps = [one.step for one in history]
+    for name, colour, label in (("largest", "C3", "largest"), ("smallest", "C0", "smallest")):
+        for rank in range(len(getattr(history[-1], name))):
+            values = [getattr(one, name)[rank][0] for one in history]
+            axes.plot(steps, values, "o-", color=colour, markersize=3, linewidth=1, label=None if rank else label)
+    edges = [(one.step, 2 / one.learning_rate) for one in history if one.learning_rate]
+    # A decaying learning rate sends the edge out of sight.
+    highest = max(one.largest[0][0] for one in history)
+    edges = [edge for edge in edges if edge[1] < 3 * highest]
+    if edges:
+        axes.plot(*zip(*edges, strict=True), "k--", linewidth=1, label="2 / learning rate")
+    axes.set(xlabel="optimizer step", ylabel=f"eigenvalue of the Hessian ({_UNITS})")
+    axes.set_title(f"Eigenvalues over training, step {history[-1].step}")
+    axes.legend(frameon=False)
+    return figure
+
+
+def spectral_density(density: SpectralDensity, step: int) -> Figure:
+    """The density of eigenvalues, on a logarithmic axis: the bulk at 0, and the outliers."""
+    figure, axes = _figure()
+    low, high = density.nodes.min().item(), density.nodes.max().item()
+    width = max(high - low, abs(high), 1e-12) / 100
+    grid = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=density.nodes.dtype)
+    values = density.on_grid(grid.to(density.nodes.device), width).cpu()
+    axes.semilogy(grid.numpy(), values.numpy(), color="C0", linewidth=1)
+    axes.set_ylim(bottom=max(values.max().item() * 1e-8, 1e-12))
+    axes.set(
+        xlabel=f"eigenvalue of the Hessian ({_UNITS})",
+        ylabel="share of eigenvalues per unit (parameter² / loss)",
+        title=f"Spectral density, step {step}, smeared by {width:.2g}",
+    )
+    return figure
+
+
+def traces_by_layer(curvature: Curvature) -> Figure:
+    """A bar for each group of parameters, with its standard error."""
+    names = list(curvature.layers)
+    figure, axes = _figure(height=max(2.2, 0.28 * len(names) + 1.2))
+    traces = [curvature.layers[name].estimate for name in names]
+    errors = [curvature.layers[name].standard_error for name in names]
+    axes.barh(names, traces, xerr=errors, color="C0", error_kw={"linewidth": 1})
+    axes.invert_yaxis()  # the first layer on top
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(
+        xlabel=f"trace of the layer's block of the Hessian ({_UNITS}), ± standard error",
+        title=f"Trace by layer, step {curvature.step}",
+    )
+    return figure
+
+
+def _figure(height: float = 3.6) -> tuple[Figure, Any]:
+    # Not by pyplot, whose figures live on, and which may open windows.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, height), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,328 @@
+"""The curvature of a LightningModule's own loss on batches of its own, measured between steps, leaving no trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, islice, pairwise
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_hessian.batches import tensors_in
+from lightning_hessian.curvature import (
+    BatchedHessianOperator,
+    Eigenpairs,
+    Estimate,
+    SpectralDensity,
+    extreme_eigenvalues,
+    higher_order,
+    moments,
+    spectral_density,
+)
+from lightning_hessian.injection import loss_of, without_penalties
+from lightning_hessian.passes import Passes
+from lightning_hessian.state import RandomState, evaluation_mode, seed_all
+
+Loss = Callable[[LightningModule, Any], Tensor]
+"""``loss(module, batch)``: the mean loss of a batch."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how well.
+
+    Args:
+        probes: of Hutchinson's estimates.
+        eigenvalues: how many at either end.
+        iterations: of Lanczos.
+        density_runs: Lanczos runs for the spectral density, 0 for none.
+        layers: names of groups of parameters whose traces are wanted, with the parameters' names.
+        spaces: likewise, of groups whose top eigenvectors are wanted, with their numbers.
+        seed: of all random vectors.
+    """
+
+    probes: int
+    eigenvalues: int
+    iterations: int
+    density_runs: int
+    layers: Mapping[str, Sequence[str]]
+    spaces: Mapping[str, tuple[Sequence[str], int]]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """One measurement of the Hessian H of a mean loss with respect to the parameters.
+
+    Args:
+        step: the optimizer steps that were taken before.
+        trace: tr(H).
+        frobenius_norm: the root of the sum of H's squared entries.
+        layers: the traces of the diagonal blocks of groups of parameters.
+        largest: eigenvalues, descending, each with its residual.
+        smallest: eigenvalues, ascending, each with its residual.
+        stability: eta lambda_max / 2 with the learning rate eta; above 1 gradient descent is linearly unstable. None
+            where there is no optimizer.
+        learning_rate: eta.
+        overlaps: how much of the top eigenspace of a group's block lies in the one of the last measurement.
+        density: the spectral density.
+        matvecs: how many Hessian-vector products were spent.
+    """
+
+    step: int
+    trace: Estimate
+    frobenius_norm: Estimate
+    layers: dict[str, Estimate]
+    largest: list[tuple[float, float]]
+    smallest: list[tuple[float, float]]
+    stability: float | None = None
+    learning_rate: float | None = None
+    overlaps: dict[str, float] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+    matvecs: int = 0
+
+    def scalars(self) -> dict[str, float]:
+        """All single numbers, by their names in logs."""
+        named = {
+            "trace": self.trace.estimate,
+            "trace_standard_error": self.trace.standard_error,
+            "frobenius_norm": self.frobenius_norm.estimate,
+        }
+        for end, pairs in (("largest", self.largest), ("smallest", self.smallest)):
+            for rank, (value, residual) in enumerate(pairs, start=1):
+                name = f"{end}_eigenvalue" + (f"_{rank}" if rank > 1 else "")
+                named |= {name: value, f"{name}_residual": residual}
+        if self.stability is not None:
+            named["stability"] = self.stability
+        named |= {f"trace/{name}": estimate.estimate for name, estimate in self.layers.items()}
+        return named | {f"overlap/{name}": overlap for name, overlap in self.overlaps.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists, dictionaries and tensors, for checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Curvature:
+        """Undo :meth:`state_dict`."""
+        density = state["density"]
+        return cls(
+            **{
+                **state,
+                "trace": Estimate(**state["trace"]),
+                "frobenius_norm": Estimate(**state["frobenius_norm"]),
+                "layers": {name: Estimate(**estimate) for name, estimate in state["layers"].items()},
+                "density": None if density is None else SpectralDensity(**density),
+            }
+        )
+
+
+class Measurement:
+    """Measures one module on a fixed set of batches, as often as wanted.
+
+    Args:
+        module: attached to a Trainer.
+        batches: this process's batches, on the module's device.
+        parameters: with respect to which, by name.
+        settings: what to measure.
+        training_mode: the layers as they are (in training mode, with the dropout masks of the seed) instead of all in
+            evaluation mode.
+        loss: by default the module's training step.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        batches: Sequence[Any],
+        parameters: Mapping[str, Tensor],
+        settings: Settings,
+        training_mode: bool,
+        loss: Loss | None,
+    ) -> None:
+        self.module = module
+        self.batches = batches
+        self.parameters = parameters
+        self.settings = settings
+        self.training_mode = training_mode
+        self.loss = loss
+
+    def take(self, step: int, learning_rate: float | None) -> tuple[Curvature, dict[str, Tensor]]:
+        """Measure now.
+
+        Returns:
+            The measurement, and the top eigenvectors of the groups in ``settings.spaces``, as rows.
+
+        Raises:
+            MisconfigurationException: the step gives no differentiable loss.
+            HigherOrderError: an operator of the model cannot be differentiated twice.
+        """
+        settings, seed = self.settings, self.settings.seed
+        with self._operator_of() as operator_of:
+            operator = operator_of(list(self.parameters))
+            found = moments(operator, settings.probes, seed, self._rows(settings.layers))
+            ends = extreme_eigenvalues(operator, settings.eigenvalues, settings.eigenvalues, settings.iterations, seed)
+            density, matvecs = None, settings.probes + ends.matvecs
+            if settings.density_runs:
+                density = spectral_density(operator, settings.density_runs, settings.iterations, seed)
+                matvecs += density.matvecs
+            spaces = {}
+            for group, (names, dimension) in settings.spaces.items():
+                # More products than for single eigenvalues: the last of a space converges last.
+                top = extreme_eigenvalues(operator_of(names), dimension, 0, settings.iterations + dimension, seed)
+                spaces[group] = top.largest.vectors
+                matvecs += top.matvecs
+        largest = _listed(ends.largest)
+        stability = None if learning_rate is None else learning_rate * largest[0][0] / 2
+        curvature = Curvature(
+            step,
+            found.trace,
+            found.frobenius_norm,
+            found.blocks,
+            largest,
+            _listed(ends.smallest),
+            stability,
+            learning_rate,
+            density=density,
+            matvecs=matvecs,
+        )
+        return curvature, spaces
+
+    def _rows(self, groups: Mapping[str, Sequence[str]]) -> dict[str, list[slice]]:
+        """Which entries of a vector belong to the parameters of each group."""
+        ends = [0, *accumulate(parameter.numel() for parameter in self.parameters.values())]
+        at = {name: slice(*pair) for name, pair in zip(self.parameters, pairwise(ends), strict=True)}
+        return {group: [at[name] for name in names] for group, names in groups.items()}
+
+    @contextmanager
+    def _operator_of(self) -> Iterator[Callable[[Sequence[str]], BatchedHessianOperator]]:
+        module, trainer = self.module, self.module.trainer
+        several = trainer.world_size > 1
+        random = RandomState.now(module.device)
+        context = higher_order(module)
+        with ExitStack() as stack:
+            stack.callback(random.restore)
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(without_penalties())
+            # The default type of float64 or bfloat16 training, but no autocast: weights are in full precision.
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            stack.enter_context(torch.autocast(module.device.type, enabled=False))
+            stack.enter_context(evaluation_mode(() if self.training_mode else module.modules()))
+            if any(isinstance(layer, torch.nn.RNNBase) for layer in module.modules()):
+                # cuDNN's recurrent kernels have a backward pass in training mode only (pytorch#10006).
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            passes = []
+            for index, batch in enumerate(self.batches):
+                seed_all(self.settings.seed + index)  # the same dropout masks in every measurement
+                step = self._step_at(index)
+                passes.append(Passes(module, step, batch, [], loss_of, repeated=True, context=context))
+            stack.enter_context(context.explained())
+
+            def loss(index: int) -> Tensor:
+                found = passes[index].at_present(for_real=False).loss
+                if found is None:
+                    raise MisconfigurationException(
+                        "The training step returned None for a batch that CurvatureMonitor measures on, so there is no "
+                        "loss. Pass loss=lambda module, batch: ... to it."
+                    )
+                return found
+
+            def operator_of(names: Sequence[str]) -> BatchedHessianOperator:
+                return BatchedHessianOperator(
+                    loss,
+                    [self.parameters[name] for name in names],
+                    range(len(self.batches)),
+                    lambda index: samples_in(self.batches[index]),
+                    (lambda local: trainer.strategy.reduce(local, reduce_op="sum")) if several else None,
+                )
+
+            yield operator_of
+
+    def _step_at(self, index: int) -> Callable[[Any], Any]:
+        module = self.module
+        if self.loss is not None:
+            own = self.loss
+            return lambda batch: own(module, batch)
+        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+            return lambda batch: module.training_step(batch, index)
+        return module.training_step
+
+
+def _listed(pairs: Eigenpairs) -> list[tuple[float, float]]:
+    return list(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True))
+
+
+def samples_in(batch: Any) -> int:
+    """The first dimension of the first tensor that has one; 1 where none has."""
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), 1)
+
+
+def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) -> list[Any]:
+    """The first batches of a loader (or of several that Lightning combines), as the step gets them.
+
+    The loaders' workers and random generators, and the global random state, are left alone; shuffling follows the seed
+    where a loader has no generator of its own.
+
+    Raises:
+        MisconfigurationException: a loader is an iterator, which would lose the batches.
+    """
+    trainer = module.trainer
+    # A copy of a loader with an iterator of its own: one with persistent workers would start Lightning's anew.
+    copies = apply_to_collection(loaders, DataLoader, _fresh)
+    if isinstance(copies, Iterator):
+        raise MisconfigurationException(
+            f"The dataloader is an iterator ({type(copies).__name__}): the batches that CurvatureMonitor would take "
+            "for its fixed set would be missing in training. Return a DataLoader or another iterable from the hook."
+        )
+    generators = [(generator, generator.get_state()) for generator in _generators(loaders)]
+    random = RandomState.now(module.device)
+    try:
+        seed_all(seed)
+        with torch.inference_mode(False), torch.no_grad():
+            return [_as_in_training(trainer, module, batch) for batch in islice(_batches(copies), count)]
+    finally:
+        random.restore()
+        for generator, state in generators:
+            generator.set_state(state)
+
+
+def _fresh(loader: DataLoader) -> DataLoader:
+    loader = copy.copy(loader)
+    loader._iterator = None
+    return loader
+
+
+def _batches(loaders: Any) -> Iterable[Any]:
+    if isinstance(loaders, Mapping | list | tuple):
+        combined = CombinedLoader(loaders, "min_size")
+        iter(combined)
+        return (batch for batch, *_ in combined)
+    return loaders
+
+
+def _generators(loaders: Any) -> list[torch.Generator]:
+    found: list[torch.Generator] = []
+
+    def look(loader: DataLoader) -> DataLoader:
+        for holder in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
+            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+                found.append(generator)
+        return loader
+
+    apply_to_collection(loaders, DataLoader, look)
+    return found
+
+
+def _as_in_training(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
