@@ -5,6 +5,7 @@ from lightning_hessian.callbacks import AdversarialAccuracy, CurvatureMonitor, H
 from lightning_hessian.curvature import HigherOrderError, higher_order
 from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.penalties import (
+    HessianNorm,
     HessianTrace,
     InputGradientNorm,
     InputHessianNorm,
@@ -20,6 +21,7 @@ __all__ = [
     "AdversarialAccuracy",
     "CurvatureMonitor",
     "FGSM",
+    "HessianNorm",
     "HessianRegularizationMixin",
     "HessianRegularizer",
     "HessianTrace",

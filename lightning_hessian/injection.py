@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.first_order import GradientSum, is_sharded, movable
 from lightning_hessian.passes import Pass, Passes, no_loss_again
-from lightning_hessian.penalties import InputPenalty, Penalty
+from lightning_hessian.penalties import Difference, InputPenalty, Penalty
 
 if TYPE_CHECKING:
     from lightning_hessian.callbacks.regularizer import HessianRegularizer
@@ -62,36 +62,49 @@ def penalised(
     trainer = module.trainer
     # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
     now = trainer.global_step if module.automatic_optimization else trainer.fit_loop.total_batch_idx
-    listed = [
-        (regularizer, penalty, strength)
-        for regularizer in regularizers
-        for penalty, strength in zip(regularizer.penalties, regularizer.strengths_at(now), strict=True)
-    ]
-    if not any(strength for *_, strength in listed) or not trainer.training or not torch.is_grad_enabled():
+    strengths = [strength for regularizer in regularizers for strength in regularizer.strengths_at(now)]
+    if not any(strengths) or not trainer.training or not torch.is_grad_enabled():
         return step(batch)
     count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
-    # A penalty keeps its name on every step, whichever others act.
-    names = _different([penalty.name for _, penalty, _ in listed])
     # Ranks draw probes of their own, but where they hold parts of one set of parameters.
     rank = 0 if any(map(is_sharded, module.parameters())) else trainer.global_rank
     acting = [
-        _Acting(*entry, name, ProbeSource(entry[0].seed, now, count, rank))
-        for entry, name in zip(listed, names, strict=True)
-        if entry[2] > 0
+        _Acting(regularizer, penalty, strength, name, ProbeSource(regularizer.seed, now, count, rank))
+        for (name, regularizer, penalty), strength in zip(by_name(regularizers), strengths, strict=True)
+        if strength > 0
     ]
     by_graph = [one for one in acting if not one.penalty.by_differences]
     by_differences = [one for one in acting if one.penalty.by_differences]
     penalties = [one.penalty for one in by_graph]
-    passes = Passes(module, step, batch, penalties, loss_of, all_inputs, repeated=bool(by_differences))
-    with passes.before.restored_on_error():
+    passes = Passes(
+        module,
+        step,
+        batch,
+        penalties,
+        loss_of,
+        all_inputs,
+        repeated=bool(by_differences),
+        mean_over_ranks=functools.partial(_mean_over_ranks, trainer),
+    )
+    with passes.before.restored_on_error(), _state_restored_on_error([one.penalty for one in acting]):
         if by_differences:
-            return _with_differences(module, passes, by_graph, by_differences)
+            try:
+                return _with_differences(module, passes, by_graph, by_differences)
+            except _Skipped as skipped:
+                return skipped.output
         task = passes.task()
         if task.loss is None:
             return task.output
         terms = _terms(module, passes, by_graph, task.loss)
         _log(module, "train/penalty", torch.zeros_like(task.loss) if terms is None else terms.detach())
         return _with_loss(task.output, task.loss + terms) if terms is not None else task.output
+
+
+def by_name(regularizers: Sequence[HessianRegularizer]) -> list[tuple[str, HessianRegularizer, Penalty]]:
+    """Every penalty with its name in logs and checkpoints, which does not depend on which of them act."""
+    listed = [(regularizer, penalty) for regularizer in regularizers for penalty in regularizer.penalties]
+    names = _different([penalty.name for _, penalty in listed])
+    return [(name, *entry) for name, entry in zip(names, listed, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -139,14 +152,25 @@ def _with_differences(
     """
     trainer = module.trainer
     named = dict(module.named_parameters())
-    listed = [(one, one.penalty.differences(named, one.strength, one.probes)) for one in by_differences]
-    at_rest = 1 - sum(2 * difference.weight for _, differences in listed for difference in differences)
-    if math.isclose(at_rest, 0, abs_tol=1e-9):
-        at_rest = 0.0
     # A gradient of a float16 loss may underflow: the Trainer's scale protects it here as it does in its own backward.
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = 1.0 if scaler is None else float(scaler.get_scale())
-    total = GradientSum(list(named.values()), scale, by_backward=any(map(is_sharded, named.values())))
+
+    def empty_sum() -> GradientSum:
+        return GradientSum(list(named.values()), scale, by_backward=any(map(is_sharded, named.values())))
+
+    def search(one: _Acting, difference: Difference) -> Tensor:
+        product, _ = _along(module, passes, one, difference, empty_sum(), first=True, silent=True)
+        return product
+
+    listed = [
+        (one, one.penalty.differences(named, one.strength, one.probes, functools.partial(search, one)))
+        for one in by_differences
+    ]
+    at_rest = 1 - sum(2 * difference.weight for _, differences in listed for difference in differences)
+    if math.isclose(at_rest, 0, abs_tol=1e-9):
+        at_rest = 0.0
+    total = empty_sum()
     added: Tensor | float = 0.0
     output: Any = None
     if by_graph or at_rest:
@@ -162,25 +186,12 @@ def _with_differences(
         _add(module, total, by_differences[0].regularizer, loss, 1.0)
         del task, terms, loss
     for one, differences in listed:
-        slopes: list[Tensor] = []
+        values: list[Tensor] = []
         for difference in differences:
-            ends: list[Tensor] = []
-            one.regularizer.warn_of_rounding(one.penalty, difference)
-            v = difference.direction()
-            with movable(difference.tensors) as move:
-                for sign in (1, -1):
-                    move(v, sign * difference.step)
-                    run = _run(module, passes, for_real=output is None)
-                    if run.loss is None:
-                        if output is None:
-                            return run.output
-                        raise no_loss_again(one.penalty)
-                    output = run.output if output is None else output
-                    slope = functools.partial(difference.slope, v)
-                    ends.append(_add(module, total, one.regularizer, run.loss, difference.weight, slope))
-                    del run
-            slopes.append((ends[0] - ends[1]) / (2 * difference.step))
-        value = torch.stack(slopes).mean()
+            product, returned = _along(module, passes, one, difference, total, first=output is None)
+            output = returned if output is None else output
+            values.append(product if difference.value is None else difference.value(product))
+        value = torch.stack(values).mean()
         finite = _is_finite(value, module)
         if finite or scale == 1:
             _log(module, f"curvature/{one.name}", value)
@@ -189,6 +200,53 @@ def _with_differences(
         added = added + one.strength * value
     _log(module, "train/penalty", added)
     return _with_loss(output, total.loss())
+
+
+def _along(
+    module: LightningModule,
+    passes: Passes,
+    one: _Acting,
+    difference: Difference,
+    total: GradientSum,
+    first: bool,
+    silent: bool = False,
+) -> tuple[Tensor, Any]:
+    """Run and differentiate the step at both ends of a difference, which the total takes up.
+
+    Args:
+        first: whether the step has not been run before. It may still skip the batch, and this run is the one that
+            counts.
+        silent: for a search: this run does not count, and Hv is wanted.
+
+    Returns:
+        Hv over all ranks, or v'Hv on this one where that is the difference's value; what the step returned.
+    """
+    one.regularizer.warn_of_rounding(one.penalty, difference)
+    v = difference.direction()
+    whole, for_real = silent or difference.value is not None, first and not silent
+    look = difference.gradient if whole else functools.partial(difference.slope, v)
+    ends: list[Tensor] = []
+    output: Any = None
+    with movable(difference.tensors) as move:
+        for sign in (1, -1):
+            move(v, sign * difference.step)
+            run = _run(module, passes, for_real and not ends)
+            if run.loss is None and first and not ends:
+                raise _Skipped(run.output if for_real else passes.at_present(for_real=True).output)
+            if run.loss is None:
+                raise no_loss_again(one.penalty)
+            output = output if ends else run.output
+            ends.append(_add(module, total, one.regularizer, run.loss, difference.weight, look))
+            del run
+    product = (ends[0] - ends[1]) / (2 * difference.step)
+    return passes.mean_over_ranks(product) if whole else product, output
+
+
+class _Skipped(Exception):
+    """The step has no loss for this batch."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
 
 
 def _run(module: LightningModule, passes: Passes, for_real: bool) -> Pass:
@@ -279,6 +337,23 @@ def loss_of(output: Any) -> Tensor | None:
             "`torch.no_grad()` on the way."
         )
     return loss.reshape(())
+
+
+def _mean_over_ranks(trainer: Trainer, tensor: Tensor) -> Tensor:
+    # Lightning reduces in place.
+    return tensor if trainer.world_size == 1 else trainer.strategy.reduce(tensor.clone(), reduce_op="mean")
+
+
+@contextmanager
+def _state_restored_on_error(penalties: Sequence[Penalty]) -> Iterator[None]:
+    """Let every penalty go on from where it was if what happens inside fails."""
+    before = [(penalty, penalty.state_dict()) for penalty in penalties]
+    try:
+        yield
+    except BaseException:
+        for penalty, state in before:
+            penalty.load_state_dict(state)
+        raise
 
 
 def _is_finite(value: Tensor, module: LightningModule) -> bool:

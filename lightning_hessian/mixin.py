@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_hessian.callbacks.regularizer import HessianRegularizer
+from lightning_hessian.callbacks.regularizer import HessianRegularizer, load_states, save_states
 from lightning_hessian.injection import penalised
 from lightning_hessian.penalties import InputPenalty
 
@@ -20,7 +20,8 @@ class HessianRegularizationMixin(LightningModule):
     """Adds ``self.regularized(...)`` to a LightningModule, for manual optimization or for a part of the loss only.
 
     Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
-    as a callback as well.
+    as a callback as well. What its penalties keep from step to step (the vector of :class:`HessianNorm`) is in the
+    checkpoints: a module that overrides ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
 
     Example:
         >>> import torch
@@ -46,6 +47,19 @@ class HessianRegularizationMixin(LightningModule):
 
     regularizer: HessianRegularizer | list[HessianRegularizer] | None = None
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        save_states(self._regularizers(), checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if self._trainer is not None:
+            load_states(self._regularizers(), checkpoint, self._trainer)
+
+    def _regularizers(self) -> list[HessianRegularizer]:
+        given = self.regularizer or []
+        return given if isinstance(given, list) else [given]
+
     def regularized(self, loss: Callable[..., Output], inputs: Tensor | Sequence[Tensor] | None = None) -> Output:
         """Compute the loss and add strength * penalty to it.
 
@@ -67,7 +81,7 @@ class HessianRegularizationMixin(LightningModule):
                 f"{type(self).__name__}.regularizer is not set, so there is no penalty to add. Set it in `__init__`: "
                 "`self.regularizer = HessianRegularizer(HessianTrace(), strength=1e-3)`."
             )
-        regularizers = self.regularizer if isinstance(self.regularizer, list) else [self.regularizer]
+        regularizers = self._regularizers()
         for regularizer in regularizers:
             if not regularizer.has_begun(self.trainer):
                 regularizer.begin(self)

@@ -64,6 +64,7 @@ class Passes:
         all_inputs: whether every tensor of the batch is an input for a penalty that does not choose.
         repeated: whether the step is going to be run more than once (:meth:`at_present`).
         context: run everything in this one; by default each run has its own, where a penalty needs it.
+        mean_over_ranks: see :class:`StepContext`; by default there is one process.
 
     Attributes:
         before: the buffers and random states that the run for real begins with.
@@ -83,6 +84,7 @@ class Passes:
         all_inputs: bool = False,
         repeated: bool = False,
         context: higher_order | None = None,
+        mean_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.module = module
         self.step = step
@@ -91,6 +93,7 @@ class Passes:
         self.loss_of = loss_of
         self.all_inputs = all_inputs
         self.repeated = repeated
+        self.mean_over_ranks = mean_over_ranks
         self._watched = any(penalty.watches_losses for penalty in penalties)
         if repeated and isinstance(batch, Iterator):
             raise MisconfigurationException(
@@ -162,7 +165,7 @@ class Passes:
 
         parameters = dict(self.module.named_parameters())
         inputs = run.inputs.get(id(penalty), ())
-        return StepContext(run.loss, parameters, probes, inputs, run.losses, run.outputs(), moved)
+        return StepContext(run.loss, parameters, probes, inputs, run.losses, run.outputs(), self.mean_over_ranks, moved)
 
     def _run_again(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
         independent = evaluation_mode(self.coupling.values() if penalties else ())
@@ -299,8 +302,8 @@ def _silent(module: nn.Module) -> Iterator[None]:
             replace(layer, "log_dict", _nothing)
         elif isinstance(layer, Metric):
             replace(layer, "update", _nothing)
-            replace(layer, "forward", lambda *args, metric=layer, **kwargs: metric._forward_cache)
-            replace(layer, "compute", lambda metric=layer: torch.nan if metric._computed is None else metric._computed)
+            replace(layer, "forward", lambda *args, metric=layer, **kwargs: _known(metric._forward_cache))
+            replace(layer, "compute", lambda metric=layer: _known(metric._computed))
             replace(layer, "reset", _nothing)
     try:
         yield
@@ -310,6 +313,10 @@ def _silent(module: nn.Module) -> Iterator[None]:
                 del layer.__dict__[name]
             else:
                 layer.__dict__[name] = before
+
+
+def _known(value: Any) -> Any:
+    return torch.nan if value is None else value
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -115,7 +115,7 @@ def verify(
     if penalty.by_differences:
         raise ValueError(
             f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. "
-            "Verify HessianTrace(), to which its gradient tends for small steps."
+            f"Verify {type(penalty).__name__}(), to which its gradient tends for small steps."
         )
     if loss is None:
         loss = _training_step

@@ -111,6 +111,7 @@ def test_a_sweep_over_the_strength(run, tmp_path):
         ["model=cnn", "model.width=4"],
         ["model=vit", "model.width=8", "model.depth=1", "model.heads=2"],
         ["model=resnet18", "data.batch_size=4", "regularizer.penalty.keep=0.02", "trace.probes=2", "trace.samples=4"],
+        ["model=cnn", "model.width=4", "regularizer=hessian_norm"],
         ["model=softplus_cnn", "model.width=4", "regularizer=input_hessian"],
         ["model=softplus_cnn", "model.width=4", "regularizer=input_gradient"],
         ["model=softplus_cnn", "model.width=4", "regularizer=jacobian"],

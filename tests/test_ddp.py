@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, data, weights
+from nets import CPU, Classifier, data, fit, weights
 from oracles import by_differences
 from torch import nn
 from torch.nn import functional as F
@@ -187,6 +187,27 @@ def test_two_ranks_equal_one_for_methods_of_ordinary_passes(tmp_path, case):
     assert logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("method", ["autograd", "central_difference"])
+def test_two_ranks_equal_one_for_the_norm_of_the_mean_hessian(tmp_path, method):
+    """The same fit in one process, where a batch is that of both ranks."""
+
+    def fitted():
+        module, result = Classifier(middle=nn.LayerNorm(6)), Result(tmp_path)
+        batches = DataLoader(list(joined(loader)), batch_size=None)
+        fit(module, [callback(lh.HessianNorm(method=method)), result], batches, max_steps=STEPS)
+        return weights(module), result.logged
+
+    loader = data(8)
+    regularizer = callback(lh.HessianNorm(method=method))
+    first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), regularizer, loader)
+    expected, logged = fitted()
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
+    for one, other, joint in zip(first["logged"], second["logged"], logged, strict=True):
+        assert one["curvature/hessian_norm"] == other["curvature/hessian_norm"]
+        assert one["curvature/hessian_norm"] == pytest.approx(joint["curvature/hessian_norm"], rel=1e-6)
+
+
 def context_of(module, x, y):
     parameters = dict(module.named_parameters())
     return lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, parameters)
@@ -282,5 +303,7 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     module.trainer = trainer
     monkeypatch.setattr(L.Trainer, "precision", "32-true")
     monkeypatch.setattr(L.Trainer, "strategy", sharded.__new__(sharded))
-    with pytest.raises(MisconfigurationException, match=f"{strategy} shards the parameters"):
-        callback(lh.HessianTrace()).begin(module)
+    message = rf"{strategy} shards the parameters.*HessianTrace\(method='two_pass'\)"
+    for penalty in (lh.HessianTrace(), lh.HessianNorm(), lh.HessianNorm(method="central_difference")):
+        with pytest.raises(MisconfigurationException, match=message):
+            callback(penalty).begin(module)

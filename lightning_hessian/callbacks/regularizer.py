@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature.first_order import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes
-from lightning_hessian.injection import penalised
+from lightning_hessian.injection import by_name, penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
@@ -36,6 +38,9 @@ class HessianRegularizer(Callback):
     loss (with ``HessianTrace(method="two_pass")`` the one at theta + s v); logged besides are
     ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
     (Between the steps on which the penalty acts, Lightning repeats the last values in its logs.)
+
+    What a penalty keeps from step to step (the vector of :class:`HessianNorm`) is in the Trainer's checkpoints; a fit
+    that resumes from none starts anew.
 
     Several penalties, in one of these callbacks or in several on one Trainer, share the forward pass, and each sees
     the task loss alone.
@@ -107,7 +112,12 @@ class HessianRegularizer(Callback):
         self._looked_at_rounding = False
         self._looked_for_coupling: set[int] = set()
         self._has_reentrant_checkpoints: bool | None = None
-        self._begun_for: int | None = None
+        self._begun_for: weakref.ref[Trainer] | None = None
+        self._resumed_by: weakref.ref[Trainer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, which may be for another process, has begun for no Trainer.
+        return {**self.__dict__, "_begun_for": None, "_resumed_by": None}
 
     def strengths_at(self, step: int) -> list[float]:
         """The factor of each penalty at an optimizer step; 0 where it does not act."""
@@ -135,6 +145,10 @@ class HessianRegularizer(Callback):
     def begin(self, module: LightningModule) -> None:
         """Start anew for a fit; refuse, before training, what cannot work on this module and its Trainer."""
         self._refuse(module, module.trainer)
+        if not _refers(self._resumed_by, to=module.trainer):
+            for penalty in self.penalties:
+                penalty.load_state_dict({})
+        self._resumed_by = None
         for penalty, strength in zip(self.penalties, self._strengths(), strict=True):
             if strength == 0:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")
@@ -145,11 +159,11 @@ class HessianRegularizer(Callback):
         self._looked_at_rounding = False
         self._looked_for_coupling = set()
         self._has_reentrant_checkpoints = None
-        self._begun_for = id(module.trainer)
+        self._begun_for = weakref.ref(module.trainer)
 
     def has_begun(self, trainer: Trainer) -> bool:
         """Whether :meth:`begin` was called for this Trainer."""
-        return self._begun_for == id(trainer)
+        return _refers(self._begun_for, to=trainer)
 
     def _refuse(self, module: LightningModule, trainer: Trainer) -> None:
         by_graph = [penalty for penalty in self.penalties if not penalty.by_differences]
@@ -167,13 +181,17 @@ class HessianRegularizer(Callback):
                     f"The layer {name!r} has sparse gradients, and {by_differences[0]!r} sums gradients of several "
                     "passes. Pass sparse=False to it."
                 )
+        whole = [penalty for penalty in self.penalties if penalty.needs_whole_parameters]
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy) or (
-            by_graph and isinstance(trainer.strategy, ModelParallelStrategy)
+            whole and isinstance(trainer.strategy, ModelParallelStrategy)
         ):
+            why = "are then not in the loss's graph, and Hessian-vector products would be zero or fail"
+            if whole and whole[0].by_differences:
+                why = f"{whole[0]!r} moves along a vector of all of them, which it keeps whole"
             raise MisconfigurationException(
-                f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
-                "Hessian-vector products would be zero or fail. Use HessianTrace(method='two_pass') with "
-                "ModelParallelStrategy (FSDP2), or any penalty with strategy='ddp' or one device."
+                f"{type(trainer.strategy).__name__} shards the parameters, which {why}. Use "
+                "HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty with "
+                "strategy='ddp' or one device."
             )
         for penalty in self.penalties:
             check_layer(penalty, module)
@@ -210,7 +228,8 @@ class HessianRegularizer(Callback):
             rank_zero_warn(
                 f"{penalty!r} differentiates twice by a small step, and the loss has kinks ({', '.join(found)}): where "
                 "the step crosses one, the difference is noise that grows as the step shrinks. Take smooth activations "
-                "(SiLU, GELU, softplus, tanh), method='two_pass', whose step is larger, or method='gauss_newton'."
+                "(SiLU, GELU, softplus, tanh), method='autograd', or a HessianTrace with method='two_pass', whose "
+                "step is larger, or method='gauss_newton'."
             )
 
     def warn_of_rounding(self, penalty: Penalty, difference: Difference) -> None:
@@ -227,7 +246,8 @@ class HessianRegularizer(Callback):
         if moved < spacing:
             rank_zero_warn(
                 f"{penalty!r} moves the parameters by {moved:.1e}, and {dtype} resolves about {spacing:.1e} of them: "
-                "its value is rounding. Raise the strength (the step is its root), or use precision='32-true'."
+                "its value is rounding. Raise `step` (with method='two_pass' the strength, whose root it is), or use "
+                "precision='32-true'."
             )
 
     def warn_of_coupling(self, penalty: InputPenalty, context: StepContext) -> None:
@@ -272,11 +292,51 @@ class HessianRegularizer(Callback):
             raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
         current.regularizers.append(self)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        save_states(_regularizers_of(trainer), checkpoint)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        load_states(_regularizers_of(trainer), checkpoint, trainer)
+
+    def resume(self, trainer: Trainer) -> None:
+        """Let the next :meth:`begin` for this Trainer keep the penalties' states, which come from a checkpoint."""
+        self._resumed_by = weakref.ref(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         _restore(pl_module)
+
+
+def _refers(reference: weakref.ref[Trainer] | None, to: Trainer) -> bool:
+    return reference is not None and reference() is to
+
+
+_CHECKPOINT_KEY = "lightning_hessian"
+
+
+def save_states(regularizers: Sequence[HessianRegularizer], checkpoint: dict[str, Any]) -> None:
+    """Put what the penalties keep from step to step into a checkpoint, by the names they have in logs."""
+    states = {name: state for name, _, penalty in by_name(regularizers) if (state := penalty.state_dict())}
+    if states:
+        checkpoint[_CHECKPOINT_KEY] = states
+
+
+def load_states(regularizers: Sequence[HessianRegularizer], checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+    """Let the penalties go on from a checkpoint that a fit resumes from; those that are not in it start anew."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    states = checkpoint.get(_CHECKPOINT_KEY, {})
+    for name, regularizer, penalty in by_name(regularizers):
+        penalty.load_state_dict(states.get(name, {}))
+        regularizer.resume(trainer)
+
+
+def _regularizers_of(trainer: Trainer) -> list[HessianRegularizer]:
+    # Lightning refuses two callbacks of a class that override `state_dict`: the states of all are kept together.
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, HessianRegularizer)]
 
 
 class _PenalisedStep:

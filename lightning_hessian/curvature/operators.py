@@ -72,7 +72,8 @@ class HessianOperator(_TensorOperator):
     Args:
         loss: a scalar with its graph, computed inside :class:`higher_order` if the products are to be differentiated.
         tensors: with respect to what; leaves or intermediate results of the graph.
-        differentiable: whether :meth:`quadratic_form` will be differentiated, which not every graph allows.
+        differentiable: whether :meth:`quadratic_form`, or a product, will be differentiated, which not every graph
+            allows.
 
     Raises:
         ValueError: the loss has no graph.
@@ -89,8 +90,8 @@ class HessianOperator(_TensorOperator):
         refuse_unsound_graph(loss, derivatives=3 if differentiable else 2)
         self.gradient = _gradient(loss, self.tensors)
 
-    def matvec(self, v: Tensor) -> Tensor:
-        products = vector_jacobian_product(self.gradient, self.tensors, self.split(v))
+    def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
+        products = vector_jacobian_product(self.gradient, self.tensors, self.split(v), create_graph)
         return torch.cat([part.reshape(-1).to(self.dtype) for part in products])
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:

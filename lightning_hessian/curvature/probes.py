@@ -7,7 +7,7 @@ so a resumed run equals an uninterrupted one and the user's own random stream is
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -35,6 +35,10 @@ class ProbeSource:
     micro_batch: int = 0
     rank: int = 0
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False, compare=False)
+
+    def shared(self) -> ProbeSource:
+        """The source that has the same probes on every rank."""
+        return replace(self, rank=0)
 
     def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
         """A generator on ``device`` whose stream depends on the key and ``index`` only."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from lightning_hessian.curvature.graph import depends
 from lightning_hessian.state import RandomState
 
 
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @dataclass(frozen=True)
 class StepContext:
     """What one training step offers a penalty.
@@ -36,6 +40,8 @@ class StepContext:
         losses: the calls of loss functions that were seen in the step; they tell whether the loss is the mean or the
             sum of the samples' losses l_i (where none was seen, it is taken for the mean).
         outputs: logits or predictions, in the graph of the inputs; by default what the loss functions were called on.
+        mean_over_ranks: the mean of a tensor over the processes that share the batch, the same on all of them; every
+            one of them must call it. By default there is one process.
         moved: ``moved(shifts)`` runs the same step at x + shifts, with the same random numbers, and returns its
             context. Finite differences need it.
     """
@@ -46,6 +52,7 @@ class StepContext:
     inputs: Sequence[Tensor] = ()
     losses: watch_losses = field(default_factory=watch_losses)
     outputs: Sequence[Tensor] = ()
+    mean_over_ranks: Callable[[Tensor], Tensor] = _itself
     moved: Callable[[Sequence[Tensor]], StepContext] | None = None
 
     @classmethod
@@ -90,7 +97,7 @@ class StepContext:
         def run(moved: Sequence[Tensor]) -> StepContext:
             with higher_order(), watch_losses() as seen:
                 value = loss(*moved)
-            return cls(value, parameters, own_probes, moved, seen, seen.outputs(value), at)
+            return cls(value, parameters, own_probes, moved, seen, seen.outputs(value), moved=at)
 
         return run([x.detach().clone().requires_grad_() for x in given])
 
@@ -175,17 +182,34 @@ class Difference:
             anew at each call, so that nothing of the model's size need be kept for long.
         step: how far.
         weight: strength / step^2, over the number of differences that are averaged.
+        value: the penalty's value from Hv of all ranks' batches together (flat, over the tensors), which is
+            [g(theta + step v) - g(theta - step v)] / (2 step). By default the value is v'Hv of this rank's batch.
     """
 
     tensors: Sequence[Tensor]
     direction: Callable[[], list[Tensor]]
     step: float
     weight: float
+    value: Callable[[Tensor], Tensor] | None = None
 
     def slope(self, v: Sequence[Tensor], gradients: Mapping[Tensor, Tensor]) -> Tensor:
         """v'g, of a gradient by tensor; one that has none does not count."""
         pairs = [(part, gradients[t]) for part, t in zip(v, self.tensors, strict=True) if t in gradients]
         return dot([v for v, _ in pairs], [gradient for _, gradient in pairs], self.tensors[0])
+
+    def gradient(self, gradients: Mapping[Tensor, Tensor]) -> Tensor:
+        """g over the tensors, flat; zero where one has none."""
+        found = [gradients.get(tensor) for tensor in self.tensors]
+        return torch.cat(
+            [
+                tensor.new_zeros(tensor.numel()) if gradient is None else gradient.reshape(-1)
+                for gradient, tensor in zip(found, self.tensors, strict=True)
+            ]
+        )
+
+
+Product = Callable[[Difference], Tensor]
+"""See :meth:`Penalty.differences`."""
 
 
 class Penalty(ABC):
@@ -220,9 +244,23 @@ class Penalty(ABC):
         """Whether the penalty is made of the step's losses at other parameters (:meth:`differences`)."""
         return False
 
-    def differences(self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource) -> list[Difference]:
-        """What to add to the loss where the penalty is made :attr:`by_differences`. Its value is then
-        sum_k v_k'[g(theta + step v_k) - g(theta - step v_k)] / (2 step) over their number, g the loss's gradient."""
+    @property
+    def needs_whole_parameters(self) -> bool:
+        """Whether parameters that are sharded over processes are beyond it. They are not in the loss's graph."""
+        return not self.by_differences
+
+    def differences(
+        self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource, product: Product
+    ) -> list[Difference]:
+        """What to add to the loss where the penalty is made :attr:`by_differences`. Its value is the mean of theirs.
+
+        Args:
+            parameters: the model's parameters, by name.
+            strength: the penalty's factor in the loss.
+            probes: where random vectors come from.
+            product: Hv of all ranks' batches together along a difference (flat, over its tensors), for a search. It
+                takes two runs of the step, and every rank must take as many.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -245,6 +283,13 @@ class Penalty(ABC):
         """The penalty as a function whose gradient is the one it trains with: what it treats as constant (a direction
         that a search has found) stays as it is at ``context``. By default nothing is."""
         return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the penalty keeps from step to step, for checkpoints. By default nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from a state; from an empty one, start anew."""
 
     def __call__(self, context: StepContext) -> Tensor:
         """The term that enters the loss, times the strength."""
@@ -307,3 +352,11 @@ class InputPenalty(Penalty):
                 f"{type(self).__name__} is made of each sample's own derivatives. Put the batch norm layers in "
                 "evaluation mode (the callback and the mixin do this for nn.BatchNorm layers), or use GroupNorm."
             )
+
+
+def needs_own_runs(method: str) -> ValueError:
+    """The error of a penalty by differences that is given a loss."""
+    return ValueError(
+        f"method={method!r} runs the step at other parameters, which a loss that is computed already cannot do. Use "
+        "HessianRegularizer or the mixin, or method='autograd'."
+    )

@@ -14,7 +14,7 @@ from lightning_hessian.curvature import HessianOperator, ParameterFilter, ProbeS
 from lightning_hessian.curvature.first_order import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
 from lightning_hessian.curvature.operators import vector_jacobian_product
-from lightning_hessian.penalties.base import Difference, Penalty, StepContext
+from lightning_hessian.penalties.base import Difference, Penalty, Product, StepContext, needs_own_runs
 
 Method = Literal["autograd", "two_pass", "central_difference", "gauss_newton"]
 Drop = Literal["tensor", "element"]
@@ -180,10 +180,7 @@ class HessianTrace(Penalty):
 
     def value(self, context: StepContext) -> Tensor:
         if self.by_differences:
-            raise ValueError(
-                f"method={self.method!r} runs the step at other parameters, which a loss that is computed already "
-                "cannot do. Use HessianRegularizer or the mixin, or method='autograd'."
-            )
+            raise needs_own_runs(self.method)
         return self._value(context, self._sizes(self._chosen(context.parameters)))
 
     def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
@@ -205,7 +202,9 @@ class HessianTrace(Penalty):
         forms = [hessian.quadratic_form(_flat(v()), [needed.index(i) for i in kept]) for kept, v in draws]
         return torch.stack(forms).mean()
 
-    def differences(self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource) -> list[Difference]:
+    def differences(
+        self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource, product: Product
+    ) -> list[Difference]:
         chosen = self._chosen(parameters)
         sizes = self._sizes(chosen)
         if self.method == "two_pass":
