@@ -44,8 +44,8 @@ STRENGTHS: dict[str, list[float]] = {
     "none": [0.0],
     "SAM": [0.02, 0.05, 0.1, 0.2],
     "two_pass": [3e-5, 1e-4, 3e-4, 1e-3],
-    "gauss_newton": [3e-5, 1e-4, 3e-4, 1e-3],
-    "autograd": [3e-5, 1e-4, 3e-4],
+    "gauss_newton": [3e-5, 1e-4, 3e-4, 1e-3, 3e-3],
+    "autograd": [3e-5, 1e-4, 3e-4, 1e-3],
 }
 EPOCHS, IMAGES, WIDTH = 60, 1000, 8
 
