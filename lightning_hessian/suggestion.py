@@ -98,9 +98,9 @@ def suggest_strength(
     Args:
         module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
         batches: an iterable of batches as the training step gets them, a DataLoader for example. All are used, and
-            each costs a penalised step: of a long loader pass a part, such as ``itertools.islice(loader, 8)``; a
-            single batch as ``[batch]``. A batch is left out where the step returns None, the loss or the penalty has
-            no gradient, or no strength gives the share.
+            each costs a penalised step (by differences a few): of a long loader pass a part, such as
+            ``itertools.islice(loader, 8)``; a single batch as ``[batch]``. A batch is left out where the step returns
+            None, the loss or the penalty has no gradient, or no strength gives the share.
         penalty: for example ``HessianTrace()``. For several penalties ask for each.
         share: the penalty's gradient in units of the task loss's, in (0, 1].
         loss: ``loss(module, batch)`` returns the task loss; by default the module's ``training_step``.
@@ -234,7 +234,7 @@ class _Batch:
         for tensor in self.trained:
             tensor.grad = None
         if value.requires_grad:
-            value.backward(retain_graph=True)
+            value.backward(retain_graph=not self.penalty.by_differences)
         return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in self.trained]
 
     def _size(self, added: Sequence[Tensor]) -> float:
