@@ -23,8 +23,9 @@ from lightning_hessian.injection import penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
-Strength = SupportsFloat | Callable[[int], float]
-"""The factor of a penalty in the loss, or a function from the optimizer step to it."""
+Strength = float | SupportsFloat | Callable[[int], float]
+"""The factor of a penalty in the loss, or a function from the optimizer step to it. (A float is a SupportsFloat as
+well, but LightningCLI must be told so.)"""
 
 
 class HessianRegularizer(Callback):
