@@ -15,6 +15,7 @@ from lightning_hessian.penalties import (
     StepContext,
 )
 from lightning_hessian.radius import radius_estimate
+from lightning_hessian.suggestion import StrengthSuggestion, suggest_strength
 from lightning_hessian.verification import Verification, verify
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "PGD",
     "Penalty",
     "StepContext",
+    "StrengthSuggestion",
     "Verification",
     "higher_order",
     "radius_estimate",
+    "suggest_strength",
     "verify",
 ]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -17,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import HessianOperator, HigherOrderError, ProbeSource, higher_order, select_parameters
 from lightning_hessian.injection import loss_of
-from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.passes import Passes
 from lightning_hessian.penalties import Penalty, StepContext
+from lightning_hessian.standalone import quiet_copy, step_of
 
 TOLERANCE = 1e-4
 """The relative error above which a derivative is called wrong. Sound ones are nearer to 1e-8."""
@@ -117,18 +115,8 @@ def verify(
             f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. "
             f"Verify {type(penalty).__name__}(), to which its gradient tends for small steps."
         )
-    if loss is None:
-        loss = _training_step
-        if (
-            not isinstance(module, LightningModule)
-            or not module.automatic_optimization
-            or isinstance(module, HessianRegularizationMixin)
-        ):
-            raise MisconfigurationException(
-                f"The training step of {type(module).__name__} returns no loss to verify: it is not a LightningModule, "
-                "optimizes manually, or adds its penalty itself. Pass `loss=lambda module, batch: ...`."
-            )
-    twin = _float64_copy(module)
+    step = step_of(module, loss)
+    twin = quiet_copy(module).double()
     penalty.check(dict(twin.named_parameters()))
     tensors = list(select_parameters(dict(twin.named_parameters())).values())
     batch = _float64(batch, tensors[0].device)
@@ -137,7 +125,7 @@ def verify(
 
     def task_loss() -> Tensor:
         with _FullPrecision():
-            latest[:] = [Passes(twin, lambda batch: loss(twin, batch), batch, [penalty], loss_of, context=context)]
+            latest[:] = [Passes(twin, lambda batch: step(twin, batch, 0), batch, [penalty], loss_of, context=context)]
             task = latest[0].task().loss
         if task is None:
             raise MisconfigurationException("The step returned None for this batch. Pass one that has a loss.")
@@ -332,21 +320,6 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 def _scale(tensor: Tensor) -> float:
     size = tensor.detach().square().mean().sqrt().item()
     return size if size > 0 else 0.1
-
-
-def _training_step(module: Any, batch: Any) -> Any:
-    return module.training_step(batch, 0)
-
-
-def _float64_copy(module: nn.Module) -> nn.Module:
-    # The copy shares the Trainer, which user code may look at, but must not log to it.
-    trainer = getattr(module, "_trainer", None)
-    twin = copy.deepcopy(module).double()
-    if isinstance(twin, LightningModule):
-        twin._trainer = trainer
-        for method in ("log", "log_dict"):
-            setattr(twin, method, lambda *args, **kwargs: None)
-    return twin
 
 
 def _float64(batch: Any, device: torch.device) -> Any:

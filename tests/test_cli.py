@@ -101,6 +101,44 @@ def test_a_sweep_over_the_strength(run, tmp_path):
     assert "curvature/hessian_trace" in scalars(tmp_path / "sweep/2")
 
 
+def test_auto_chooses_a_strength_saves_it_and_trains_as_with_that_number(run):
+    # Random crops: what chooses the strength must draw none of the numbers that training draws.
+    auto, _, status = run(*QUICK, "data.augment=true", "regularizer.strength=auto", "hydra.run.dir=auto")
+    assert status == 0
+    line, _, rest = auto.partition("\n")
+    chosen = OmegaConf.load("auto/config.yaml").regularizer.strength
+    assert isinstance(chosen, float)
+    assert re.fullmatch(
+        rf"strength +{chosen:.4g} \(\S+ to \S+ over 4 batches\), .* of hessian_trace is 10 % of the task loss's", line
+    )
+    given, _, _ = run(*QUICK, "data.augment=true", f"regularizer.strength={chosen}", "hydra.run.dir=given")
+    assert rest.split("files")[0] == given.split("files")[0]
+    ends = [torch.load(f"{run}/checkpoints/last.ckpt", weights_only=False)["state_dict"] for run in ("auto", "given")]
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    # A resumed run chooses what the run that it goes on with chose.
+    resume = "resume=auto/checkpoints/last.ckpt"
+    resumed, _, _ = run(*QUICK, "data.augment=true", "regularizer.strength=auto", "hydra.run.dir=rest", resume)
+    assert resumed.partition("\n")[0] == line
+
+
+def test_auto_for_several_penalties_in_a_sweep(run):
+    small = [*QUICK[:3], "model=mlp", "model.width=8", "trainer.fast_dev_run=1", "trace.samples=16"]
+    both = ["regularizer=input_gradient_hessian", "regularizer.strength=auto,[auto,0.5]"]
+    out, err, status = run("-m", *small, *both, "hydra.sweep.dir=sweep")
+    assert status == 0, err
+    assert [out.count(f"of {name} is 10 %") for name in ("input_gradient_norm", "input_hessian_norm")] == [2, 1]
+    first, second = (OmegaConf.load(f"sweep/{job}/config.yaml").regularizer.strength for job in (0, 1))
+    assert first[0] == second[0] > 0
+    assert first[1] not in (first[0], 0.5)
+    assert second[1] == 0.5
+
+
+def test_auto_without_a_penalty_gives_one_line(run):
+    _, err, status = run(*QUICK, "regularizer=none", "regularizer.strength=auto")
+    assert status == 2
+    assert err.strip() == "lightning-hessian: there is no option regularizer.strength; regularizer=none has no settings"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -157,6 +195,7 @@ def test_every_experiment_composes(run, experiment):
         ("regularizer.strenght=1", "no option regularizer.strenght; did you mean regularizer.strength?"),
         ("regularizer.strength=-1", "regularizer: strength=-1 must be a finite number of at least 0"),
         ("regularizer.strength=abc", "regularizer: strength='abc'"),
+        ("regularizer.strength=[auto,auto]", "has 2 factors for 1 penalties"),
         ("regularizer.penalty.keep=2", "regularizer.penalty: keep=2 is a probability"),
         ("regularizer.penalty.parameters=net.O.*", "Near names: net."),
         ("model=resnt18", "Available options in 'model': cnn mlp resnet18 softplus_cnn vit"),

@@ -12,10 +12,12 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(block, namespace)
-    assert "the gradient is right" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "the gradient is right" in printed
+    assert "makes its gradient 10 % of the task loss's" in printed
     assert all(parameter.grad is not None for parameter in namespace["net"].parameters())
     manual = namespace["Manual"]()
     before = torch.cat([p.detach().flatten() for p in manual.parameters()])

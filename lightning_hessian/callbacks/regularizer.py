@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,8 +25,9 @@ from lightning_hessian.injection import by_name, penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
-Strength = float | Callable[[int], float]
-"""The factor of a penalty in the loss, or a function from the optimizer step to it."""
+Strength = float | SupportsFloat | Callable[[int], float]
+"""The factor of a penalty in the loss, or a function from the optimizer step to it. (A float is a SupportsFloat as
+well, but LightningCLI must be told so.)"""
 
 
 class HessianRegularizer(Callback):
@@ -49,7 +50,7 @@ class HessianRegularizer(Callback):
         penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
         strength: its factor, at least 0; with 0 nothing is computed. A number, or a function of the optimizer step
             (0, 1, ...). For a list of penalties a list of these, or one for all. A plain attribute: schedules may set
-            it. Start where strength * penalty is 1-10 % of the task loss.
+            it. Start where strength * penalty is 1-10 % of the task loss, or with what :func:`suggest_strength` says.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (In manual optimization,
             where several optimizers may step, batches are counted.)
         warmup_steps: raise the strength linearly from 0 over this many steps.
@@ -399,14 +400,12 @@ def _refuse_empty_batch(batch: Any) -> None:
 
 
 def _at(strength: Strength, step: int) -> float:
-    if not callable(strength):
-        return strength
-    value = strength(step)
+    value = strength(step) if callable(strength) else strength
     _check_strength(value)
     return float(value)
 
 
-def _check_strength(strength: float) -> None:
+def _check_strength(strength: SupportsFloat) -> None:
     if not is_number(strength) or not 0 <= float(strength) < math.inf:
         raise ValueError(
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -16,11 +17,18 @@ import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
+from lightning_hessian.suggestion import suggest_strength
 from lightning_hessian.training.classifier import Classifier
+from lightning_hessian.training.data import ImageData
 from lightning_hessian.training.report import Report, hessian_trace, report
 from lightning_hessian.training.user_errors import in_one_line
+
+AUTO = "auto"
+"""In place of a strength: choose one before training."""
+AUTO_BATCHES = 4
+"""On how many training batches a strength is chosen."""
 
 
 @dataclass
@@ -76,13 +84,17 @@ def train(config: DictConfig, directory: Path) -> Report:
     net = hydra.utils.instantiate(config.model, shape=data.shape, classes=data.classes)
     module = Classifier(net, data.classes, **config.optimizer)
     callbacks: list[Any] = [ModelCheckpoint(directory / "checkpoints", save_last=True)]
-    callbacks += [hydra.utils.instantiate(part) for part in (config.regularizer, config.robustness) if part]
+    regularizer = _regularizer(config.regularizer) if config.regularizer else None
+    robustness = hydra.utils.instantiate(config.robustness) if config.robustness else None
+    callbacks += [part for part in (regularizer, robustness) if part is not None]
     logger = hydra.utils.instantiate(config.logger) if config.logger else False
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     trainer = hydra.utils.instantiate(
         config.trainer, callbacks=callbacks, logger=logger, default_root_dir=str(directory)
     )
+    if regularizer is not None:
+        _choose_strengths(config.regularizer, regularizer, module, data, trainer)
     OmegaConf.save(config, directory / "config.yaml", resolve=True)
 
     trainer.fit(module, data, ckpt_path=config.resume)
@@ -93,6 +105,45 @@ def train(config: DictConfig, directory: Path) -> Report:
     if trainer.is_global_zero:
         print(result)
     return result
+
+
+def _regularizer(settings: DictConfig) -> Any:
+    """The callback, with strength 0 where one is yet to be chosen."""
+    strength = settings.get("strength")
+    if strength == AUTO:
+        return hydra.utils.instantiate(settings, strength=0.0)
+    if isinstance(strength, ListConfig) and AUTO in strength:
+        return hydra.utils.instantiate(settings, strength=[0.0 if s == AUTO else s for s in strength])
+    return hydra.utils.instantiate(settings)
+
+
+def _choose_strengths(
+    settings: DictConfig, regularizer: Any, module: Classifier, data: ImageData, trainer: Any
+) -> None:
+    """Put a number wherever ``strength`` says auto, into the callback and into the settings.
+
+    Chosen on the module as it was initialised, also where a checkpoint is loaded later: a resumed run goes on with the
+    number that the interrupted one has chosen.
+    """
+    asked = settings.get("strength")
+    each = list(asked) if isinstance(asked, ListConfig) else [asked] * len(regularizer.penalties)
+    if AUTO not in each:
+        return
+    data.prepare_data()
+    data.setup("fit")
+    if trainer.world_size == 1:  # processes that are yet to be forked cannot share a GPU that was used before
+        module.to(trainer.strategy.root_device)
+    for i, penalty in enumerate(regularizer.penalties):
+        if each[i] == AUTO:
+            found = suggest_strength(module, data.training_batches(AUTO_BATCHES), penalty)
+            each[i] = found.strength
+            if trainer.is_global_zero:
+                print(
+                    f"strength        {found.strength:.4g} ({found.low:.2g} to {found.high:.2g} over "
+                    f"{len(found.by_batch)} batches), where the gradient of {penalty.name} is "
+                    f"{100 * found.share:.3g} % of the task loss's"
+                )
+    settings.strength = regularizer.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
 
 
 def _check_trainer(settings: DictConfig) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import URLError
@@ -142,9 +144,17 @@ class ImageData(LightningDataModule):
             for i in range(0, count, size)
         ]
 
+    def training_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first ``count`` batches of the first epoch, as the training step gets them, augmented too."""
+        for batch in islice(self.train_dataloader(), count):
+            yield self._prepared(batch, self.augment)
+
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        return self._prepared(batch, self.augment and self.trainer is not None and self.trainer.training)
+
+    def _prepared(self, batch: tuple[Tensor, Tensor], augment: bool) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        if self.augment and self.trainer is not None and self.trainer.training:
+        if augment:
             images = _random_crop(images, padding=self.shape[-1] // 8)
             if self.shape[0] == 3:
                 flipped = torch.rand(len(images), device=images.device) < 0.5

@@ -52,6 +52,8 @@ def _message(error: BaseException) -> str:
         return _flat(error).partition(" Config search path:")[0]
     setting, key = str(at_setting.full_key), str(at_setting.key)
     if "is not in struct" in str(at_setting) or "not in '" in str(at_setting):
+        if at_setting.parent_node is not None and not at_setting.parent_node:
+            return f"there is no option {setting}; {setting.removesuffix(f'.{key}')}=none has no settings"
         near = difflib.get_close_matches(key, [str(k) for k in at_setting.parent_node or ()], n=1)
         hint = f"; did you mean {setting.removesuffix(key)}{near[0]}?" if near else ""
         if setting == f"trainer.{key}" and key in inspect.signature(Trainer).parameters:

@@ -1,0 +1,257 @@
+"""How strong should a penalty be? Where its gradient is a given share of the task loss's."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_hessian.checks import is_number
+from lightning_hessian.curvature import ProbeSource, select_parameters
+from lightning_hessian.curvature.first_order import movable
+from lightning_hessian.injection import loss_of
+from lightning_hessian.passes import Passes, no_loss_again
+from lightning_hessian.penalties import Penalty
+from lightning_hessian.standalone import Step, quiet_copy, step_of
+from lightning_hessian.state import RandomState
+
+_FIRST = 1e-4
+"""Where the search begins for penalties by differences: ``two_pass`` moves each weight by 0.014 there."""
+_ROUNDS = 20
+_TOLERANCE = 0.01
+_ROUNDING = 16
+"""Differences of gradients below so many units of rounding are no differences."""
+
+
+@dataclass(frozen=True)
+class StrengthSuggestion:
+    """What :func:`suggest_strength` found. It can be handed over as a strength, and ``float()`` gives the number.
+
+    Args:
+        penalty: the penalty, as printed.
+        share: how large its gradient is to be, as a share of the task loss's.
+        by_batch: the strength at which it is, batch by batch.
+    """
+
+    penalty: str
+    share: float
+    by_batch: tuple[float, ...]
+
+    @property
+    def strength(self) -> float:
+        """The median over the batches."""
+        return statistics.median(self.by_batch)
+
+    @property
+    def low(self) -> float:
+        """The least of all batches."""
+        return min(self.by_batch)
+
+    @property
+    def high(self) -> float:
+        """The largest of all batches."""
+        return max(self.by_batch)
+
+    def __float__(self) -> float:
+        return self.strength
+
+    def __str__(self) -> str:
+        return (
+            f"{self.penalty}: strength {self.strength:.3g} ({self.low:.2g} to {self.high:.2g} over "
+            f"{len(self.by_batch)} batches)\n  makes its gradient {100 * self.share:.3g} % of the task loss's"
+        )
+
+
+def suggest_strength(
+    module: nn.Module,
+    batches: Iterable[Any],
+    penalty: Penalty,
+    share: float = 0.1,
+    loss: Callable[[Any, Any], Any] | None = None,
+) -> StrengthSuggestion:
+    r"""The strength at which the penalty's gradient is a given share of the task loss's, at the present weights.
+
+    For each batch, over all parameters that require a gradient,
+
+    .. math:: s_b = \text{share} \cdot \lVert \nabla L_b \rVert_2 \, / \, \lVert \nabla P_b \rVert_2,
+
+    L the task loss and P what the callback adds to it at strength 1 (``clamp`` included), with its probes. Suggested is
+    the median over the batches; the spread is the least and the largest. For a penalty by differences, whose step may
+    depend on the strength (``two_pass``), s_b is where the gradient that the callback adds *at that strength* has the
+    share, found by :math:`s \leftarrow s \cdot \text{share} / \text{share}(s)` (and by bisection where kinks make the
+    share jump) until it moves by less than 1 %.
+
+    It is a start, not an optimum, and it depends on the weights: on a fresh module it is for the beginning of training,
+    and the share changes as the two gradients do.
+
+    Each batch is computed on a copy of the module, in its own mode and precision: weights, gradients, buffers, metrics
+    and logs, the penalty and the global random state are left as they are, also by an exception.
+
+    Args:
+        module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
+        batches: an iterable of batches as the training step gets them, a DataLoader for example. All are used, and
+            each costs a penalised step (by differences a few): of a long loader pass a part, such as
+            ``itertools.islice(loader, 8)``; a single batch as ``[batch]``. A batch is left out where the step returns
+            None, the loss or the penalty has no gradient, or no strength gives the share.
+        penalty: for example ``HessianTrace()``. For several penalties ask for each.
+        share: the penalty's gradient in units of the task loss's, in (0, 1].
+        loss: ``loss(module, batch)`` returns the task loss; by default the module's ``training_step``.
+
+    Returns:
+        The suggestion; it prints readably, and :class:`HessianRegularizer` takes it as ``strength``.
+
+    Raises:
+        ValueError: ``share`` is out of its range, a gradient is not finite, no batch is left, or the penalty cannot
+            be computed on these parameters.
+        MisconfigurationException: the step returns no differentiable loss, or optimization is manual and there is no
+            ``loss``.
+        HigherOrderError: an operator cannot be differentiated often enough.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)  # L = exp(w x), tr(H) = x^2 L, its gradient x^3 L, the loss's x L
+        >>> batches = [torch.tensor([[0.5]]), torch.tensor([[1.0]]), torch.tensor([[2.0]])]
+        >>> from lightning_hessian import HessianRegularizer, HessianTrace
+        >>> found = suggest_strength(net, batches, HessianTrace(), loss=lambda net, x: net(x).exp().mean())
+        >>> print(found)
+        HessianTrace(probes=1, method='autograd', keep=1.0, drop='tensor'): strength 0.1 (0.025 to 0.4 over 3 batches)
+          makes its gradient 10 % of the task loss's
+        >>> regularizer = HessianRegularizer(HessianTrace(), strength=found)
+    """
+    if not isinstance(penalty, Penalty):
+        raise ValueError(f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace(), one at a time.")
+    if not is_number(share) or not 0 < float(share) <= 1:
+        raise ValueError(
+            f"share={share!r} must lie in (0, 1]: how large the penalty's gradient is to be, as a share of the task "
+            "loss's. 0.1 is a start."
+        )
+    step = step_of(module, loss)
+    parameters = dict(module.named_parameters())
+    penalty.check(parameters)
+    random = RandomState.now(next(iter(select_parameters(parameters).values())).device)
+    found: list[float] = []
+    left_out: list[str] = []
+    try:
+        for index, batch in enumerate(batches):
+            try:
+                with torch.enable_grad():
+                    found.append(_Batch(module, penalty, step, batch, index).strength(share))
+            except _LeftOut as reason:
+                left_out.append(str(reason))
+    finally:
+        random.restore()
+    if not found:
+        reasons = "; ".join(dict.fromkeys(left_out)) or "there is no batch"
+        raise ValueError(f"No strength can be suggested for {penalty!r}: {reasons}.")
+    return StrengthSuggestion(repr(penalty), float(share), tuple(found))
+
+
+class _LeftOut(Exception):
+    """Why a batch tells nothing."""
+
+
+class _Batch:
+    """One batch, on copies of module and penalty of its own, so that none sees what another left behind."""
+
+    def __init__(self, module: nn.Module, penalty: Penalty, step: Step, batch: Any, index: int) -> None:
+        twin = quiet_copy(module)
+        self.index = index
+        self.penalty = copy.deepcopy(penalty)
+        self.parameters = dict(twin.named_parameters())
+        self.trained = list(select_parameters(self.parameters).values())
+        self.probes = ProbeSource(step=index, micro_batch=index)  # what the callback draws in its first steps
+        batch = move_data_to_device(batch, self.trained[0].device)
+        batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+        by_differences = penalty.by_differences
+        self.passes = Passes(
+            twin,
+            lambda batch: step(twin, batch, index),
+            batch,
+            [] if by_differences else [self.penalty],
+            loss_of,
+            repeated=by_differences,
+        )
+
+    def strength(self, share: float) -> float:
+        """Where the penalty's gradient has the share.
+
+        Raises:
+            _LeftOut: nowhere.
+        """
+        loss = self.passes.task().loss
+        if loss is None:
+            raise _LeftOut("the step returned None")
+        task = self._gradient(loss)
+        target = share * self._norm(task, "task loss")
+        if target == 0:
+            raise _LeftOut("the task loss has no gradient")
+        if not self.penalty.by_differences:
+            return target / self._size(self._by_graph())
+        # What is added need not be linear in the strength, nor continuous where there are kinks.
+        strength, low, high = _FIRST, 0.0, math.inf
+        for _ in range(_ROUNDS):
+            size = self._size(self._by_differences(task, strength))
+            low, high = (strength, high) if size < target else (low, strength)
+            before, strength = strength, strength * target / size
+            if not low <= strength <= high:
+                strength = math.sqrt(low * high)
+            if abs(strength - before) < _TOLERANCE * strength:
+                return strength
+        raise _LeftOut(f"its gradient was {share:.3g} of the task loss's at no strength tried, {before:.2g} at last")
+
+    def _by_graph(self) -> list[Tensor]:
+        with torch.autocast(self.trained[0].device.type, enabled=False), self.passes.explained(self.penalty):
+            return self._gradient(self.penalty(self.passes.context(self.penalty, self.probes)))
+
+    def _by_differences(self, task: Sequence[Tensor], strength: float) -> list[Tensor]:
+        """weight * [g(theta + step v) + g(theta - step v) - 2 g(theta)], summed over the differences."""
+        added = [torch.zeros_like(gradient) for gradient in task]
+        rounding = 0.0
+        for difference in self.penalty.differences(self.parameters, strength, self.probes):
+            v = difference.direction()
+            with movable(difference.tensors) as move:
+                for sign in (1, -1):
+                    move(v, sign * difference.step)
+                    moved = self.passes.at_present(for_real=False).loss
+                    if moved is None:
+                        raise no_loss_again(self.penalty)
+                    there = self._gradient(moved)
+                    rounding += difference.weight * self._norm(there, f"loss moved by {difference.step:.2g}")
+                    for total, a, b in zip(added, there, task, strict=True):
+                        total.add_(a - b, alpha=difference.weight)
+        rounding *= _ROUNDING * torch.finfo(added[0].dtype).eps
+        return added if self._norm(added, "penalty") > rounding else [torch.zeros_like(part) for part in added]
+
+    def _gradient(self, value: Tensor) -> list[Tensor]:
+        # By backward(), which passes through reentrant checkpoints; the copy's own gradients are nobody's.
+        for tensor in self.trained:
+            tensor.grad = None
+        if value.requires_grad:
+            value.backward(retain_graph=not self.penalty.by_differences)
+        return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in self.trained]
+
+    def _size(self, added: Sequence[Tensor]) -> float:
+        size = self._norm(added, f"penalty {self.penalty.name}")
+        if size == 0:
+            raise _LeftOut(
+                "it has no gradient (the loss is linear or quadratic in the parameters, or piecewise linear as ReLU "
+                "makes it; or clamp= holds the value; or the value was detached), so no strength changes the training"
+            )
+        return size
+
+    def _norm(self, gradient: Sequence[Tensor], of: str) -> float:
+        exact = torch.promote_types(gradient[0].dtype, torch.float32)
+        norm = math.hypot(*(torch.linalg.vector_norm(part, dtype=exact).item() for part in gradient))
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"The gradient of the {of} is {norm} on batch {self.index}, so no strength can be suggested. Is the "
+                "batch empty, or does something overflow or meet a point without a derivative (the root of 0)?"
+            )
+        return norm
