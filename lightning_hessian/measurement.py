@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -31,6 +31,7 @@ from lightning_hessian.curvature import (
 )
 from lightning_hessian.injection import loss_of, without_penalties
 from lightning_hessian.passes import Passes
+from lightning_hessian.standalone import training_step
 from lightning_hessian.state import RandomState, evaluation_mode, seed_all
 
 Loss = Callable[[LightningModule, Any], Tensor]
@@ -223,7 +224,7 @@ class Measurement:
             passes = []
             for index, batch in enumerate(self.batches):
                 seed_all(self.settings.seed + index)  # the same dropout masks in every measurement
-                step = self._step_at(index)
+                step = partial(self._step, index)
                 passes.append(Passes(module, step, batch, [], loss_of, repeated=True, context=context))
             stack.enter_context(context.explained())
 
@@ -247,14 +248,10 @@ class Measurement:
 
             yield operator_of
 
-    def _step_at(self, index: int) -> Callable[[Any], Any]:
-        module = self.module
+    def _step(self, index: int, batch: Any) -> Any:
         if self.loss is not None:
-            own = self.loss
-            return lambda batch: own(module, batch)
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-            return lambda batch: module.training_step(batch, index)
-        return module.training_step
+            return self.loss(self.module, batch)
+        return training_step(self.module, batch, index)
 
 
 def _listed(pairs: Eigenpairs) -> list[tuple[float, float]]:

@@ -34,10 +34,11 @@ def step_of(module: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Step:
             f"The training step of {type(module).__name__} returns no task loss to look at: it is not a "
             "LightningModule, optimizes manually, or adds its penalty itself. Pass `loss=lambda module, batch: ...`."
         )
-    return _training_step
+    return training_step
 
 
-def _training_step(module: Any, batch: Any, index: int) -> Any:
+def training_step(module: Any, batch: Any, index: int) -> Any:
+    """Call the module's own, with the batch's index if it takes one."""
     if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
         return module.training_step(batch, index)
     return module.training_step(batch)

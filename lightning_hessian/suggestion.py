@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from lightning_hessian.curvature import ProbeSource, select_parameters
 from lightning_hessian.curvature.first_order import movable
 from lightning_hessian.injection import loss_of
 from lightning_hessian.passes import Passes, no_loss_again
-from lightning_hessian.penalties import Penalty
+from lightning_hessian.penalties import Difference, Penalty
 from lightning_hessian.standalone import Step, quiet_copy, step_of
 from lightning_hessian.state import RandomState
 
@@ -214,20 +214,31 @@ class _Batch:
         """weight * [g(theta + step v) + g(theta - step v) - 2 g(theta)], summed over the differences."""
         added = [torch.zeros_like(gradient) for gradient in task]
         rounding = 0.0
-        for difference in self.penalty.differences(self.parameters, strength, self.probes):
-            v = difference.direction()
-            with movable(difference.tensors) as move:
-                for sign in (1, -1):
-                    move(v, sign * difference.step)
-                    moved = self.passes.at_present(for_real=False).loss
-                    if moved is None:
-                        raise no_loss_again(self.penalty)
-                    there = self._gradient(moved)
-                    rounding += difference.weight * self._norm(there, f"loss moved by {difference.step:.2g}")
-                    for total, a, b in zip(added, there, task, strict=True):
-                        total.add_(a - b, alpha=difference.weight)
+        for difference in self.penalty.differences(self.parameters, strength, self.probes, self._product):
+            for there in self._ends(difference):
+                rounding += difference.weight * self._norm(there, f"loss moved by {difference.step:.2g}")
+                for total, a, b in zip(added, there, task, strict=True):
+                    total.add_(a - b, alpha=difference.weight)
         rounding *= _ROUNDING * torch.finfo(added[0].dtype).eps
-        return added if self._norm(added, "penalty") > rounding else [torch.zeros_like(part) for part in added]
+        return added if self._norm(added, "penalty") > abs(rounding) else [torch.zeros_like(part) for part in added]
+
+    def _product(self, difference: Difference) -> Tensor:
+        """Hv, over the tensors that the difference moves."""
+        ahead, behind = (
+            difference.gradient(dict(zip(self.trained, there, strict=True))) for there in self._ends(difference)
+        )
+        return (ahead - behind) / (2 * difference.step)
+
+    def _ends(self, difference: Difference) -> Iterator[list[Tensor]]:
+        """g(theta + step v), and then g(theta - step v)."""
+        v = difference.direction()
+        with movable(difference.tensors) as move:
+            for sign in (1, -1):
+                move(v, sign * difference.step)
+                moved = self.passes.at_present(for_real=False).loss
+                if moved is None:
+                    raise no_loss_again(self.penalty)
+                yield self._gradient(moved)
 
     def _gradient(self, value: Tensor) -> list[Tensor]:
         # By backward(), which passes through reentrant checkpoints; the copy's own gradients are nobody's.

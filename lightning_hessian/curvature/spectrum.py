@@ -21,7 +21,8 @@ class Eigenpairs:
 
     Args:
         values: theta, of shape (k,).
-        residuals: ||A y - theta y||, of shape (k,): there is an eigenvalue within that distance of theta.
+        residuals: ||A y - theta y||, of shape (k,), or what rounding makes of it: there is an eigenvalue within that
+            distance of theta.
         vectors: y, of shape (k, n), orthonormal rows.
     """
 
@@ -79,7 +80,8 @@ def extreme_eigenvalues(
     space = krylov(partial(matmat, operator), draw(), iterations, restart=draw)
     values, vectors = space.ritz()
     # A y - theta y = (last entry of the eigenvector of T) r.
-    residuals = (vectors[0, -1].abs() * torch.linalg.vector_norm(space.rest).to(values)).to(values)
+    residuals = vectors[0, -1].abs() * torch.linalg.vector_norm(space.rest).to(values)
+    residuals = residuals.clamp(min=torch.finfo(operator.dtype).eps * values.abs().max().item())
 
     def pairs(chosen: Tensor) -> Eigenpairs:
         ritz = vectors[0, :, chosen].T.to(space.basis) @ space.basis[0]

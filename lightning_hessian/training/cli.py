@@ -22,7 +22,7 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from lightning_hessian.suggestion import suggest_strength
 from lightning_hessian.training.classifier import Classifier
 from lightning_hessian.training.data import ImageData
-from lightning_hessian.training.report import Report, hessian_trace, report
+from lightning_hessian.training.report import Report, report
 from lightning_hessian.training.user_errors import in_one_line
 
 AUTO = "auto"
@@ -51,6 +51,7 @@ class Config:
     data: Any = MISSING
     model: Any = MISSING
     regularizer: Any = MISSING
+    monitor: Any = MISSING
     robustness: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
@@ -85,8 +86,8 @@ def train(config: DictConfig, directory: Path) -> Report:
     module = Classifier(net, data.classes, **config.optimizer)
     callbacks: list[Any] = [ModelCheckpoint(directory / "checkpoints", save_last=True)]
     regularizer = _regularizer(config.regularizer) if config.regularizer else None
-    robustness = hydra.utils.instantiate(config.robustness) if config.robustness else None
-    callbacks += [part for part in (regularizer, robustness) if part is not None]
+    others = [hydra.utils.instantiate(part) for part in (config.monitor, config.robustness) if part]
+    callbacks += [part for part in (regularizer, *others) if part is not None]
     logger = hydra.utils.instantiate(config.logger) if config.logger else False
     if logger:
         callbacks.append(LearningRateMonitor("step"))
@@ -100,8 +101,7 @@ def train(config: DictConfig, directory: Path) -> Report:
     trainer.fit(module, data, ckpt_path=config.resume)
     trainer.test(module, data, verbose=False)
     data.setup("fit")  # where processes were spawned, only they have done it
-    trace = hessian_trace(module, data, config.trace.samples, config.trace.probes, config.seed)
-    result = report(trainer, module, data, trace, config.trace.samples)
+    result = report(trainer, module, data, config.trace.samples, config.trace.probes, config.seed)
     if trainer.is_global_zero:
         print(result)
     return result
@@ -139,7 +139,7 @@ def _choose_strengths(
             each[i] = found.strength
             if trainer.is_global_zero:
                 print(
-                    f"strength        {found.strength:.4g} ({found.low:.2g} to {found.high:.2g} over "
+                    f"strength            {found.strength:.4g} ({found.low:.2g} to {found.high:.2g} over "
                     f"{len(found.by_batch)} batches), where the gradient of {penalty.name} is "
                     f"{100 * found.share:.3g} % of the task loss's"
                 )
