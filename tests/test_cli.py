@@ -55,6 +55,10 @@ def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run,
     assert re.search(r"test accuracy +0\.\d+", out)
     assert re.search(r"test loss +\d+\.\d+", out)
     assert re.search(r"Hessian trace +\S+ \+- \S+ \(10 probes, 64 training images, evaluation mode\)", out)
+    eigenvalue, residual = re.search(r"largest eigenvalue +(\S+) \(residual (\S+)\)", out).groups()
+    stability = re.search(r"stability +(\S+) \(learning rate 0.1 x largest eigenvalue / 2", out).group(1)
+    assert float(stability) == pytest.approx(0.05 * float(eigenvalue), rel=0.01)
+    assert float(residual) < 0.1 * float(eigenvalue)
     assert re.search(r"TensorBoard +\S*tensorboard --logdir '.*here'", out)
     logged = scalars(tmp_path / "here")
     assert {"curvature/hessian_trace", "train/penalty", "train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= (
@@ -66,6 +70,18 @@ def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run,
     )
     assert (tmp_path / "here/checkpoints/last.ckpt").is_file()
     assert OmegaConf.load(tmp_path / "here/config.yaml").regularizer.strength == 1e-3
+
+
+def test_the_monitor_logs_beside_the_penalty_and_changes_nothing(run, tmp_path):
+    plain, _, _ = run(*QUICK)
+    watched, err, status = run(*QUICK, "monitor=curvature", "monitor.density_runs=1", "hydra.run.dir=here")
+    assert status == 0, err
+    assert plain.split("files")[0] == watched.split("files")[0]
+    logged = scalars(tmp_path / "here")
+    assert {"curvature/hessian_trace", "curvature/trace", "curvature/largest_eigenvalue", "curvature/stability"} <= set(
+        logged
+    )
+    assert len(logged["curvature/trace"]) == 3
 
 
 def test_same_seed_same_numbers_and_another_seed_others(run):

@@ -383,8 +383,8 @@ def test_after_an_exception_everything_is_as_it_was():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": ["conv.*"]}, "'conv.\\*' matches no trainable parameter"),
-        ({"overlap": {"conv.*": 1}}, "'conv.\\*' matches no trainable parameter"),
+        ({"layers": ["conv.*"]}, "layers='conv.\\*' matches no trainable parameter"),
+        ({"overlap": {"conv.*": 1}}, "overlap='conv.\\*' matches no trainable parameter"),
         (
             {"eigenvalues": SIZE + 1, "iterations": 200},
             f"{SIZE + 1} eigenvalues are asked for, and the matrix has {SIZE}",

@@ -28,7 +28,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 
 def test_every_choice_in_the_table_of_groups_is_a_file():
     conf = Path(__file__).parents[1] / "conf"
-    for group in ("data", "model", "regularizer", "robustness", "trainer", "logger", "experiment"):
+    for group in ("data", "model", "regularizer", "monitor", "robustness", "trainer", "logger", "experiment"):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, re.MULTILINE)
         named = set(re.findall(r"`(\w+)`", row))
         assert {path.stem for path in (conf / group).glob("*.yaml")} == named

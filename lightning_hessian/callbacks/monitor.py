@@ -258,10 +258,12 @@ class CurvatureMonitor(Callback):
             chosen = select_parameters(dict(module.named_parameters()), self.parameters)
             size = sum(parameter.numel() for parameter in chosen.values())
             check_eigenvalues(self.eigenvalues, self.eigenvalues, self.iterations, size)
-            layers = (
-                _by_owner(chosen) if self.layers is None else {_short(g): _matching(chosen, g) for g in self.layers}
-            )
-            spaces = {_short(glob): (_matching(chosen, glob), k) for glob, k in self.overlap.items()}
+            layers = _by_owner(chosen)
+            if self.layers is not None:
+                layers = {_short(glob): list(select_parameters(chosen, glob, "layers")) for glob in self.layers}
+            spaces = {
+                _short(glob): (list(select_parameters(chosen, glob, "overlap")), k) for glob, k in self.overlap.items()
+            }
             for names, dimension in spaces.values():
                 size = sum(chosen[name].numel() for name in names)
                 check_eigenvalues(dimension, 0, self.iterations + dimension, size)
@@ -341,10 +343,6 @@ def _by_owner(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
     for name in parameters:
         layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
     return layers
-
-
-def _matching(parameters: Mapping[str, Tensor], glob: str) -> list[str]:
-    return list(select_parameters(parameters, glob))
 
 
 def _short(glob: str) -> str:

@@ -12,13 +12,16 @@ ParameterFilter = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 """A glob on parameter names, a list of globs, a predicate ``(name, parameter) -> bool``, or None for all."""
 
 
-def select_parameters(named: Mapping[str, Tensor], which: ParameterFilter = None) -> dict[str, Tensor]:
+def select_parameters(
+    named: Mapping[str, Tensor], which: ParameterFilter = None, setting: str = "parameters"
+) -> dict[str, Tensor]:
     """Return the parameters that require a gradient and that ``which`` chooses, in their own order.
 
     Args:
         named: parameters by name, for example ``dict(module.named_parameters())``.
         which: a glob (``"*.weight"``), a list of globs (one match suffices), a predicate
             ``(name, parameter) -> bool``, or None for all that require a gradient.
+        setting: what errors call ``which``.
 
     Raises:
         ValueError: nothing requires a gradient, or nothing is chosen; near names are listed.
@@ -41,25 +44,25 @@ def select_parameters(named: Mapping[str, Tensor], which: ParameterFilter = None
         chosen = {name: parameter for name, parameter in trainable.items() if which(name, parameter)}
         if not chosen:
             raise ValueError(
-                f"The predicate given as `parameters` chose none of the {len(trainable)} trainable parameters. "
+                f"The predicate given as `{setting}` chose none of the {len(trainable)} trainable parameters. "
                 f"Their names: {_listed(trainable)}."
             )
         return chosen
 
     globs = [which] if isinstance(which, str) else list(which)
     if not globs:
-        raise ValueError("parameters=[] chooses none. Pass a glob such as '*.weight', or None for all parameters.")
+        raise ValueError(f"{setting}=[] chooses none. Pass a glob such as '*.weight', or None for all parameters.")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in trainable):
             frozen = [name for name in named if name not in trainable and fnmatchcase(name, glob)]
             if frozen:
                 raise ValueError(
-                    f"parameters={glob!r} matches only frozen parameters ({_listed(frozen)}). "
+                    f"{setting}={glob!r} matches only frozen parameters ({_listed(frozen)}). "
                     "Unfreeze them or choose others."
                 )
             near = difflib.get_close_matches(glob, trainable, n=3, cutoff=0.0)
             raise ValueError(
-                f"parameters={glob!r} matches no trainable parameter. Near names: {', '.join(near)}. "
+                f"{setting}={glob!r} matches no trainable parameter. Near names: {', '.join(near)}. "
                 "Globs are matched against the whole name, so begin with '*' to match an ending."
             )
     return {name: parameter for name, parameter in trainable.items() if any(fnmatchcase(name, glob) for glob in globs)}

@@ -65,8 +65,8 @@ class Report:
                 f"Hessian trace       {self.trace.estimate:.4g} +- {self.trace.standard_error:.2g} "
                 f"({self.trace.matvecs} probes, {self.images} training images, evaluation mode)",
                 f"largest eigenvalue  {self.largest_eigenvalue:.4g} (residual {self.residual:.1g})",
-                f"stability           {self.stability:.3g} (learning rate {self.learning_rate:g} x largest eigenvalue / 2; "
-                "plain gradient descent is unstable above 1)",
+                f"stability           {self.stability:.3g} (learning rate {self.learning_rate:g} x largest eigenvalue "
+                "/ 2; plain gradient descent is unstable above 1)",
                 *(f"{name.removeprefix('robust/'):<30}{value:.4f}" for name, value in self.robustness.items()),
                 f"files               {self.directory}",
             ]
