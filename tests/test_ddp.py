@@ -64,11 +64,11 @@ def fit_two(tmp_path, module, regularizer, loader, **strategy):
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
 
-def joined(loader):
+def joined(loader, batches=STEPS):
     """The batches of both ranks, rank 0 first."""
     x, y = loader.dataset.tensors
     size = loader.batch_size
-    for step in range(STEPS):
+    for step in range(batches):
         parts = [slice(2 * size * step + rank, 2 * size * (step + 1), 2) for rank in range(2)]
         yield torch.cat([x[p] for p in parts]), torch.cat([y[p] for p in parts])
 
