@@ -11,7 +11,8 @@ Methods, in turn in every round, so that a machine whose speed drifts treats the
   (attention on the math backend, without which it does not run). Its gradient is wrong or missing through norms;
 - autograd, gauss_newton, central_difference, two_pass: `HessianTrace(method=...)` in the callback, without its logging;
 - two_pass / 4: the same with `every_n_steps=4`, the mean of four steps;
-- keep 0.5, keep 0.1: autograd with tensor dropout.
+- keep 0.5, keep 0.1: autograd with tensor dropout;
+- norm; norm, central_difference: `HessianNorm()` and `HessianNorm(method="central_difference")` after the first step.
 
 The time is the median over rounds; the memory what one step needs beyond the model at rest (on Linux or CUDA). The
 last column of the second table is the callback's own work on a step where it does not act. gpt is a small
@@ -60,7 +61,7 @@ CASES = {  # input shape, batch size
     "gpt": ((128,), 16),
 }
 METHODS = ["plain", "SAM", "hand-written", "autograd", "keep 0.5", "keep 0.1", "gauss_newton", "central_difference",
-           "two_pass", "two_pass / 4"]  # fmt: skip
+           "two_pass", "two_pass / 4", "norm", "norm, central_difference"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -116,13 +117,15 @@ class Case(L.LightningModule):
             "plain": self.plain,
             "SAM": self.sam,
             "hand-written": self.hand_written,
-            "autograd": self.penalised("autograd"),
-            "keep 0.5": self.penalised("autograd", keep=0.5),
-            "keep 0.1": self.penalised("autograd", keep=0.1),
-            "gauss_newton": self.penalised("gauss_newton"),
-            "central_difference": self.penalised("central_difference"),
-            "two_pass": self.penalised("two_pass"),
+            "autograd": self.penalised(lh.HessianTrace()),
+            "keep 0.5": self.penalised(lh.HessianTrace(keep=0.5)),
+            "keep 0.1": self.penalised(lh.HessianTrace(keep=0.1)),
+            "gauss_newton": self.penalised(lh.HessianTrace(method="gauss_newton")),
+            "central_difference": self.penalised(lh.HessianTrace(method="central_difference")),
+            "two_pass": self.penalised(lh.HessianTrace(method="two_pass")),
             "two_pass / 4": self.every_fourth(),
+            "norm": self.penalised(lh.HessianNorm()),
+            "norm, central_difference": self.penalised(lh.HessianNorm(method="central_difference")),
         }
         self.methods = {label: step for label, step in every.items() if label in arguments.methods}
 
@@ -184,8 +187,8 @@ class Case(L.LightningModule):
         hv = torch.autograd.grad(product, self.all, create_graph=True)
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
-    def penalised(self, method: str, **settings) -> Callable[[], None]:
-        regularizer = lh.HessianRegularizer(lh.HessianTrace(method=method, **settings), STRENGTH)
+    def penalised(self, penalty: lh.Penalty) -> Callable[[], None]:
+        regularizer = lh.HessianRegularizer(penalty, STRENGTH)
 
         def step() -> None:
             if not regularizer.has_begun(self.trainer):
@@ -195,7 +198,7 @@ class Case(L.LightningModule):
         return step
 
     def every_fourth(self) -> Callable[[], None]:
-        acting = self.penalised("two_pass")
+        acting = self.penalised(lh.HessianTrace(method="two_pass"))
 
         def four() -> None:
             acting()

@@ -31,7 +31,7 @@ def eigenvalues_over_training(history: Sequence[Curvature]) -> Figure:
     if edges:
         axes.plot(*zip(*edges, strict=True), "k--", linewidth=1, label="2 / learning rate")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="optimizer step", ylabel=f"eigenvalue of the Hessian ({_UNITS})")
+    axes.set(xlabel="optimizer step", ylabel=f"eigenvalue ({_UNITS})")
     axes.set_title(f"Eigenvalues over training, step {history[-1].step}")
     axes.legend(frameon=False)
     return figure
@@ -49,7 +49,7 @@ def spectral_density(density: SpectralDensity, step: int) -> Figure:
     axes.set(
         xlabel=f"eigenvalue of the Hessian ({_UNITS})",
         ylabel="density (parameter² / loss)",
-        title=f"Spectral density, step {step}, smeared by a Gaussian of {width:.2g}",
+        title=f"Spectral density, step {step} (Gaussian of {width:.2g})",
     )
     return figure
 
@@ -64,17 +64,17 @@ def traces_by_layer(curvature: Curvature) -> Figure:
     axes.invert_yaxis()  # the first layer on top
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(
-        xlabel=f"trace of the layer's block of the Hessian ({_UNITS}), ± standard error",
+        xlabel=f"trace of the layer's block ({_UNITS}), ± standard error",
         title=f"Trace by layer, step {curvature.step}",
     )
     return figure
 
 
-def _figure(height: float = 3.6) -> tuple[Figure, Any]:
+def _figure(height: float = 3.2) -> tuple[Figure, Any]:
     # Not by pyplot, whose figures live on, and which may open windows.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.2, height), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -319,7 +319,9 @@ class CurvatureMonitor(Callback):
         from lightning_hessian import figures
 
         now = history[-1]
-        drawn = {"eigenvalues": figures.eigenvalues_over_training(history)}
+        drawn = {}
+        if len(history) > 1:
+            drawn["eigenvalues"] = figures.eigenvalues_over_training(history)
         if now.layers:
             drawn["trace_by_layer"] = figures.traces_by_layer(now)
         if now.density is not None:
