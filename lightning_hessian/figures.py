@@ -45,7 +45,8 @@ def spectral_density(density: SpectralDensity, step: int) -> Figure:
     grid = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=density.nodes.dtype)
     values = density.on_grid(grid.to(density.nodes.device), width).cpu()
     axes.semilogy(grid.numpy(), values.numpy(), color="C0", linewidth=1)
-    axes.set_ylim(bottom=max(values.max().item() * 1e-8, 1e-12))
+    highest = values.max().item()
+    axes.set_ylim(max(highest * 1e-8, 1e-12), 5 * highest)
     axes.set(
         xlabel=f"eigenvalue of the Hessian ({_UNITS})",
         ylabel="density (parameter² / loss)",
