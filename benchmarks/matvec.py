@@ -44,7 +44,7 @@ def products(net: torch.nn.Module, batches: list) -> dict[str, Callable[[torch.T
     parameters = list(net.parameters())
 
     def loss(batch) -> torch.Tensor:
-        with lh.higher_order(net):
+        with lh.higher_order(net, derivatives=2):
             return F.cross_entropy(net(batch[0]), batch[1])
 
     def plain(v: torch.Tensor) -> torch.Tensor:

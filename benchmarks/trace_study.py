@@ -128,7 +128,7 @@ def curvature(module: Classifier, source: data.ImageData) -> tuple[float, float]
     batches = source.training_samples(200)
 
     def loss(batch):
-        with lh.higher_order(module):
+        with lh.higher_order(module, derivatives=2):
             return module.loss(batch)
 
     with evaluation_mode(module.modules()):

@@ -208,7 +208,7 @@ class Measurement:
         module, trainer = self.module, self.module.trainer
         several = trainer.world_size > 1
         random = RandomState.now(module.device)
-        context = higher_order(module)
+        context = higher_order(module, derivatives=2)
         with ExitStack() as stack:
             stack.callback(random.restore)
             stack.enter_context(torch.inference_mode(False))

@@ -188,8 +188,10 @@ class Passes:
                         leaves[id(x)] = x, _leaf(x, None if shifts is None else shifts[index])
                 inputs[id(penalty)] = tuple(leaves[id(x)][1] for x in originals)
             batch = self._fresh_batch({key: y for key, (_, y) in leaves.items()})
-            graph = max((penalty.derivatives for penalty in penalties), default=1) > 1
-            context = self._given_context or (higher_order(self.module) if graph else None)
+            derivatives = max((penalty.derivatives for penalty in penalties), default=1)
+            context = self._given_context
+            if context is None and derivatives > 1:
+                context = higher_order(self.module, derivatives)
             if context is not None:
                 stack.enter_context(context)
             losses = watch_losses()

@@ -120,7 +120,7 @@ def verify(
     penalty.check(dict(twin.named_parameters()))
     tensors = list(select_parameters(dict(twin.named_parameters())).values())
     batch = _float64(batch, tensors[0].device)
-    context = higher_order(twin)
+    context = higher_order(twin, derivatives=max(2, penalty.derivatives))
     latest: list[Passes] = []
 
     def task_loss() -> Tensor:

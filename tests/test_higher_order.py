@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 from nets import OnceDifferentiable
-from oracles import Differences, flat, relative_error
+from oracles import Differences, flat, hessian_by_differences, relative_error
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import lightning_hessian as lh
-from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.curvature import HessianOperator, ProbeSource
 
 
 class First(nn.Module):
@@ -262,6 +262,18 @@ def test_norms_refuse_what_the_fused_operator_refuses(norm):
         norm(x)
     with lh.higher_order(), pytest.raises(expected.type):
         norm(x)
+
+
+def test_a_fused_layer_norm_stays_where_two_derivatives_are_taken_and_they_are_right():
+    net, loss = surrounded(nn.LayerNorm(4))
+    with lh.higher_order(net, derivatives=2) as context:
+        task = loss(net)
+    assert context.replaced == {}
+    hessian = HessianOperator(task, net.parameters())
+    products = torch.stack([hessian.matvec(e) for e in torch.eye(hessian.size, dtype=torch.float64)])
+    assert relative_error(products, hessian_by_differences(net, loss)) < 1e-7
+    with pytest.raises(lh.HigherOrderError, match="NativeLayerNormBackward"):
+        HessianOperator(task, net.parameters(), differentiable=True)
 
 
 def test_compiled_modules_run_eagerly():

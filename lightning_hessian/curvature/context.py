@@ -64,6 +64,9 @@ _REPLACED: dict[Any, Callable[..., Tensor]] = {
     F.hardsigmoid: _hardsigmoid,
 }
 
+# Sound up to the second derivative, and faster there than as primitives.
+_SOUND_TWICE = {F.layer_norm, torch.layer_norm}
+
 # Right as they are, and slow when differentiated three times.
 _FASTER: dict[Any, Callable[..., Tensor]] = {F.softplus: activations.softplus, F.silu: activations.silu}
 
@@ -78,7 +81,7 @@ _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 class higher_order(TorchFunctionMode):
-    """Context manager: every operation of the forward pass inside is differentiable three times.
+    """Context manager: every operation of the forward pass inside is differentiable three times, or twice.
 
     Training on a curvature penalty differentiates the loss three times: for the gradient, for the Hessian-vector
     product, and for the penalty's own gradient. Inside this context
@@ -96,6 +99,8 @@ class higher_order(TorchFunctionMode):
         module: the model. Layers that cannot be made right (SyncBatchNorm across processes, spectral norm in training
             mode, sparse embeddings, TorchScript) are then found before anything runs, and errors give layers their
             full names.
+        derivatives: how often the loss will be differentiated: 3 to train on its Hessian; 2 to measure that, or to
+            train on first derivatives, where the fused layer norm is right, and faster than primitives.
 
     Attributes:
         replaced: the layers whose fused operator was replaced, by name, with the operator's name.
@@ -112,9 +117,10 @@ class higher_order(TorchFunctionMode):
         {'1': 'layer_norm'}
     """
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module | None = None, derivatives: int = 3) -> None:
         super().__init__()
         self.replaced: dict[str, str] = {}
+        self.derivatives = derivatives
         self._module = module
         self._recomputes = False
         self._first_caller: dict[str, nn.Module] = {}
@@ -142,7 +148,8 @@ class higher_order(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return func(*args, **kwargs)
-        if (primitive := _REPLACED.get(func)) is not None:
+        sound = self.derivatives < 3 and func in _SOUND_TWICE
+        if not sound and (primitive := _REPLACED.get(func)) is not None:
             self.replaced[self.layer_name(_calling_module())] = name.lstrip("_")
             with norms.statistics_at_rest() if self._recomputes else nullcontext():
                 return primitive(*args, **kwargs)
@@ -162,7 +169,7 @@ class higher_order(TorchFunctionMode):
 
     def _recomputing(self) -> higher_order:
         """A context in which a part of the forward pass is run again; it reports to this one."""
-        again = higher_order()
+        again = higher_order(derivatives=self.derivatives)
         again._module, again.replaced, again._first_caller = self._module, self.replaced, self._first_caller
         again._recomputes = True
         return again

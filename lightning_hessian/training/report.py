@@ -90,7 +90,7 @@ def report(trainer: Trainer, module: Classifier, data: ImageData, samples: int, 
     ]
 
     def loss(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        with higher_order(module):
+        with higher_order(module, derivatives=2):
             return module.loss(batch)
 
     with evaluation_mode(module.modules()):
