@@ -411,7 +411,7 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(settings, mess
         ({"n_batches": 0}, "n_batches=0"),
         ({"mode": "both"}, "mode='both'"),
         ({"probes": 1}, "probes=1"),
-        ({"eigenvalues": 21}, "iterations=20"),
+        ({"eigenvalues": 16}, "iterations=15"),
         ({"density_runs": -1}, "density_runs=-1"),
         ({"layers": "net.*"}, "must be a list of globs"),
         ({"overlap": {"net.*": 0}}, "overlap"),
