@@ -52,7 +52,8 @@ class Clock(L.Callback):
             monitor = lh.CurvatureMonitor(figures=False, **settings)
             for _ in range(2):
                 start = time.perf_counter()
-                monitor.on_train_start(trainer, pl_module)  # draws its batches, and measures
+                monitor.on_train_start(trainer, pl_module)  # draws its batches
+                monitor.on_train_batch_start(trainer, pl_module, None, 0)  # measures
                 seconds = time.perf_counter() - start
                 before, _ = self.measurements.get(name, (seconds, 0))
                 self.measurements[name] = min(seconds, before), monitor.history[-1].matvecs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.first_order import GradientSum, is_sharded, movable
-from lightning_hessian.passes import Pass, Passes, no_loss_again
+from lightning_hessian.passes import Passes, no_loss_again
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ def _along(
     with movable(difference.tensors) as move:
         for sign in (1, -1):
             move(v, sign * difference.step)
-            run = _run(module, passes, for_real and not ends)
+            run = passes.at_present(for_real and not ends)
             if run.loss is None and first and not ends:
                 raise _Skipped(run.output if for_real else passes.at_present(for_real=True).output)
             if run.loss is None:
@@ -247,20 +247,6 @@ class _Skipped(Exception):
 
     def __init__(self, output: Any) -> None:
         self.output = output
-
-
-def _run(module: LightningModule, passes: Passes, for_real: bool) -> Pass:
-    """The step at the present parameters, which it must leave alone."""
-    before = [(name, parameter, parameter._version) for name, parameter in module.named_parameters()]
-    run = passes.at_present(for_real)
-    for name, parameter, version in before:
-        if parameter._version != version:
-            raise MisconfigurationException(
-                f"The training step changes the parameter {name!r}, and a penalty that runs the step several times, at "
-                "other parameters, would change it as often. Change it in `on_train_batch_end` (moving averages of "
-                "weights, for example), or use method='autograd'."
-            )
-    return run
 
 
 def _add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,13 +11,14 @@ from functools import partial
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_hessian.batches import tensors_in
 from lightning_hessian.curvature import (
@@ -36,6 +38,10 @@ from lightning_hessian.state import RandomState, evaluation_mode, seed_all
 
 Loss = Callable[[LightningModule, Any], Tensor]
 """``loss(module, batch)``: the mean loss of a batch."""
+
+
+class NoLoss(MisconfigurationException):
+    """The step skips a batch that was to be measured."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,8 @@ class Measurement:
     """Measures one module on a fixed set of batches, as often as wanted.
 
     Args:
-        module: attached to a Trainer.
+        trainer: whose precision and processes are used.
+        module: the module.
         batches: this process's batches, on the module's device.
         parameters: with respect to which, by name.
         settings: what to measure.
@@ -142,6 +149,7 @@ class Measurement:
 
     def __init__(
         self,
+        trainer: Trainer,
         module: LightningModule,
         batches: Sequence[Any],
         parameters: Mapping[str, Tensor],
@@ -149,6 +157,7 @@ class Measurement:
         training_mode: bool,
         loss: Loss | None,
     ) -> None:
+        self.trainer = trainer
         self.module = module
         self.batches = batches
         self.parameters = parameters
@@ -205,12 +214,13 @@ class Measurement:
 
     @contextmanager
     def _operator_of(self) -> Iterator[Callable[[Sequence[str]], BatchedHessianOperator]]:
-        module, trainer = self.module, self.module.trainer
-        several = trainer.world_size > 1
-        random = RandomState.now(module.device)
+        module, trainer = self.module, self.trainer
+        # After a fit by spawned processes there is one again.
+        several = trainer.world_size > 1 and torch.distributed.is_initialized()
+        state = RandomState.now(module.device)
         context = higher_order(module, derivatives=2)
         with ExitStack() as stack:
-            stack.callback(random.restore)
+            stack.callback(state.restore)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_penalties())
@@ -218,12 +228,10 @@ class Measurement:
             stack.enter_context(trainer.precision_plugin.train_step_context())
             stack.enter_context(torch.autocast(module.device.type, enabled=False))
             stack.enter_context(evaluation_mode(() if self.training_mode else module.modules()))
-            if any(isinstance(layer, torch.nn.RNNBase) for layer in module.modules()):
-                # cuDNN's recurrent kernels have a backward pass in training mode only (pytorch#10006).
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_unfrozen(self.parameters.values()))
             passes = []
             for index, batch in enumerate(self.batches):
-                seed_all(self.settings.seed + index)  # the same dropout masks in every measurement
+                seed_all(self.settings.seed + index, module.device)  # the same dropout masks in every measurement
                 step = partial(self._step, index)
                 passes.append(Passes(module, step, batch, [], loss_of, repeated=True, context=context))
             stack.enter_context(context.explained())
@@ -231,11 +239,17 @@ class Measurement:
             def loss(index: int) -> Tensor:
                 found = passes[index].at_present(for_real=False).loss
                 if found is None:
-                    raise MisconfigurationException(
-                        "The training step returned None for a batch that CurvatureMonitor measures on, so there is no "
-                        "loss. Pass loss=lambda module, batch: ... to it."
-                    )
+                    raise no_loss
                 return found
+
+            no_loss = NoLoss(
+                "The training step returned None for a batch that CurvatureMonitor measures on, so there is no loss. "
+                "Pass loss=lambda module, batch: ... to it."
+            )
+            if several:  # products are collective: all ranks measure or none
+                complete = all(one.at_present(for_real=False).loss is not None for one in passes)
+                if not trainer.strategy.reduce_boolean_decision(complete, all=True):
+                    raise no_loss
 
             def operator_of(names: Sequence[str]) -> BatchedHessianOperator:
                 return BatchedHessianOperator(
@@ -254,6 +268,19 @@ class Measurement:
         return training_step(self.module, batch, index)
 
 
+@contextmanager
+def _unfrozen(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Measured is what was chosen at the start, also where a callback has frozen it since."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def _listed(pairs: Eigenpairs) -> list[tuple[float, float]]:
     return list(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True))
 
@@ -266,36 +293,66 @@ def samples_in(batch: Any) -> int:
 def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) -> list[Any]:
     """The first batches of a loader (or of several that Lightning combines), as the step gets them.
 
-    The loaders' workers and random generators, and the global random state, are left alone; shuffling follows the seed
-    where a loader has no generator of its own.
+    They come from copies of the loaders with samplers and random generators of their own, so that training gets the
+    batches that it would get; the global random state is left alone. Shuffling follows the seed where a loader has no
+    generator.
 
     Raises:
-        MisconfigurationException: a loader is an iterator, which would lose the batches.
+        MisconfigurationException: a loader or its dataset is an iterator, which would lose the batches, or a sampler
+            cannot be copied.
     """
     trainer = module.trainer
-    # A copy of a loader with an iterator of its own: one with persistent workers would start Lightning's anew.
-    copies = apply_to_collection(loaders, DataLoader, _fresh)
+    copies = apply_to_collection(loaders, DataLoader, _apart)
     if isinstance(copies, Iterator):
-        raise MisconfigurationException(
-            f"The dataloader is an iterator ({type(copies).__name__}): the batches that CurvatureMonitor would take "
-            "for its fixed set would be missing in training. Return a DataLoader or another iterable from the hook."
-        )
-    generators = [(generator, generator.get_state()) for generator in _generators(loaders)]
-    random = RandomState.now(module.device)
+        raise _one_pass_only(copies)
+    state = RandomState.now(module.device)
     try:
-        seed_all(seed)
+        seed_all(seed, module.device)
         with torch.inference_mode(False), torch.no_grad():
             return [_as_in_training(trainer, module, batch) for batch in islice(_batches(copies), count)]
     finally:
-        random.restore()
-        for generator, state in generators:
-            generator.set_state(state)
+        state.restore()
 
 
-def _fresh(loader: DataLoader) -> DataLoader:
-    loader = copy.copy(loader)
-    loader._iterator = None
-    return loader
+def _apart(loader: DataLoader) -> DataLoader:
+    """A copy that shares the data, and nothing that moves as they are read."""
+    dataset = _with_own_randomness(loader.dataset)
+    if isinstance(dataset, IterableDataset) and isinstance(dataset, Iterator):
+        raise _one_pass_only(dataset)
+    memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
+    moving = ("sampler", "batch_sampler", "generator")
+    try:
+        moved = {name: copy.deepcopy(getattr(loader, name), memo) for name in moving}
+    except TypeError as error:
+        raise MisconfigurationException(
+            "CurvatureMonitor draws its batches with a copy of the dataloader's sampler, and this one cannot be copied "
+            f"({error}). Keep what cannot be copied (an iterator, an open file) out of it, or give it a `__deepcopy__`."
+        ) from error
+    twin = copy.copy(loader)
+    # Past DataLoader's own check; with persistent workers its iterator is Lightning's.
+    vars(twin).update(moved, dataset=dataset, _iterator=None)
+    return twin
+
+
+def _with_own_randomness(dataset: Any) -> Any:
+    """A shallow copy whose random generators, and those of the datasets that it wraps, are copies."""
+    if not hasattr(dataset, "__dict__"):
+        return dataset
+    twin = copy.copy(dataset)
+    for name, value in vars(dataset).items():
+        if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            vars(twin)[name] = copy.deepcopy(value)
+        elif isinstance(value, Dataset):
+            vars(twin)[name] = _with_own_randomness(value)
+    return twin
+
+
+def _one_pass_only(iterator: Any) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"The data are an iterator ({type(iterator).__name__}), which can be gone through once: the batches that "
+        "CurvatureMonitor would take for its fixed set would be missing in training. Return a DataLoader, or an "
+        "iterable that begins anew each time, from the hook."
+    )
 
 
 def _batches(loaders: Any) -> Iterable[Any]:
@@ -304,19 +361,6 @@ def _batches(loaders: Any) -> Iterable[Any]:
         iter(combined)
         return (batch for batch, *_ in combined)
     return loaders
-
-
-def _generators(loaders: Any) -> list[torch.Generator]:
-    found: list[torch.Generator] = []
-
-    def look(loader: DataLoader) -> DataLoader:
-        for holder in (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)):
-            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
-                found.append(generator)
-        return loader
-
-    apply_to_collection(loaders, DataLoader, look)
-    return found
 
 
 def _as_in_training(trainer: Trainer, module: LightningModule, batch: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -129,8 +130,20 @@ class Passes:
 
         Args:
             for_real: whether this is the run whose logs, metrics, buffers and random numbers count.
+
+        Raises:
+            MisconfigurationException: the step changes a parameter, so it cannot be run more than once.
         """
-        return self._run([]) if for_real else self._run_again([])
+        before = [(name, parameter, parameter._version) for name, parameter in self.module.named_parameters()]
+        run = self._run([]) if for_real else self._run_again([])
+        for name, parameter, version in before:
+            if parameter._version != version:
+                raise MisconfigurationException(
+                    f"The training step changes the parameter {name!r}, and is run several times here, which would "
+                    "change it as often. Change it in `on_train_batch_end` (moving averages of weights, for example); "
+                    "or train with method='autograd', and measure with CurvatureMonitor(loss=...)."
+                )
+        return run
 
     def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
         """What the penalty is computed from."""
@@ -303,10 +316,12 @@ def _silent(module: nn.Module) -> Iterator[None]:
             replace(layer, "log", _nothing)
             replace(layer, "log_dict", _nothing)
         elif isinstance(layer, Metric):
-            replace(layer, "update", _nothing)
-            replace(layer, "forward", lambda *args, metric=layer, **kwargs: _known(metric._forward_cache))
-            replace(layer, "compute", lambda metric=layer: _known(metric._computed))
-            replace(layer, "reset", _nothing)
+            # One that has seen nothing has no value to tell again: a copy of it runs.
+            twin = copy.deepcopy(layer) if layer._update_count == 0 else None
+            replace(layer, "update", _nothing if twin is None else twin.update)
+            replace(layer, "forward", _forward(layer) if twin is None else twin.forward)
+            replace(layer, "compute", _compute(layer) if twin is None else twin.compute)
+            replace(layer, "reset", _nothing if twin is None else twin.reset)
     try:
         yield
     finally:
@@ -315,6 +330,14 @@ def _silent(module: nn.Module) -> Iterator[None]:
                 del layer.__dict__[name]
             else:
                 layer.__dict__[name] = before
+
+
+def _forward(metric: Metric) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _known(metric._forward_cache)
+
+
+def _compute(metric: Metric) -> Callable[[], Any]:
+    return lambda: _known(metric._computed)
 
 
 def _known(value: Any) -> Any:

@@ -44,9 +44,12 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda, self.device)
 
 
-def seed_all(seed: int) -> None:
-    """Seed PyTorch's, NumPy's and Python's global random states."""
-    torch.manual_seed(seed)
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed what :class:`RandomState` keeps: the global random states of the CPU and of one CUDA device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

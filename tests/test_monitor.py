@@ -17,7 +17,7 @@ from oracles import dense_hessian, hessian_by_differences
 from test_ddp import DealtInTurn
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_hessian as lh
@@ -127,6 +127,146 @@ def test_training_is_bit_equal_and_random_streams_are_untouched(settings):
     assert callback._measurement is None
 
 
+class OwnRandomness(TensorDataset):
+    def __init__(self, *tensors):
+        super().__init__(*tensors)
+        self.generator = torch.Generator().manual_seed(2)
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand((), generator=self.generator, dtype=x.dtype), y
+
+
+class NumpySampler(torch.utils.data.Sampler):
+    def __init__(self):
+        self.random = np.random.default_rng(1)
+
+    def __iter__(self):
+        return iter(self.random.permutation(ALL).tolist())
+
+    def __len__(self):
+        return ALL
+
+
+def loaders():
+    dataset = data().dataset
+    sampler = torch.utils.data.RandomSampler(dataset, generator=torch.Generator().manual_seed(1))
+    batches = torch.utils.data.BatchSampler(sampler, 8, drop_last=False)
+    return {
+        "dataset with a generator": DataLoader(OwnRandomness(X, Y), 8),
+        "subset of it": DataLoader(torch.utils.data.Subset(OwnRandomness(X, Y), range(40)), 8),
+        "NumPy's sampler": DataLoader(dataset, 8, sampler=NumpySampler()),
+        "batch sampler": DataLoader(dataset, batch_sampler=batches),
+    }
+
+
+@pytest.mark.parametrize("name", loaders())
+def test_training_gets_the_batches_that_it_would_get(name):
+    ends = []
+    for callbacks in ([], [monitor(n_batches=2, every_n_steps=4)]):
+        module = Plain()
+        fit(module, callbacks, loaders()[name], max_epochs=2)
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+
+
+class Awkward(Plain):
+    """Needs its own start hooks, uses its metric's value, and has a hook on a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(3)
+        self.net[0].weight.register_hook(lambda gradient: 0.5 * gradient)
+
+    def on_train_epoch_start(self):
+        self.outputs = []
+
+    def training_step(self, batch, batch_idx):
+        self.outputs.append(batch_idx)
+        logits = self.net(batch[0])
+        self.log("accuracy", self.accuracy(logits, batch[1]).detach())
+        return F.cross_entropy(logits, batch[1])
+
+
+def test_hooks_on_gradients_and_metrics_that_have_seen_nothing_do_not_matter():
+    module, callback = Awkward(), monitor(iterations=SIZE, layers=[])
+    exact = torch.linalg.eigvalsh(dense(module))
+    fit(module, [callback], data(ALL))
+    assert callback.history[0].largest[0][0] == pytest.approx(exact[-1].item(), rel=1e-8)
+    plain = Awkward()
+    fit(plain, [], data(ALL))
+    assert torch.equal(weights(module), weights(plain))
+
+
+class Teacher(Plain):
+    def __init__(self):
+        super().__init__()
+        self.teacher = nn.Linear(4, 6).double().requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        self.teacher.weight.lerp_(self.net[0].weight.detach(), 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_changes_parameters_is_refused_before_it_trains():
+    with pytest.raises(MisconfigurationException, match=r"'teacher.weight'.*CurvatureMonitor\(loss=...\)"):
+        fit(Teacher(), [monitor()])
+
+
+class Skips(Plain):
+    def training_step(self, batch, batch_idx):
+        return None if self.trainer.global_step >= 6 else super().training_step(batch, batch_idx)
+
+
+class Freezes(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(False)
+
+
+class Diverges(L.Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        with torch.no_grad():
+            pl_module.net[3].weight.fill_(float("nan"))
+
+
+def test_what_happens_later_does_not_stop_training(tmp_path):
+    callback = monitor(density_runs=1, png_directory=tmp_path)
+    with pytest.warns(UserWarning, match="At step 6 nothing is measured"):
+        fit(Skips(), [callback], max_epochs=2)
+    assert [one.step for one in callback.history] == [0]
+    callback, module = monitor(iterations=SIZE, layers=[]), Plain()
+    fit(module, [Freezes(), callback], data(ALL), max_epochs=2)
+    exact = torch.linalg.eigvalsh(dense(module))
+    assert callback.history[-1].largest[0][0] == pytest.approx(exact[-1].item(), rel=1e-8)
+    assert not module.net[0].weight.requires_grad
+    callback = monitor(density_runs=1, png_directory=tmp_path)
+    fit(Plain(), [Diverges(), callback])
+    assert callback.history[-1].trace.estimate != callback.history[-1].trace.estimate
+    assert callback.history[-1].largest[0][0] != callback.history[-1].largest[0][0]
+
+
+def test_validation_loaders_in_a_dict_and_not_yet_loaded():
+    module, first = Validated(), data(16)
+    exact = monitor(batches="val")
+    trainer = L.Trainer(**CPU, max_epochs=2, callbacks=[exact], num_sanity_val_steps=0, check_val_every_n_epoch=2)
+    trainer.fit(module, data(), {"a": first, "b": data(48)})
+    assert len(exact.history) == 3
+    values = trainer.validate(module, {"a": first, "b": data(48)}, verbose=False)
+    assert any("curvature/val/trace" in found for found in values)
+
+
+def test_the_history_is_that_of_the_run_also_after_a_test_of_another_checkpoint(tmp_path):
+    module, callback = Validated(), monitor(layers=[])
+    trainer = fit(module, [callback], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, data())
+    steps = [one.step for one in callback.history]
+    assert steps == [0, 6, 12, 18]
+    trainer.test(module, data(), ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    assert [one.step for one in callback.history] == steps
+
+
 def test_shuffled_loaders_without_a_generator_give_the_batches_of_the_seed():
     def first_batch(seed, before):
         torch.manual_seed(before)
@@ -190,7 +330,7 @@ def test_other_callbacks_can_look_at_the_values(tmp_path):
 
 
 class Validated(Plain):
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.inference = torch.is_inference_mode_enabled()
         self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
@@ -305,7 +445,7 @@ def test_manual_optimization_with_several_optimizers_and_a_loss_of_ones_own():
 
 def test_a_resumed_run_goes_on_with_its_history(tmp_path):
     def run(epochs, path=None):
-        callback = monitor(layers=["net.0.*"], density_runs=1)
+        callback = monitor(layers=["net.0.*"], density_runs=1, overlap={"net.3.*": 2})
         trainer = fit(Plain(), [callback], max_epochs=epochs, ckpt_path=path)
         return callback, trainer
 
@@ -440,7 +580,7 @@ def test_two_monitors_on_the_same_data_are_refused_and_on_different_data_are_not
 
 
 def test_a_dataloader_that_is_an_iterator_is_refused():
-    with pytest.raises(MisconfigurationException, match="The dataloader is an iterator"):
+    with pytest.raises(MisconfigurationException, match="The data are an iterator"):
         fit(Plain(), [monitor()], iter([(X, Y)]))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -20,19 +23,20 @@ from torch import Tensor
 from lightning_hessian.checks import choice, whole_number
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
 from lightning_hessian.curvature.spectrum import check_eigenvalues
-from lightning_hessian.measurement import Curvature, Loss, Measurement, Settings, fixed_batches
+from lightning_hessian.measurement import Curvature, Loss, Measurement, NoLoss, Settings, fixed_batches
 
 Stage = Literal["train", "val", "test"]
 _LOADERS = {"train": "train_dataloader", "val": "val_dataloaders", "test": "test_dataloaders"}
+_COUNTS = {"train": "num_training_batches", "val": "num_val_batches", "test": "num_test_batches"}
 
 
 class CurvatureMonitor(Callback):
     r"""Measure the curvature of the loss while a module trains, and change nothing.
 
-    H is the Hessian of the mean loss over a fixed set of batches (on all ranks together), in 32-bit precision or
-    better, whatever the training precision. Measured when training starts and then every n epochs or steps; in
-    ``trainer.validate`` and ``trainer.test`` once, on their data. Logged, with any logger, at the number of optimizer
-    steps taken, as ``curvature/...`` on training data and ``curvature/val/...``, ``curvature/test/...`` on others:
+    H is the Hessian of the mean loss over a fixed set of batches (on all ranks together), computed without autocast. It
+    is measured before the first training step and then every n epochs or steps; in ``trainer.validate`` and
+    ``trainer.test`` once, on their data, in evaluation mode. Logged, with any logger, at the number of steps taken, as
+    ``curvature/...`` on training data and ``curvature/val/...``, ``curvature/test/...`` on others:
 
     - ``trace``, ``trace_standard_error``, ``frobenius_norm``, ``trace/<layer>``: Hutchinson's estimates, from the same
       ``probes`` products;
@@ -43,18 +47,22 @@ class CurvatureMonitor(Callback):
       the number has no such meaning);
     - ``overlap/<layers>``: of the top eigenspace of these layers' block with its own at the last measurement.
 
-    In TensorBoard there are images besides: eigenvalues over training, traces by layer, the spectral density.
-    All values are in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and one of validation
-    data.
+    In TensorBoard there are images besides: eigenvalues over training, traces by layer, the spectral density. What was
+    measured on training steps is in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and one
+    of validation data.
 
-    The step runs silently for a measurement: ``self.log`` and torchmetrics do not notice, and modes, gradients, buffers
-    and random states stay as they are. (A list of its own that a step appends to grows.) A product costs about two
-    thirds of a training step on each batch; with more than one batch those of Lanczos cost twice that, because only
-    the graph of a single batch is kept.
+    The step runs silently: ``self.log`` and torchmetrics do not notice, and modes, gradients, buffers and random states
+    stay as they are. So training is the same bit by bit, where a step is a function of its batch, the module's
+    parameters and buffers, and the global random state. What it keeps elsewhere (an attribute that counts its calls, a
+    list that it appends to, ``self.logger.experiment``) and hooks on layers see the measurements too; a step that
+    changes a parameter is refused. A step that returns None later in training is not measured, with a warning.
+
+    A product costs about two thirds of a training step on each batch. With several batches those of Lanczos cost
+    twice that, because only the graph of a single batch is kept.
 
     Args:
         every_n_epochs: measure at the end of every n-th training epoch.
-        every_n_steps: measure after every n-th optimizer step instead.
+        every_n_steps: measure after every n-th optimizer step instead (in manual optimization: batch).
         batches: ``"train"`` or ``"val"``: on which data in training. (Of several validation dataloaders the first.)
         n_batches: how many of its batches, drawn once when training starts, by the seed where the loader shuffles.
             Where there are fewer, all.
@@ -62,8 +70,8 @@ class CurvatureMonitor(Callback):
             training, with the same dropout masks in every measurement.
         probes: of Hutchinson's estimates, at least 2.
         eigenvalues: how many at either end of the spectrum.
-        iterations: of Lanczos. Memory: this many vectors of the parameters' size.
-        density_runs: runs of Lanczos for the spectral density, each as long; 0 for none.
+        iterations: of Lanczos. Memory: as many vectors of the parameters' size, and some three for each probe.
+        density_runs: runs of Lanczos for the spectral density, each as long and with its own memory; 0 for none.
         layers: globs on parameter names, each of which is a layer whose trace is logged; by default every layer that
             has parameters of its own. An empty list for none.
         overlap: the dimension of the top eigenspaces to compare, by globs on parameter names:
@@ -145,7 +153,10 @@ class CurvatureMonitor(Callback):
         self.history: list[Curvature] = []
         self._measurement: Measurement | None = None
         self._spaces: dict[str, Tensor] = {}
+        self._overlaps_here: dict[str, float] = {}
         self._steps_seen = 0
+        self._is_first = False
+        self._is_fitting = False
 
     @property
     def state_key(self) -> str:
@@ -155,9 +166,11 @@ class CurvatureMonitor(Callback):
         return {"history": [one.state_dict() for one in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.history = [Curvature.from_state_dict(one) for one in state_dict["history"]]
+        if self._is_fitting:  # a checkpoint that is tested has another one's history
+            self.history = [Curvature.from_state_dict(one) for one in state_dict["history"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_fitting = stage == "fit"
         if stage == "predict":
             return
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
@@ -173,6 +186,8 @@ class CurvatureMonitor(Callback):
             )
         if self.loss is None:
             self._refuse_step(pl_module)
+        if self.png_directory is not None and trainer.is_global_zero:
+            self.png_directory.mkdir(parents=True, exist_ok=True)
         if self.figures and self._tensorboards(trainer) and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
 
@@ -192,13 +207,20 @@ class CurvatureMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        # Of a run that goes on, what was measured here already is measured again.
-        self.history = [one for one in self.history if trainer.ckpt_path is not None and one.step < step]
+        here = [one for one in self.history if one.step == step]
+        # Of a run that goes on, what was measured here already is measured again, but for what it was compared with.
+        self._overlaps_here = dict(here[0].overlaps) if here else {}
+        self.history = [one for one in self.history if one.step < step]
         self._spaces = {}
         self._steps_seen = trainer.global_step
         self._say_learning_rate(trainer)
         self._measurement = self._prepared(trainer, pl_module, self.batches)
-        self._take(trainer, step)
+        self._is_first = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._is_first:  # not in `on_train_start`, which the module's own hooks follow
+            self._take(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._is_first = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -223,7 +245,7 @@ class CurvatureMonitor(Callback):
         self.on_fit_end(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
+        if trainer.state.fn == TrainerFn.VALIDATING:
             self._take_alone(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,13 +260,20 @@ class CurvatureMonitor(Callback):
 
     def _take(self, trainer: Trainer, step: int) -> None:
         assert self._measurement is not None
-        curvature, spaces = self._measurement.take(step, self._learning_rate(trainer))
+        try:
+            curvature, spaces = self._measurement.take(step, self._learning_rate(trainer))
+        except NoLoss as error:
+            if self._is_first:
+                raise
+            rank_zero_warn(f"At step {step} nothing is measured. {error}")
+            return
         overlaps = {
             group: subspace_overlap(self._spaces[group], space)
             for group, space in spaces.items()
             if group in self._spaces
         }
-        curvature.overlaps.update(overlaps)
+        curvature.overlaps.update(overlaps, **self._overlaps_here)
+        self._overlaps_here = {}
         self._spaces = spaces
         self.history.append(curvature)
         scalars = {_key(self.batches, name): value for name, value in curvature.scalars().items()}
@@ -273,18 +302,31 @@ class CurvatureMonitor(Callback):
             self.probes, self.eigenvalues, self.iterations, self.density_runs, layers, spaces, self.seed
         )
         batches = self._fixed_batches(trainer, module, stage)
-        return Measurement(module, batches, chosen, settings, self.mode == "train", self.loss)
+        return Measurement(trainer, module, batches, chosen, settings, self.mode == "train", self.loss)
 
     def _fixed_batches(self, trainer: Trainer, module: LightningModule, stage: Stage) -> list[Any]:
-        loaders = getattr(trainer, _LOADERS[stage])
-        if stage != "train" and isinstance(loaders, list | tuple):
-            loaders = loaders[0] if loaders else None
-        if loaders is None:
-            raise MisconfigurationException(
-                f"CurvatureMonitor(batches={stage!r}) finds no such data: {type(module).__name__} has no validation "
-                "(dataloader and validation_step), or it is switched off by limit_val_batches=0. Pass batches='train'."
-            )
-        batches = fixed_batches(module, loaders, self.n_batches, self.seed)
+        in_fit = trainer.state.fn == TrainerFn.FITTING
+        try:
+            if stage == "val" and in_fit:
+                trainer.validating = True  # hooks that prepare batches look at this
+                if trainer.val_dataloaders is None and trainer.enable_validation:  # nothing was validated yet
+                    trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            loaders = getattr(trainer, _LOADERS[stage])
+            available: Any = getattr(trainer, _COUNTS[stage])
+            if stage != "train" and isinstance(loaders, Mapping | list | tuple):
+                loaders = next(iter(loaders.values() if isinstance(loaders, Mapping) else loaders), None)
+            if stage != "train":
+                available = next(iter(available), 0)
+            if loaders is None:
+                raise MisconfigurationException(
+                    f"CurvatureMonitor(batches={stage!r}) finds no such data: {type(module).__name__} has no "
+                    "validation (dataloader and validation_step), or it is switched off by limit_val_batches=0. Pass "
+                    "batches='train'."
+                )
+            batches = fixed_batches(module, loaders, int(min(self.n_batches, available)), self.seed)
+        finally:
+            if in_fit:
+                trainer.training = True
         if not batches:
             raise MisconfigurationException("The dataloader that CurvatureMonitor measures on gives no batch.")
         if len(batches) < self.n_batches:
@@ -295,18 +337,17 @@ class CurvatureMonitor(Callback):
         return batches
 
     def _say_learning_rate(self, trainer: Trainer) -> None:
-        rates = {float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        rates = _learning_rates(trainer)
         if not rates:
-            rank_zero_info("CurvatureMonitor logs no stability: there is no optimizer, and so no learning rate.")
-        elif len(rates) > 1 or len(trainer.optimizers) > 1:
+            rank_zero_info("CurvatureMonitor logs no stability: there is no optimizer with a learning rate.")
+        elif len(set(rates)) > 1 or len(trainer.optimizers) > 1:
             rank_zero_info(
-                f"CurvatureMonitor takes the largest of the learning rates {sorted(rates)} (of "
+                f"CurvatureMonitor takes the largest of the learning rates {sorted(set(rates))} (of "
                 f"{len(trainer.optimizers)} optimizers) for the stability, which is then an upper bound."
             )
 
     def _learning_rate(self, trainer: Trainer) -> float | None:
-        rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        return max(rates, default=None)
+        return max(_learning_rates(trainer), default=None)
 
     def _tensorboards(self, trainer: Trainer) -> list[TensorBoardLogger]:
         return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
@@ -319,7 +360,10 @@ class CurvatureMonitor(Callback):
         from lightning_hessian import figures
 
         now = history[-1]
+        if not all(math.isfinite(value) for value in now.scalars().values()):
+            return  # the weights have diverged
         drawn = {}
+        history = [one for one in history if all(math.isfinite(value) for value, _ in one.largest + one.smallest)]
         if len(history) > 1:
             drawn["eigenvalues"] = figures.eigenvalues_over_training(history)
         if now.layers:
@@ -330,12 +374,17 @@ class CurvatureMonitor(Callback):
             for board in boards:
                 board.experiment.add_figure(_key(stage, name), figure, global_step=now.step)
             if self.png_directory is not None:
-                self.png_directory.mkdir(parents=True, exist_ok=True)
                 prefix = "" if stage == "train" else f"{stage}_"
                 figure.savefig(self.png_directory / f"{prefix}{name}_step={now.step}.png")
 
 
+def _learning_rates(trainer: Trainer) -> list[float]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [float(group["lr"]) for group in groups if group.get("lr") is not None]
+
+
 def _key(stage: Stage, name: str) -> str:
+    name = re.sub(r"[^\w./ -]", "_", name)  # what every logger takes
     return f"curvature/{name}" if stage == "train" else f"curvature/{stage}/{name}"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature.first_order import local
-from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes
+from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
 from lightning_hessian.injection import by_name, penalised
 from lightning_hessian.passes import check_layer
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
@@ -210,7 +210,8 @@ class HessianRegularizer(Callback):
         """Once in a fit, see that the term can be differentiated, while an error still leaves all gradients alone."""
         if id(penalty) not in self._tried_backward and term.requires_grad:
             trained = [parameter for parameter in parameters if parameter.requires_grad]
-            torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+            with without_hooks(trained):
+                torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
             self._tried_backward.add(id(penalty))
 
     def needs_backward(self, loss: Tensor) -> bool:
@@ -307,6 +308,7 @@ class HessianRegularizer(Callback):
         _restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._resumed_by = None
         _restore(pl_module)
 
 

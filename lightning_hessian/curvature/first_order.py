@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_hessian.curvature.graph import without_hooks
+
 Move = Callable[[Sequence[Tensor], float], None]
 """(v, step) -> None: put the tensors at theta + step v."""
 
@@ -97,7 +99,7 @@ class GradientSum:
             look: called with the loss's own gradient, by tensor; what it returns is returned.
         """
         scaled = loss if self.scale == 1 else loss * self.scale
-        with _without_hooks(self.tensors):  # they see the sum, once
+        with without_hooks(self.tensors):  # they see the sum, once
             found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
         if self.scale != 1:
             found = [None if gradient is None else gradient / self.scale for gradient in found]
@@ -139,25 +141,6 @@ class GradientSum:
         finally:
             for tensor, gradient in zip(self.tensors, before, strict=True):
                 tensor.grad = gradient
-
-
-@contextmanager
-def _without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, no hook that was registered on a tensor's gradient is called."""
-    tables = [
-        table
-        for tensor in tensors
-        for table in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
-        if table
-    ]
-    kept = [dict(table) for table in tables]
-    try:
-        for table in tables:
-            table.clear()
-        yield
-    finally:
-        for table, hooks in zip(tables, kept, strict=True):
-            table.update(hooks)
 
 
 class _Known(torch.autograd.Function):

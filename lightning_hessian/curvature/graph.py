@@ -1,9 +1,10 @@
-"""Looking through the graph of a result, without differentiating it."""
+"""Looking through the graph of a result, and what hangs on its tensors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,3 +73,22 @@ def kinks(result: Tensor) -> list[str]:
         ['ReluBackward0']
     """
     return sorted({node.name() for node in nodes(result) if _KINKED.search(node.name())})
+
+
+@contextmanager
+def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, no hook that was registered on a tensor's gradient is called."""
+    tables = [
+        table
+        for tensor in tensors
+        for table in (tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None))
+        if table
+    ]
+    kept = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.clear()
+        yield
+    finally:
+        for table, hooks in zip(tables, kept, strict=True):
+            table.update(hooks)

@@ -27,10 +27,14 @@ class Krylov:
     rest: Tensor
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """The eigenvalues of T, ascending, of shape (samples, m), and its eigenvectors, in columns."""
+        """The eigenvalues of T, ascending, of shape (samples, m), and its eigenvectors, in columns.
+
+        NaN where T is not finite, as where weights have diverged.
+        """
         exact = torch.promote_types(self.projected.dtype, torch.float32)  # there is no eigh for half precision
-        values, vectors = torch.linalg.eigh(self.projected.to(exact))
-        return values, vectors
+        finite = self.projected.isfinite().all()
+        values, vectors = torch.linalg.eigh(torch.where(finite, self.projected, 0).to(exact))
+        return torch.where(finite, values, torch.nan), torch.where(finite, vectors, torch.nan)
 
 
 def unit(v: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.curvature.context import refuse_unsound_graph
+from lightning_hessian.curvature.graph import without_hooks
 
 
 class LinearOperator(Protocol):
@@ -252,15 +253,16 @@ def vector_jacobian_product(
     curved = [(output, part) for output, part in zip(outputs, v, strict=True) if output.requires_grad]
     if not curved:
         return [torch.zeros_like(tensor) for tensor in tensors]
-    return torch.autograd.grad(
-        [output for output, _ in curved],
-        tensors,
-        [part for _, part in curved],
-        create_graph=create_graph,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    with without_hooks(tensors):  # they are for the gradient that is trained on
+        return torch.autograd.grad(
+            [output for output, _ in curved],
+            tensors,
+            [part for _, part in curved],
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
 
 
 def _gradient(loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
@@ -270,4 +272,5 @@ def _gradient(loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
             "and without `.detach()`, `.item()` or `torch.no_grad()` on the way."
         )
     # Never `backward(create_graph=True)`: it ties parameters and gradients into a cycle that is not freed.
-    return torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True, materialize_grads=True)
+    with without_hooks(tensors):
+        return torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True, materialize_grads=True)

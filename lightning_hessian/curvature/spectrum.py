@@ -14,6 +14,9 @@ from lightning_hessian.curvature.krylov import krylov
 from lightning_hessian.curvature.operators import LinearOperator, matmat
 from lightning_hessian.curvature.probes import ProbeSource
 
+_ROUNDING = 30
+"""Units of rounding of the largest eigenvalue below which no residual is believed."""
+
 
 @dataclass(frozen=True)
 class Eigenpairs:
@@ -81,7 +84,7 @@ def extreme_eigenvalues(
     values, vectors = space.ritz()
     # A y - theta y = (last entry of the eigenvector of T) r.
     residuals = vectors[0, -1].abs() * torch.linalg.vector_norm(space.rest).to(values)
-    residuals = residuals.clamp(min=torch.finfo(operator.dtype).eps * values.abs().max().item())
+    residuals = residuals.clamp(min=_ROUNDING * torch.finfo(operator.dtype).eps * values.abs().max().item())
 
     def pairs(chosen: Tensor) -> Eigenpairs:
         ritz = vectors[0, :, chosen].T.to(space.basis) @ space.basis[0]

@@ -300,6 +300,6 @@ def _exact_trace(hessian: HessianOperator, sizes: _Sizes) -> Tensor:
             continue
         squares = torch.ones_like(tensor) if sizes is None else sizes[k].expand_as(tensor).square()
         for i, (entry, square) in enumerate(zip(gradient.reshape(-1), squares.reshape(-1), strict=True)):
-            (row,) = torch.autograd.grad(entry, tensor, create_graph=True, allow_unused=True, materialize_grads=True)
+            (row,) = vector_jacobian_product([entry], [tensor], [torch.ones_like(entry)], create_graph=True)
             diagonal.append(square * row.reshape(-1)[i])
     return torch.stack(diagonal).sum() if diagonal else hessian.gradient[0].new_zeros(())
