@@ -48,8 +48,8 @@ class CurvatureMonitor(Callback):
     - ``overlap/<layers>``: of the top eigenspace of these layers' block with its own at the last measurement.
 
     In TensorBoard there are images besides: eigenvalues over training, traces by layer, the spectral density. What was
-    measured on training steps is in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and one
-    of validation data.
+    measured on training steps is in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and
+    one of validation data.
 
     The step runs silently: ``self.log`` and torchmetrics do not notice, and modes, gradients, buffers and random states
     stay as they are. So training is the same bit by bit, where a step is a function of its batch, the module's
@@ -57,8 +57,8 @@ class CurvatureMonitor(Callback):
     list that it appends to, ``self.logger.experiment``) and hooks on layers see the measurements too; a step that
     changes a parameter is refused. A step that returns None later in training is not measured, with a warning.
 
-    A product costs about two thirds of a training step on each batch. With several batches those of Lanczos cost
-    twice that, because only the graph of a single batch is kept.
+    A product costs about two training steps on each batch. With several batches those of Lanczos cost nearly twice
+    that, because only the graph of a single batch is kept.
 
     Args:
         every_n_epochs: measure at the end of every n-th training epoch.
