@@ -555,3 +555,27 @@ def test_lightning_cli(tmp_path, monkeypatch):
     )
     callback = next(c for c in cli.trainer.callbacks if isinstance(c, lh.HessianRegularizer))
     assert (callback.strength, callback.penalty.keep) == (0.01, 0.5)
+
+
+class Halved(L.Callback):
+    def on_after_backward(self, trainer, pl_module):
+        pl_module.net[0].weight.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "penalty",
+    [lambda: lh.HessianTrace(), lambda: lh.HessianTrace(method="gauss_newton"), lambda: lh.HessianNorm()],
+    ids=["trace", "gauss_newton", "norm"],
+)
+def test_a_hook_on_a_gradient_sees_the_one_that_is_trained_on_and_no_other(penalty):
+    hooked, plain, calls = Classifier(), Classifier(), []
+
+    def halve(gradient):
+        calls.append(1)
+        return 0.5 * gradient
+
+    hooked.net[0].weight.register_hook(halve)
+    fit(hooked, [lh.HessianRegularizer(penalty(), 0.05)])
+    fit(plain, [lh.HessianRegularizer(penalty(), 0.05), Halved()])
+    assert len(calls) == 6
+    torch.testing.assert_close(weights(hooked), weights(plain), rtol=1e-10, atol=1e-12)

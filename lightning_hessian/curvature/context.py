@@ -28,7 +28,7 @@ class HigherOrderError(RuntimeError):
     """An operator or a layer cannot be differentiated as often as a curvature penalty needs."""
 
 
-_OTHERWISE = "HessianTrace(method='two_pass') takes it as it is: it needs ordinary backward passes only."
+_OTHERWISE = "As a penalty, HessianTrace(method='two_pass') takes it as it is: it needs ordinary backward passes only."
 
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float,
@@ -194,11 +194,12 @@ class higher_order(TorchFunctionMode):
                 raise
             called = [name for name in self._first_caller if _same_operator(name, operator)]
             caller = self._first_caller[max(called, key=len)] if called else None
+            times = {2: "two", 3: "three"}[self.derivatives]
             where = f" (called in {self.layer_name(caller)})" if caller is not None else ""
             raise HigherOrderError(
-                f"The operator {operator}{where} cannot be differentiated three times, as a curvature penalty needs. "
-                "Replace it by one that can, or keep it out of the penalty's way: choose with `parameters=` "
-                f"only parameters whose gradient does not pass through it. {_OTHERWISE}"
+                f"The operator {operator}{where} cannot be differentiated {times} times, as curvature needs. Replace "
+                "it by one that can, or keep it out of the way: choose with `parameters=` only parameters whose "
+                f"gradient does not pass through it. {_OTHERWISE}"
             ) from error
 
 
