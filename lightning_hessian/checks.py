@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import SupportsFloat
 
@@ -39,6 +40,12 @@ def whole_number(name: str, value: object, least: int | None = None, meaning: st
     if not is_whole(value) or (least is not None and value < least):  # type: ignore[operator]
         at_least = "" if least is None else f" of at least {least}"
         raise ValueError(f"{name}={value!r} must be a whole number{at_least}{f': {meaning}' if meaning else ''}.")
+
+
+def positive_or_none(name: str, value: object, meaning: str) -> None:
+    """Raise a ValueError unless the value is None or a positive, finite number."""
+    if value is not None and not (is_number(value) and 0 < float(value) < math.inf):  # type: ignore[arg-type]
+        raise ValueError(f"{name}={value!r} must be a positive number, {meaning}, or None.")
 
 
 def count_or_all(name: str, value: object, exact: str) -> None:

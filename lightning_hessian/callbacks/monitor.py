@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -261,7 +262,7 @@ class CurvatureMonitor(Callback):
     def _take(self, trainer: Trainer, step: int) -> None:
         assert self._measurement is not None
         try:
-            curvature, spaces = self._measurement.take(step, self._learning_rate(trainer))
+            curvature, spaces = self._measurement.take(step, max(_learning_rates(trainer), default=None))
         except NoLoss as error:
             if self._is_first:
                 raise
@@ -272,7 +273,7 @@ class CurvatureMonitor(Callback):
             for group, space in spaces.items()
             if group in self._spaces
         }
-        curvature.overlaps.update(overlaps, **self._overlaps_here)
+        curvature = dataclasses.replace(curvature, overlaps=overlaps | self._overlaps_here)
         self._overlaps_here = {}
         self._spaces = spaces
         self.history.append(curvature)
@@ -345,9 +346,6 @@ class CurvatureMonitor(Callback):
                 f"CurvatureMonitor takes the largest of the learning rates {sorted(set(rates))} (of "
                 f"{len(trainer.optimizers)} optimizers) for the stability, which is then an upper bound."
             )
-
-    def _learning_rate(self, trainer: Trainer) -> float | None:
-        return max(_learning_rates(trainer), default=None)
 
     def _tensorboards(self, trainer: Trainer) -> list[TensorBoardLogger]:
         return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

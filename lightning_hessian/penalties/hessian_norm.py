@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hessian.checks import choice, is_number, whole_number
+from lightning_hessian.checks import choice, positive_or_none, whole_number
 from lightning_hessian.curvature import (
     HessianOperator,
     ParameterFilter,
@@ -100,8 +99,7 @@ class HessianNorm(Penalty):
     ) -> None:
         whole_number("iterations", iterations, 1, "the power iterations of a step")
         choice("method", method, get_args(Method))
-        if step is not None and not (is_number(step) and 0 < float(step) < math.inf):
-            raise ValueError(f"step={step!r} must be a positive number, how far the parameters move, or None.")
+        positive_or_none("step", step, "how far the parameters move")
         if step is not None and method != "central_difference":
             raise ValueError(f"step={step} is that of method='central_difference', not {method!r}.")
         self.iterations = iterations

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hessian.checks import choice, count_or_all, is_number
+from lightning_hessian.checks import choice, count_or_all, is_number, positive_or_none
 from lightning_hessian.curvature import HessianOperator, ParameterFilter, ProbeSource, select_parameters
 from lightning_hessian.curvature.first_order import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
@@ -125,8 +125,7 @@ class HessianTrace(Penalty):
             raise ValueError(f"probes=-1 asks for the exact trace and keep={keep} for a random part of it: choose one.")
         if clamp is not None and not (is_number(clamp) and math.isfinite(clamp)):
             raise ValueError(f"clamp={clamp!r} must be a finite number, the lower bound of the penalty, or None.")
-        if step is not None and not (is_number(step) and 0 < float(step) < math.inf):
-            raise ValueError(f"step={step!r} must be a positive number, by how much each entry moves, or None.")
+        positive_or_none("step", step, "by how much each entry moves")
         if probes == -1 and method != "autograd":
             raise ValueError(f"probes=-1, the exact trace, is for method='autograd', not {method!r}.")
         if clamp is not None and method in _DIFFERENCES:
