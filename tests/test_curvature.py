@@ -42,6 +42,12 @@ def test_the_batched_hessian_is_that_of_the_mean_over_all_samples():
     assert relative_error(operator.matvec(v), dense @ v) < 1e-12
 
 
+@pytest.mark.parametrize(("batches", "message"), [([], "no batch"), ([(X[:0], Y[:0])], "no sample")])
+def test_batches_without_samples_are_refused(batches, message):
+    with pytest.raises(ValueError, match=message):
+        BatchedHessianOperator(lambda batch: batch[0].sum(), network().parameters(), batches, lambda b: len(b[0]))
+
+
 def test_a_loss_linear_in_the_parameters_has_no_curvature():
     w, unused = (torch.ones(3, requires_grad=True) for _ in range(2))
     operator = HessianOperator(w.sum(), [w, unused])

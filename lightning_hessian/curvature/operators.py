@@ -126,7 +126,7 @@ class BatchedHessianOperator(_TensorOperator):
         sum_over_ranks: the sum of a tensor over all processes, where each has batches of its own.
 
     Raises:
-        ValueError: there is no batch.
+        ValueError: there is no batch, or none of them has a sample.
 
     Example:
         >>> x = torch.tensor([1.0], requires_grad=True)
@@ -151,6 +151,8 @@ class BatchedHessianOperator(_TensorOperator):
         self.sum_over_ranks = sum_over_ranks
         counts = [samples(batch) for batch in batches]
         total = self._summed(torch.tensor(float(sum(counts)), device=self.device)).item()
+        if total == 0:
+            raise ValueError("The batches hold no sample, so their mean loss does not exist. Look at the dataset.")
         self.weights = [count / total for count in counts]
         self._only: HessianOperator | None = None
 
