@@ -1,7 +1,8 @@
 """Matrix-free curvature in pure torch: operators, probes, estimators, and ``higher_order()``."""
 
-from lightning_hessian.curvature.context import HigherOrderError, higher_order, refuse_unsound_graph
+from lightning_hessian.curvature.context import higher_order
 from lightning_hessian.curvature.directions import lanczos, power_iteration
+from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.losses import watch_losses
 from lightning_hessian.curvature.operators import (
     BatchedHessianOperator,
@@ -12,6 +13,7 @@ from lightning_hessian.curvature.operators import (
 )
 from lightning_hessian.curvature.parameters import ParameterFilter, select_parameters
 from lightning_hessian.curvature.probes import ProbeSource
+from lightning_hessian.curvature.refusals import refuse_unsound_graph
 from lightning_hessian.curvature.spectrum import (
     Eigenpairs,
     ExtremeEigenvalues,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_hessian.curvature.graph import depends, has_parameters
+from lightning_hessian.curvature.graph import depends, leaves
 from lightning_hessian.curvature.losses import LossCall, watch_losses
 from lightning_hessian.curvature.probes import ProbeSource, rademacher
 
 
-def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, index: int) -> list[tuple[Tensor, Tensor]]:
+def random_factors(
+    losses: watch_losses, loss: Tensor, parameters: Iterable[Tensor], probes: ProbeSource, index: int
+) -> list[tuple[Tensor, Tensor]]:
     r"""Pairs (z, S u) with E_u [J' S u (J' S u)'] = G, where J is the outputs' Jacobian by anything.
 
     .. math:: G = \sum_e J_e' S_e S_e' J_e, \qquad S_e S_e' = \frac{\partial^2 L}{\partial z_e^2}, \qquad u = \pm 1
@@ -31,6 +34,7 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
     Args:
         losses: the calls of loss functions seen in the step.
         loss: the step's loss, with its graph.
+        parameters: all that are trained.
         probes: where u comes from.
         index: of the probe.
 
@@ -38,8 +42,8 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
         For each call the outputs z and S u, of z's shape and with their graph.
 
     Raises:
-        ValueError: no loss function was seen, one has no such formula, targets depend on parameters, the loss is not
-            linear in what a function returns, or an element's weight is negative.
+        ValueError: no loss function was seen, one has no such formula, its targets, weights or factor depend on
+            parameters, the loss is not linear in what a function returns, or an element's weight is negative.
 
     Source:
         Schraudolph 2002; Dauphin et al. 2024 (arXiv 2401.10809) on training with its trace.
@@ -51,9 +55,9 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
             "the step: the loss comes from none of cross_entropy, binary_cross_entropy_with_logits, mse_loss or their "
             "modules. Call one of them, or use method='autograd' or method='two_pass'."
         )
-    factors = []
+    factors, trained = [], list(parameters)
     for position, call in enumerate(calls):
-        _refuse_others(call, loss)
+        _refuse_others(call, loss, trained)
         z = call.arguments["input"] - call.arguments["target"] if call.function is F.mse_loss else call.outputs
         generator = probes.generator(index * len(calls) + position, z.device)
         exact = torch.promote_types(z.dtype, torch.float32)
@@ -62,8 +66,9 @@ def random_factors(losses: watch_losses, loss: Tensor, probes: ProbeSource, inde
     return factors
 
 
-def _refuse_others(call: LossCall, loss: Tensor) -> None:
-    """The formulas are for a loss that is linear in what the loss function returns, and for constant targets."""
+def _refuse_others(call: LossCall, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+    """The formulas are for a loss that is linear in what the loss function returns, with constant targets, weights and
+    factors."""
     name = call.function.__name__
     otherwise = "Use method='autograd' or method='two_pass'."
     if call.function not in (F.cross_entropy, F.binary_cross_entropy_with_logits, F.mse_loss):
@@ -71,18 +76,35 @@ def _refuse_others(call: LossCall, loss: Tensor) -> None:
             f"The step calls {name}, whose Gauss-Newton matrix is not known here: it is for cross_entropy, "
             f"binary_cross_entropy_with_logits and mse_loss. {otherwise}"
         )
-    target = call.arguments["target"]
-    if call.function is not F.mse_loss and target.requires_grad and has_parameters(target):
-        raise ValueError(
-            f"The targets of {name} depend on parameters, and the Gauss-Newton matrix is that of the outputs for "
-            f"constant targets. Detach them, if they are meant to be constant. {otherwise}"
-        )
+    for argument, value in call.arguments.items():
+        learnable = argument == "input" or (argument == "target" and call.function is F.mse_loss)
+        if not learnable and isinstance(value, Tensor) and _learned(value, parameters):
+            raise ValueError(
+                f"The {_ARGUMENTS.get(argument, argument)} of {name} depend on parameters, and the Gauss-Newton matrix "
+                f"is that of the outputs for constant ones. Detach them, if they are meant to be constant. {otherwise}"
+            )
     factor = call.factor(loss, create_graph=True)
-    if factor is not None and factor.requires_grad and depends(factor, on=call.result):
+    if factor is None or not factor.requires_grad:
+        return
+    if depends(factor, on=call.result):
         raise ValueError(
             f"The loss is not linear in what {name} returns (a root, a logarithm, a focal factor), so its curvature in "
             f"the outputs is not the one this method knows. {otherwise}"
         )
+    if _learned(factor, parameters):
+        raise ValueError(
+            f"The loss multiplies what {name} returns by a factor that depends on parameters (learned weights of tasks "
+            "or samples, a predicted variance, a product of losses), and the Gauss-Newton matrix is that of the "
+            f"outputs for a constant factor. Detach it, if it is meant to be constant. {otherwise}"
+        )
+
+
+_ARGUMENTS = {"target": "targets", "weight": "class weights", "pos_weight": "class weights (pos_weight)"}
+
+
+def _learned(tensor: Tensor, parameters: Sequence[Tensor]) -> bool:
+    trained = {id(parameter) for parameter in parameters}
+    return tensor.requires_grad and any(id(leaf) in trained for leaf in leaves(tensor))
 
 
 def _factor(call: LossCall, loss: Tensor, z: Tensor, u: Tensor) -> Tensor:

@@ -10,15 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def nodes(result: Tensor, until: Any = None) -> Iterator[Any]:
-    """All nodes of a tensor's graph, each once; not further than the node ``until``.
+def nodes(result: Tensor | Sequence[Tensor], until: Any = None) -> Iterator[Any]:
+    """All nodes of the graph of a tensor, or of several, each once; not further than the node ``until``.
 
     Example:
         >>> import torch
         >>> [node.name() for node in nodes(torch.ones(2, requires_grad=True).exp().sum())]
         ['SumBackward0', 'ExpBackward0', 'torch::autograd::AccumulateGrad']
     """
-    todo, seen = [result.grad_fn], set()
+    todo = [result.grad_fn] if isinstance(result, Tensor) else [one.grad_fn for one in result]
+    seen = set()
     while todo:
         node = todo.pop()
         if node is None or node in seen or node is until:
@@ -30,7 +31,16 @@ def nodes(result: Tensor, until: Any = None) -> Iterator[Any]:
 
 def has_parameters(result: Tensor) -> bool:
     """Whether a tensor was computed from parameters."""
-    return any(isinstance(getattr(node, "variable", None), nn.Parameter) for node in nodes(result))
+    return any(isinstance(leaf, nn.Parameter) for leaf in leaves(result))
+
+
+def leaves(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that a result's graph begins with."""
+    if result.grad_fn is None and result.requires_grad:
+        yield result
+    for node in nodes(result):
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
 
 
 def depends(result: Tensor, on: Tensor) -> bool:

@@ -8,8 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_hessian.curvature.context import refuse_unsound_graph
+from lightning_hessian.curvature.errors import derivatives_explained
 from lightning_hessian.curvature.graph import without_hooks
+from lightning_hessian.curvature.parameters import refuse_complex
+from lightning_hessian.curvature.refusals import refuse_delayed_errors, refuse_unsound_graph
 
 
 class LinearOperator(Protocol):
@@ -88,11 +90,20 @@ class HessianOperator(_TensorOperator):
 
     def __init__(self, loss: Tensor, tensors: Iterable[Tensor], differentiable: bool = False) -> None:
         super().__init__(tensors)
-        refuse_unsound_graph(loss, derivatives=3 if differentiable else 2)
-        self.gradient = _gradient(loss, self.tensors)
+        for tensor in self.tensors:
+            refuse_complex(tensor, f"A tensor of shape {tuple(tensor.shape)}")
+        if not loss.requires_grad:
+            raise ValueError(
+                "The loss has no graph, so it has no derivatives. Compute it from the parameters with gradients "
+                "enabled, and without `.detach()`, `.item()` or `torch.no_grad()` on the way."
+            )
+        self.custom = refuse_unsound_graph(loss, derivatives=3 if differentiable else 2)
+        self.gradient = _differentiate([loss], self.tensors, custom=self.custom, create_graph=True)
+        if self.custom and differentiable:  # a backward may call other custom functions
+            self.custom += refuse_unsound_graph(self.gradient, derivatives=2)
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        products = vector_jacobian_product(self.gradient, self.tensors, self.split(v), create_graph)
+        products = vector_jacobian_product(self.gradient, self.tensors, self.split(v), create_graph, self.custom)
         return torch.cat([part.reshape(-1).to(self.dtype) for part in products])
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
@@ -107,7 +118,7 @@ class HessianOperator(_TensorOperator):
         # A model may mix types: each part of the probe takes its tensor's.
         flat = [part.to(t.dtype) for part, t in zip(v.split([t.numel() for t in tensors]), tensors, strict=True)]
         parts = [part.view_as(tensor) for part, tensor in zip(flat, tensors, strict=True)]
-        products = vector_jacobian_product([self.gradient[i] for i in kept], tensors, parts, create_graph=True)
+        products = vector_jacobian_product([self.gradient[i] for i in kept], tensors, parts, True, self.custom)
         dots = [torch.dot(a.reshape(-1), b).to(self.dtype) for a, b in zip(products, flat, strict=True)]
         return torch.stack(dots).sum()
 
@@ -205,7 +216,9 @@ class SampleHessians:
 
     def __init__(self, summed_loss: Tensor, inputs: Sequence[Tensor], differentiable: bool = False) -> None:
         self.inputs = list(inputs)
-        self._gradients = input_gradients(summed_loss, self.inputs, derivatives=3 if differentiable else 2)
+        derivatives = 3 if differentiable else 2
+        self._custom = refuse_unsound_graph(summed_loss, derivatives)
+        self._gradients = input_gradients(summed_loss, self.inputs, derivatives)
 
     @property
     def gradient(self) -> Tensor:
@@ -214,7 +227,8 @@ class SampleHessians:
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """H_i v_i, of shape (samples, n)."""
-        return rows(vector_jacobian_product(self._gradients, self.inputs, split_rows(v, self.inputs), create_graph))
+        parts = split_rows(v, self.inputs)
+        return rows(vector_jacobian_product(self._gradients, self.inputs, parts, create_graph, self._custom))
 
 
 def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 1) -> list[Tensor]:
@@ -224,9 +238,9 @@ def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 
         ValueError: the scalar depends on none of the inputs: its derivatives would be zero in silence.
         HigherOrderError: it passes through an operator whose derivatives would be silently wrong.
     """
-    if derivatives > 1:
-        refuse_unsound_graph(value, derivatives)
-    found = torch.autograd.grad(value, list(inputs), create_graph=derivatives > 1, retain_graph=True, allow_unused=True)
+    several = derivatives > 1
+    custom = refuse_unsound_graph(value, derivatives) if several else []
+    found = _differentiate([value], list(inputs), custom=custom, create_graph=several, materialize_grads=False)
     if all(gradient is None for gradient in found):
         raise ValueError(
             f"The loss does not depend on the inputs (of shape {', '.join(str(tuple(x.shape)) for x in inputs)}): the "
@@ -248,31 +262,52 @@ def split_rows(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def vector_jacobian_product(
-    outputs: Sequence[Tensor], tensors: Sequence[Tensor], v: Sequence[Tensor], create_graph: bool = False
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    v: Sequence[Tensor],
+    create_graph: bool = False,
+    custom: Sequence[str] = (),
 ) -> Sequence[Tensor]:
-    """d(sum_k outputs_k'v_k) / d tensors, part by part; Hv where the outputs are a loss's gradient by the tensors."""
+    """d(sum_k outputs_k'v_k) / d tensors, part by part; Hv where the outputs are a loss's gradient by the tensors.
+
+    ``custom`` names the custom functions in the outputs' graph.
+    """
     # What has no graph is constant: of a gradient, its rows of H are zero.
     curved = [(output, part) for output, part in zip(outputs, v, strict=True) if output.requires_grad]
     if not curved:
         return [torch.zeros_like(tensor) for tensor in tensors]
-    with without_hooks(tensors):  # they are for the gradient that is trained on
-        return torch.autograd.grad(
-            [output for output, _ in curved],
-            tensors,
-            [part for _, part in curved],
+    return _differentiate([output for output, _ in curved], tensors, [part for _, part in curved], custom, create_graph)
+
+
+def _differentiate(
+    outputs: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seeds: Sequence[Tensor] | None = None,
+    custom: Sequence[str] = (),
+    create_graph: bool = False,
+    materialize_grads: bool = True,
+) -> list[Tensor]:
+    """d(sum_k outputs_k'seeds_k) / d tensors; the graph of the outputs is kept.
+
+    Raises:
+        HigherOrderError: an operator on the way has no derivative, or is marked @once_differentiable.
+    """
+    if custom and create_graph:
+        # A function that is marked @once_differentiable shows itself only where the seed has a gradient.
+        seeds = [torch.ones_like(output) for output in outputs] if seeds is None else seeds
+        seeds = [seed if seed.requires_grad else seed.detach().requires_grad_() for seed in seeds]
+    # Hooks are for the gradient that is trained on. Never `backward(create_graph=True)`: it ties parameters and
+    # gradients into a cycle that is not freed.
+    with without_hooks(tensors), derivatives_explained():
+        found = torch.autograd.grad(
+            list(outputs),
+            list(tensors),
+            None if seeds is None else list(seeds),
             create_graph=create_graph,
             retain_graph=True,
             allow_unused=True,
-            materialize_grads=True,
+            materialize_grads=materialize_grads,
         )
-
-
-def _gradient(loss: Tensor, tensors: list[Tensor]) -> Sequence[Tensor]:
-    if not loss.requires_grad:
-        raise ValueError(
-            "The loss has no graph, so it has no derivatives. Compute it from the parameters with gradients enabled, "
-            "and without `.detach()`, `.item()` or `torch.no_grad()` on the way."
-        )
-    # Never `backward(create_graph=True)`: it ties parameters and gradients into a cycle that is not freed.
-    with without_hooks(tensors):
-        return torch.autograd.grad(loss, tensors, create_graph=True, allow_unused=True, materialize_grads=True)
+    if custom and create_graph:
+        refuse_delayed_errors([tensor for tensor in found if tensor is not None], custom)
+    return list(found)

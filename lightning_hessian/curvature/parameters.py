@@ -24,7 +24,7 @@ def select_parameters(
         setting: what errors call ``which``.
 
     Raises:
-        ValueError: nothing requires a gradient, or nothing is chosen; near names are listed.
+        ValueError: nothing requires a gradient, nothing is chosen (near names are listed), or a chosen one is complex.
 
     Example:
         >>> from torch import nn
@@ -38,6 +38,29 @@ def select_parameters(
             f"None of the {len(named)} parameters requires a gradient, so the loss has no curvature to measure. "
             "Unfreeze some of them with `parameter.requires_grad_(True)`."
         )
+    chosen = _choose(named, trainable, which, setting)
+    for name, parameter in chosen.items():
+        refuse_complex(parameter, f"The parameter {name!r}")
+    return chosen
+
+
+def refuse_complex(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor of complex numbers.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if tensor.is_complex():
+        raise ValueError(
+            f"{what} is complex, and the Hessian here is that of real numbers: a complex trace would be no curvature. "
+            "Keep it as a real tensor of shape (..., 2) and use `torch.view_as_complex(parameter)` in the forward pass, "
+            "or choose only real ones with `parameters=`."
+        )
+
+
+def _choose(
+    named: Mapping[str, Tensor], trainable: dict[str, Tensor], which: ParameterFilter, setting: str
+) -> dict[str, Tensor]:
     if which is None:
         return trainable
     if callable(which):

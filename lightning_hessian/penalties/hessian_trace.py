@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.checks import choice, count_or_all, is_number, positive_or_none
-from lightning_hessian.curvature import HessianOperator, ParameterFilter, ProbeSource, select_parameters
+from lightning_hessian.curvature import (
+    HessianOperator,
+    ParameterFilter,
+    ProbeSource,
+    refuse_unsound_graph,
+    select_parameters,
+)
 from lightning_hessian.curvature.first_order import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
 from lightning_hessian.curvature.operators import vector_jacobian_product
@@ -258,10 +264,12 @@ class HessianTrace(Penalty):
 
     def _gauss_newton(self, context: StepContext, chosen: list[Tensor], sizes: _Sizes) -> Tensor:
         squares = []
+        custom = refuse_unsound_graph(context.loss, derivatives=2)
+        trained = context.parameters.values()
         for index in range(self.probes):
-            factors = random_factors(context.losses, context.loss, context.probes, index)
+            factors = random_factors(context.losses, context.loss, trained, context.probes, index)
             z, su = zip(*factors, strict=True)
-            rows = vector_jacobian_product(z, chosen, su, create_graph=True)
+            rows = vector_jacobian_product(z, chosen, su, True, custom)
             if sizes is not None:
                 rows = [row * size for row, size in zip(rows, sizes, strict=True)]
             squares += [row.square().sum() for row in rows]

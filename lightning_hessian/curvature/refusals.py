@@ -1,0 +1,265 @@
+"""What curvature cannot be right through, found by name: in a module's layers, and in the graph of a loss."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from lightning_hessian.curvature.errors import OTHERWISE, HigherOrderError, once_differentiable_error
+from lightning_hessian.curvature.graph import nodes
+
+def _native(name: str, instead: str) -> Callable[..., str]:
+    """The check of an entry point to a fused kernel."""
+    return lambda *args, **kwargs: (
+        f"calls torch.{name}, whose third derivative is silently wrong, so a curvature penalty would train on a wrong "
+        f"gradient. Call torch.nn.functional.{instead} instead."
+    )
+
+
+def _as_strided_scatter(*args: Any, **kwargs: Any) -> str:
+    return (
+        "calls torch.as_strided_scatter, whose gradient PyTorch computes wrongly, and so would its derivatives be. Write "
+        "into a clone by indices instead."
+    )
+
+
+def _embedding(
+    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any
+) -> str | None:
+    if max_norm is None or not weight.requires_grad:
+        return None
+    return (
+        f"looks up an embedding with max_norm={max_norm:g}, which changes the weights in each forward pass. The "
+        "gradient leaves that out, so it is not the loss's. Pass max_norm=None."
+    )
+
+
+def _max_unpool(dimensions: int) -> Callable[..., str | None]:
+    def check(input: Any, indices: Any, *args: Any, **kwargs: Any) -> str | None:
+        if not _repeats(indices, dimensions):
+            return None
+        return (
+            "unpools several maxima into one place, as overlapping pooling windows give. PyTorch's gradient of it is "
+            "not the result's, so its derivatives would be wrong. Pool with kernel_size = stride."
+        )
+
+    return check
+
+
+CALLS: Mapping[Any, Callable[..., str | None]] = {
+    torch.native_layer_norm: _native("native_layer_norm", "layer_norm"),
+    torch.native_batch_norm: _native("native_batch_norm", "batch_norm"),
+    torch.as_strided_scatter: _as_strided_scatter,
+    Tensor.as_strided_scatter: _as_strided_scatter,
+    F.embedding: _embedding,
+    F.max_unpool1d: _max_unpool(1),
+    F.max_unpool2d: _max_unpool(2),
+    F.max_unpool3d: _max_unpool(3),
+}
+"""Functions whose derivatives can be wrong without an error: what is wrong with a call, or None."""
+
+
+def _repeats(indices: Any, dimensions: int) -> bool:
+    if not isinstance(indices, Tensor) or torch._C._functorch.is_functorch_wrapped_tensor(indices):
+        return False
+    places = indices.flatten(-dimensions).sort(dim=-1).values
+    return bool((places[..., 1:] == places[..., :-1]).any())
+
+
+# Nodes of fused kernels whose third derivative is wrong, and of the fused weight norm, whose second one is. Where the
+# forward pass took a gradient through a layer norm, the second derivative of the loss is the third of that norm.
+_FUSED_NORM = re.compile(r"(Layer|Batch|Rms)_?Norm\w*Backward", re.IGNORECASE)
+_DIFFERENTIATED_LAYER_NORM = re.compile(r"LayerNorm\w*BackwardBackward", re.IGNORECASE)
+_FUSED_WEIGHT_NORM = re.compile(r"WeightNorm\w*Backward", re.IGNORECASE)
+_LEARNED_SPARSE = re.compile(r"^_?Sparse\w*Tensor\w*Backward|^Sparse(SampledAddmm|Mask|Softmax|LogSoftmax)Backward")
+_FUSED_LINEAR_CROSS_ENTROPY = re.compile(r"linear_cross_entropy\w*Backward")
+
+
+def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3) -> list[str]:
+    """Look through the graph of a loss for operators whose higher derivatives are silently wrong or left out.
+
+    However they got there: around ``higher_order()``, by TorchScript, by ``torch.ops``. A function marked
+    ``@once_differentiable`` is no error in ``torch.autograd.grad``: its branch is pruned before it could raise, and
+    the Hessian silently lacks that part.
+
+    Args:
+        result: a scalar with its graph, or several results.
+        derivatives: how many will be taken: 2 to measure curvature, 3 to train on it.
+
+    Returns:
+        The names of the custom ``torch.autograd.Function`` that the graph passes through, but for this library's.
+
+    Raises:
+        HigherOrderError: there is one; it is named.
+    """
+    custom: dict[str, None] = {}
+    for node in nodes(result):
+        function = getattr(node, "_forward_cls", None)
+        if function is None:
+            _refuse_node(node, node.name(), derivatives)
+        elif not function.__module__.startswith("lightning_hessian."):
+            custom[_refuse_function(function)] = None
+    return list(custom)
+
+
+def _refuse_node(node: Any, name: str, derivatives: int) -> None:
+    if (
+        _FUSED_WEIGHT_NORM.search(name)
+        or (derivatives > 2 and _FUSED_NORM.search(name))
+        or _DIFFERENTIATED_LAYER_NORM.search(name)
+    ):
+        raise HigherOrderError(
+            f"The loss passes through the fused kernel of {name}, whose higher derivatives are silently wrong, and so "
+            "would the curvature be. Compute the loss inside `with higher_order():` (with `derivatives=3` where the "
+            "step takes a gradient in its forward pass), and call the layer from torch.nn or torch.nn.functional "
+            "there, not by TorchScript or torch.ops. `lightning_hessian.verify` names the layer."
+        )
+    if _LEARNED_SPARSE.search(name):
+        raise HigherOrderError(
+            f"The loss passes through a sparse tensor of learned values ({name}), whose part of the Hessian PyTorch "
+            "leaves out without an error. Use a dense tensor, or gather and scatter the values yourself "
+            f"(`torch.index_add`). Constant sparse matrices are right. {OTHERWISE}"
+        )
+    if _FUSED_LINEAR_CROSS_ENTROPY.search(name):
+        raise HigherOrderError(
+            "The loss is a fused linear_cross_entropy, whose gradient has no derivative, so its part of the Hessian "
+            "would be zero. Compute the loss inside `with higher_order():`, or pass `options=None`."
+        )
+    if name.startswith("EmbeddingBackward") and getattr(node, "_saved_scale_grad_by_freq", False):
+        raise HigherOrderError(
+            "The loss passes through an embedding with scale_grad_by_freq=True. Its gradient is scaled and is not the "
+            "loss's, so its derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
+        )
+    if name.startswith("EmbeddingBackward") and getattr(node, "_saved_sparse", False):
+        raise HigherOrderError(
+            "The loss passes through an embedding with sparse gradients, which have no double backward. Pass "
+            "sparse=False."
+        )
+    if getattr(node, "_saved_transposed", False) and any(node._saved_output_padding):
+        raise HigherOrderError(
+            "The loss passes through a transposed convolution with output_padding, which PyTorch cannot differentiate "
+            "twice. Compute the loss inside `with higher_order():`, which computes it in another way."
+        )
+
+
+def _refuse_function(function: Any) -> str:
+    name: str = function.__qualname__
+    if function.__module__.startswith("torch._higher_order_ops"):
+        operator = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("AutogradOp"))
+        raise control_flow_error(operator.lower())
+    if any(_is_once_differentiable(getattr(function, way, None)) for way in ("backward", "vjp")):
+        raise once_differentiable_error(name)
+    return name
+
+
+def control_flow_error(operator: str, error: BaseException | None = None) -> HigherOrderError:
+    """The error of ``torch.cond``, ``scan`` and their kin."""
+    found = f" (inside it: {type(error).__name__}: {str(error).splitlines()[0]})" if error is not None else ""
+    return HigherOrderError(
+        f"The loss passes through the control-flow operator {operator}, whose gradient PyTorch cannot differentiate: "
+        f"its part of the Hessian would be left out{found}. Write the branch or the loop in Python. {OTHERWISE}"
+    )
+
+
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
+
+
+def _is_once_differentiable(function: Any, depth: int = 8) -> bool:
+    """Whether the mark is on a function or on one that it wraps."""
+    if depth == 0 or not callable(function):
+        return False
+    if isinstance(function, partial):
+        return _is_once_differentiable(function.func, depth - 1)
+    code = getattr(function, "__code__", None)
+    if code is _ONCE_DIFFERENTIABLE:
+        return True
+    inside = [getattr(function, "__wrapped__", None), getattr(function, "__func__", None)]
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            inside.append(cell.cell_contents)
+        except ValueError:  # an empty cell
+            continue
+    return any(_is_once_differentiable(part, depth - 1) for part in inside if part is not None)
+
+
+def refuse_delayed_errors(derivatives: Sequence[Tensor], custom: Sequence[str]) -> None:
+    """Refuse derivatives that a function marked ``@once_differentiable`` has computed, however it was called.
+
+    PyTorch gives its results a node that raises, and prunes that node before it could.
+
+    Args:
+        derivatives: computed with ``create_graph=True``, from a seed that requires a gradient.
+        custom: the names of the custom functions that may be at fault.
+
+    Raises:
+        HigherOrderError: there is such a node.
+    """
+    if any(node.name() == "torch::autograd::Error" for node in nodes(derivatives)):
+        raise once_differentiable_error(" or ".join(custom))
+
+
+def refuse_layers(module: nn.Module) -> None:
+    """Refuse a module with layers that cannot be made right.
+
+    Raises:
+        HigherOrderError: names the layer.
+    """
+    several = (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.SyncBatchNorm) and several and layer.training:
+            raise HigherOrderError(
+                f"The layer {name!r} is a SyncBatchNorm, which has no double backward (pytorch#61222), so no curvature "
+                "penalty can be differentiated through it. Train with `sync_batchnorm=False` (each process then "
+                f"normalizes by its own batch), or use GroupNorm. {OTHERWISE}"
+            )
+        if layer.training and _is_spectral_norm(layer):
+            raise HigherOrderError(
+                f"The layer {name!r} is a spectral norm in training mode: each forward pass moves the vectors of its "
+                "power iteration and treats them as constants, so the loss is not the function that its derivatives "
+                "belong to. Call `.eval()` on this layer after a warm-up, or use weight norm."
+            )
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+            _refuse_embedding(name, layer)
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise HigherOrderError(
+                f"The layer {name!r} is TorchScript, whose fused operators cannot be exchanged for ones that are "
+                f"differentiable three times. Use the Python module it was made from. {OTHERWISE}"
+            )
+
+
+def _refuse_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag) -> None:
+    if layer.sparse:
+        raise HigherOrderError(
+            f"The layer {name!r} has sparse gradients, which have no double backward. Pass sparse=False."
+        )
+    if not layer.weight.requires_grad:
+        return
+    if layer.max_norm is not None:
+        raise HigherOrderError(
+            f"The layer {name!r} has max_norm={layer.max_norm:g}: each forward pass changes its weights, and the "
+            "gradient leaves that out, so the loss is not the function that its derivatives belong to. Pass "
+            "max_norm=None, and bound the weights in `on_train_batch_end` if you need to."
+        )
+    if layer.scale_grad_by_freq:
+        raise HigherOrderError(
+            f"The layer {name!r} has scale_grad_by_freq=True: its gradient is scaled and is not the loss's, so its "
+            "derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
+        )
+
+
+def _is_spectral_norm(layer: nn.Module) -> bool:
+    hooks = layer._forward_pre_hooks.values()
+    return isinstance(layer, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)

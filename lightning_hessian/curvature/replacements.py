@@ -1,0 +1,123 @@
+"""Functions whose higher derivatives are wrong or missing in PyTorch, written with primitives that have them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hessian.curvature import norms
+
+
+def _batch_norm(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+                momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
+    return norms.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _instance_norm(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: bool,
+                   momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
+    return norms.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _layer_norm(input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5,
+                cudnn_enable: bool = True) -> Tensor:  # fmt: skip
+    return norms.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    y = (input + 3).clamp(0, 6) / 6
+    return input.copy_(y) if inplace else y
+
+
+def _hardsigmoid_(input: Tensor) -> Tensor:
+    return _hardsigmoid(input, inplace=True)
+
+
+def _complex_silu(input: Tensor, inplace: bool = False) -> Tensor:
+    y = input * torch.sigmoid(input)
+    return input.copy_(y) if inplace else y
+
+
+# Right at any order, but their fused kernels are not. The functions of torch.nn.functional and the lower-level ones of
+# torch take their arguments in different orders.
+ALWAYS: Mapping[Any, Callable[..., Tensor]] = {
+    F.batch_norm: norms.batch_norm,
+    F.instance_norm: norms.instance_norm,
+    F.layer_norm: norms.layer_norm,
+    F.rms_norm: norms.rms_norm,
+    torch.batch_norm: _batch_norm,
+    torch.instance_norm: _instance_norm,
+    torch.layer_norm: _layer_norm,
+    torch.rms_norm: norms.rms_norm,
+    torch._weight_norm: norms.weight_norm,
+    F.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid: _hardsigmoid,
+    torch._C._nn.hardsigmoid_: _hardsigmoid_,
+}
+
+# Sound up to the second derivative, and faster there than as primitives.
+SOUND_TWICE = {F.layer_norm, torch.layer_norm}
+
+
+def replacement(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derivatives: int) -> Any:
+    """What to call instead of a function, with the same arguments; None where the function itself is right."""
+    if derivatives < 3 and func in SOUND_TWICE:
+        return None
+    if func in ALWAYS:
+        return ALWAYS[func]
+    if func is F.silu and args and args[0].is_complex():
+        return _complex_silu
+    if func in _TRANSPOSED:
+        return _TRANSPOSED[func] if any(_numbers(_argument(args, kwargs, 5, "output_padding", 0))) else None
+    if func is _LINEAR_CROSS_ENTROPY and kwargs.get("options") is not None:
+        return _linear_cross_entropy
+    return None
+
+
+_LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", None)  # since torch 2.13
+
+
+def _linear_cross_entropy(*args: Any, options: Any, **kwargs: Any) -> Tensor:
+    # The fused loss keeps its gradients as numbers, so they have no derivative. The plain one is the same function.
+    loss: Tensor = _LINEAR_CROSS_ENTROPY(*args, **kwargs)  # type: ignore[misc]
+    return loss
+
+
+def _transposed(convolution: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
+    """A transposed convolution whose double backward exists with ``output_padding`` too.
+
+    It is the whole result, without padding, cropped by ``padding`` on either side but for ``output_padding`` at the
+    end.
+    """
+
+    def convolve(
+        input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+        groups: int = 1, dilation: Any = 1,
+    ) -> Tensor:  # fmt: skip
+        whole = convolution(input, weight, None, stride, 0, 0, groups, dilation)
+        crop = []
+        for p, extra in zip(_numbers(padding, dimensions), _numbers(output_padding, dimensions), strict=True):
+            crop = [-p, extra - p, *crop]  # F.pad begins at the last dimension
+        y = F.pad(whole, crop)
+        return y if bias is None else y + bias.view(-1, *[1] * dimensions)
+
+    return convolve
+
+
+_TRANSPOSED = {
+    F.conv_transpose1d: _transposed(F.conv_transpose1d, 1),
+    F.conv_transpose2d: _transposed(F.conv_transpose2d, 2),
+    F.conv_transpose3d: _transposed(F.conv_transpose3d, 3),
+}
+
+
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any) -> Any:
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def _numbers(value: Any, dimensions: int = 1) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * dimensions if len(numbers) == 1 and dimensions > 1 else numbers
