@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,11 +56,11 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Whether all three derivatives agree with finite differences."""
-        return max(self.loss_gradient_error, self.hessian_error, self.penalty_gradient_error) < TOLERANCE
+        return all(map(_is_right, (self.loss_gradient_error, self.hessian_error, self.penalty_gradient_error)))
 
     def __str__(self) -> str:
         def row(what: str, error: float) -> str:
-            return f"  {what:<26}{error:9.1e}  {'right' if error < TOLERANCE else 'WRONG'}"
+            return f"  {what:<26}{error:9.1e}  {'right' if _is_right(error) else 'WRONG'}"
 
         lines = [
             f"{self.penalty}: the gradient is {'right' if self.ok else 'WRONG'} (value {self.value:.6g})",
@@ -152,9 +153,13 @@ def verify(
             raise
         value = penalty_value(check.evaluate()).item()
         faults: tuple[str, ...] = ()
-        if max(first, second, third) >= TOLERANCE:
+        if not all(map(_is_right, (first, second, third))):
             faults = _layers_at_fault(twin, check) or (OUTSIDE,)
     return Verification(repr(penalty), value, first, second, third, context.replaced, faults)
+
+
+def _is_right(error: float) -> bool:
+    return error < TOLERANCE  # what is not a number is not right
 
 
 class _Check:
@@ -202,8 +207,11 @@ class _Check:
         return torch.autograd.grad(value, self.tensors, allow_unused=True, materialize_grads=True)
 
     def _error(self, exact: list[float], directions: list[list[Tensor]], value: Callable[[], Tensor]) -> float:
+        if not all(map(math.isfinite, exact)):
+            return math.nan
         # Truncation wants a short step and rounding a long one: the best of a few is the differences' own error.
-        return min(self._error_at(step, exact, directions, value) for step in _STEPS)
+        errors = [self._error_at(step, exact, directions, value) for step in _STEPS]
+        return min((error for error in errors if math.isfinite(error)), default=math.nan)
 
     def _error_at(
         self, step: float, exact: list[float], directions: list[list[Tensor]], value: Callable[[], Tensor]
@@ -260,7 +268,7 @@ def _layers_at_fault(module: nn.Module, check: _Check) -> tuple[str, ...]:
     for name in sorted(calls, key=lambda name: -name.count(".")):
         if any(fault.startswith(name + ".") for fault in faults):
             continue
-        if _layer_error(*calls[name]) >= TOLERANCE:
+        if not _is_right(_layer_error(*calls[name])):
             faults.append(name)
     return tuple(faults)
 
@@ -300,13 +308,14 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
         if not check.evaluate().requires_grad:
             return 0.0
         v = check.directions[0]
-        return max(
+        errors = [
             check.loss_gradient(),
             check.hessian(),
             check.gradient_of(lambda value: _quadratic_form(value, tensors, v)),
-        )
+        ]
+        return max(errors) if all(map(math.isfinite, errors)) else math.nan
     except RuntimeError:  # no derivative at all
-        return float("inf")
+        return math.inf
 
 
 def _quadratic_form(loss: Tensor, tensors: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
