@@ -2,7 +2,7 @@
 
 from lightning_hessian.attacks import FGSM, PGD
 from lightning_hessian.callbacks import AdversarialAccuracy, CurvatureMonitor, HessianRegularizer
-from lightning_hessian.curvature import HigherOrderError, higher_order
+from lightning_hessian.curvature import HigherOrderError, ProbeSource, higher_order, watch_losses
 from lightning_hessian.mixin import HessianRegularizationMixin
 from lightning_hessian.penalties import (
     HessianNorm,
@@ -33,6 +33,7 @@ __all__ = [
     "JacobianNorm",
     "PGD",
     "Penalty",
+    "ProbeSource",
     "StepContext",
     "StrengthSuggestion",
     "Verification",
@@ -40,4 +41,5 @@ __all__ = [
     "radius_estimate",
     "suggest_strength",
     "verify",
+    "watch_losses",
 ]

@@ -254,13 +254,15 @@ class HessianRegularizer(Callback):
 
     def warn_of_coupling(self, penalty: InputPenalty, context: StepContext) -> None:
         """Once in a fit, see whether the samples are independent, so that each has input derivatives of its own."""
-        if id(penalty) not in self._looked_for_coupling and context.couples():
+        if id(penalty) in self._looked_for_coupling or context.samples < 2:
+            return
+        self._looked_for_coupling.add(id(penalty))
+        if context.couples():
             rank_zero_warn(
                 "The samples of a batch are coupled: one's outputs or share of the loss depend on another's input (a "
                 "root of the mean, mixup in the step, a contrastive loss, a layer whose first dimension is not that of "
                 f"the samples?). {penalty.name} then mixes their derivatives and depends on the batch."
             )
-        self._looked_for_coupling.add(id(penalty))
 
     def say_own_pass(self, penalty: Penalty, layers: Sequence[str]) -> None:
         """Once in a fit, say why a penalty on the inputs costs a forward pass of its own."""

@@ -49,6 +49,12 @@ def random_factors(
         Schraudolph 2002; Dauphin et al. 2024 (arXiv 2401.10809) on training with its trace.
     """
     calls = losses.calls_in(loss)
+    if not losses.was_entered:
+        raise ValueError(
+            "The Gauss-Newton matrix is made of the loss's curvature in the outputs, and the context does not know which "
+            "loss functions were called. Compute the loss inside `with watch_losses() as seen:` and pass "
+            "StepContext(loss, parameters, losses=seen), or use method='autograd'."
+        )
     if not calls:
         raise ValueError(
             "The Gauss-Newton matrix is made of the loss's curvature in the outputs, and no loss function was seen in "

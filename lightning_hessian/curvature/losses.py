@@ -97,6 +97,7 @@ class watch_losses(TorchFunctionMode):
 
     Attributes:
         calls: the calls whose result has a graph.
+        was_entered: whether a loss was computed inside at all.
         batch_statistics: whether batch norm normalised by the statistics of the batch.
 
     Example:
@@ -111,6 +112,12 @@ class watch_losses(TorchFunctionMode):
         super().__init__()
         self.calls: list[LossCall] = []
         self.batch_statistics = False
+        self.was_entered = False
+
+    def __enter__(self) -> watch_losses:
+        self.was_entered = True
+        super().__enter__()
+        return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -7,11 +7,15 @@ so a resumed run equals an uninterrupted one and the user's own random stream is
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
 from torch import Tensor
+
+
+_COUNT = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,15 @@ class ProbeSource:
     micro_batch: int = 0
     rank: int = 0
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def fresh(cls) -> ProbeSource:
+        """A source with other probes than any that this method has returned before.
+
+        For loops without Lightning: the seed is that of ``torch.manual_seed``, the step a count of these calls, so that
+        a program that is run again draws the same probes.
+        """
+        return cls(torch.initial_seed(), next(_COUNT))
 
     def shared(self) -> ProbeSource:
         """The source that has the same probes on every rank."""

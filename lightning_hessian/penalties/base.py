@@ -20,6 +20,7 @@ from lightning_hessian.curvature import (
 )
 from lightning_hessian.curvature.first_order import dot
 from lightning_hessian.curvature.graph import depends
+from lightning_hessian.curvature.operators import input_gradients, rows
 from lightning_hessian.state import RandomState
 
 
@@ -34,7 +35,8 @@ class StepContext:
     Args:
         loss: the loss L(theta), with its graph, computed inside ``higher_order()``.
         parameters: the model's parameters theta, by name.
-        probes: where random vectors come from.
+        probes: where random vectors come from; by default each context draws new ones (one fixed probe could be gamed
+            by the network). ``ProbeSource(seed, step)`` gives the same ones again.
         inputs: the step's inputs x, each of shape (samples, ...), in the graph of the loss. The penalties on the
             inputs need them.
         losses: the calls of loss functions that were seen in the step; they tell whether the loss is the mean or the
@@ -48,7 +50,7 @@ class StepContext:
 
     loss: Tensor
     parameters: Mapping[str, Tensor]
-    probes: ProbeSource = field(default_factory=ProbeSource)
+    probes: ProbeSource = field(default_factory=ProbeSource.fresh)
     inputs: Sequence[Tensor] = ()
     losses: watch_losses = field(default_factory=watch_losses)
     outputs: Sequence[Tensor] = ()
@@ -69,7 +71,7 @@ class StepContext:
             loss: computes the mean loss of a batch from its inputs, the forward pass included.
             inputs: one tensor or several, each of shape (samples, ...).
             parameters: the model's parameters, by name.
-            probes: where random vectors come from.
+            probes: where random vectors come from; by default each context draws new ones.
 
         Example:
             >>> from torch import nn
@@ -82,7 +84,7 @@ class StepContext:
             True
         """
         given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        own_probes = probes or ProbeSource()
+        own_probes = probes or ProbeSource.fresh()
         random = RandomState.now(given[0].device)
 
         def at(shifts: Sequence[Tensor]) -> StepContext:
@@ -135,7 +137,8 @@ class StepContext:
         Raises:
             ValueError: it has another number of rows, and they are not those of the samples one after the other.
         """
-        if len(tensor) != self.samples and (tensor.numel() % self.samples or self._mixes(tensor)):
+        count = len(tensor) if tensor.dim() > 0 else 1
+        if count != self.samples and (tensor.numel() % self.samples or self._mixes(tensor)):
             raise ValueError(
                 f"A tensor of shape {tuple(tensor.shape)} went into the loss for {self.samples} samples, and its rows "
                 "cannot be told apart by sample. Call the loss function on a tensor of shape (samples, ...), or return "
@@ -145,8 +148,8 @@ class StepContext:
 
     def _mixes(self, tensor: Tensor) -> bool:
         # Does what would be the first sample's depend on another's input, or what would be another's on the first's?
-        rows = tensor.reshape(self.samples, -1)
-        for part, others in ((rows[0], slice(1, None)), (rows[1:], slice(0, 1))):
+        own = tensor.reshape(self.samples, -1)
+        for part, others in ((own[0], slice(1, None)), (own[1:], slice(0, 1))):
             if self._depends(part.sum(), others):
                 return True
         return False
@@ -158,18 +161,50 @@ class StepContext:
         return any(gradient is not None and bool(gradient[samples].any()) for gradient in gradients)
 
     def couples(self) -> bool:
-        """Whether one sample's outputs, or its share of the loss, depend on another sample's input."""
+        """Whether one sample's outputs, or its share of the loss, depend on another sample's input.
+
+        Where a loss function was seen, its arguments and its factor in the loss tell. Otherwise the step is run again.
+        """
         seen = self.losses.calls_in(self.loss)
+        if not seen:
+            return self._couples_by_moving()
         factors = [factor for call in seen if (factor := call.factor(self.loss, create_graph=True)) is not None]
         shared = [factor for factor in factors if factor.numel() < self.samples]
         try:
-            rows = [self.by_sample(part) for part in (*self.outputs, *factors) if part.numel() >= self.samples]
+            parts = [self.by_sample(part) for part in (*self.outputs, *factors) if part.numel() >= self.samples]
         except ValueError:
             return True
         # What stands before a mean or a sum belongs to all samples.
         return any(self._depends(factor.sum(), slice(None)) for factor in shared) or any(
-            self._depends(part[0].sum(), slice(1, None)) for part in rows
+            self._depends(part[0].sum(), slice(1, None)) for part in parts
         )
+
+    def _couples_by_moving(self) -> bool:
+        """Move a random half of the samples, and see whether the gradients by the others stay as they are."""
+        if self.moved is None or self.samples < 2:
+            return False
+        half = torch.rand(self.samples, generator=self.probes.generator(_COUPLING)) < 0.5
+        half[0], half[1] = True, False
+        still = ~half.to(self.inputs[0].device)
+
+        def shift(x: Tensor) -> Tensor:
+            size = x.detach().square().mean().sqrt()
+            moved = torch.where(size > 0, size, 1) * _SHIFT * torch.ones_like(x)
+            return moved * half.to(x).view(-1, *[1] * (x.dim() - 1))
+
+        with torch.no_grad():
+            shifts = [shift(x) for x in self.inputs]
+        there = self.moved(shifts)
+        before, after = (
+            rows(input_gradients(one.summed_loss, one.inputs))[still].float() for one in (self, there)
+        )
+        return bool((after - before).norm() > _COUPLED * torch.maximum(before.norm(), after.norm()))
+
+
+_SHIFT, _COUPLED = 0.5, 1e-2
+"""How far inputs move, in units of their size, to see how much of other samples' gradients moves with them."""
+_COUPLING = 1 << 20
+"""A stream of probes of its own."""
 
 
 @dataclass(frozen=True)
