@@ -14,10 +14,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.curvature.first_order import GradientSum, is_sharded, movable
+from lightning_hessian.curvature import ProbeSource, padding_rows
+from lightning_hessian.curvature.first_order import GradientSum, is_sharded, local, local_part, movable
+from lightning_hessian.curvature.graph import without_hooks
+from lightning_hessian.nonfinite import AwaitedBackward
 from lightning_hessian.passes import Passes, no_loss_again
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty
 
@@ -89,15 +91,98 @@ def penalised(
     with passes.before.restored_on_error(), _state_restored_on_error([one.penalty for one in acting]):
         if by_differences:
             try:
-                return _with_differences(module, passes, by_graph, by_differences)
+                output = _with_differences(module, passes, by_graph, by_differences)
             except _Skipped as skipped:
                 return skipped.output
+            _await_backward(module, passes, acting, output)
+            return output
         task = passes.task()
         if task.loss is None:
             return task.output
         terms = _terms(module, passes, by_graph, task.loss)
         _log(module, "train/penalty", torch.zeros_like(task.loss) if terms is None else terms.detach())
-        return _with_loss(task.output, task.loss + terms) if terms is not None else task.output
+        if terms is None:
+            return task.output
+        output = _with_loss(task.output, task.loss + terms)
+        _await_backward(module, passes, acting, output)
+        return output
+
+
+def _await_backward(module: LightningModule, passes: Passes, acting: Sequence[_Acting], output: Any) -> None:
+    """Have :func:`check_gradients` look at what the backward pass of this step gives."""
+    if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+        return  # which looks itself, and lowers its scale
+    loss = loss_of(output)
+    if loss is None or loss.grad_fn is None:
+        return
+    passes.forget_graphs()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def task_gradient() -> Sequence[Tensor | None]:
+        run = passes.at_present(for_real=False)
+        if run.loss is None:
+            raise no_loss_again(acting[0].penalty)
+        with without_hooks(parameters):
+            return torch.autograd.grad(run.loss, parameters, allow_unused=True)
+
+    output_loss = output if isinstance(output, Tensor) else output["loss"]
+    awaited = AwaitedBackward(output_loss, parameters, task_gradient)
+    acting[0].regularizer.awaited.append((awaited, tuple(acting)))
+
+
+def check_gradients(module: LightningModule, regularizers: Sequence[HessianRegularizer], total: Tensor) -> None:
+    """After a backward pass: where its gradients are not finite and the penalties are the cause, take them back.
+
+    Args:
+        module: the LightningModule.
+        regularizers: whose penalties acted.
+        total: the loss that was differentiated.
+
+    Raises:
+        FloatingPointError: a regularizer has ``on_nonfinite="raise"``.
+    """
+    over = [one for regularizer in regularizers for one in regularizer.awaited if one[0].is_over]
+    if not over:
+        return
+    for regularizer in regularizers:
+        regularizer.awaited = [one for one in regularizer.awaited if not one[0].is_over]
+    trainer = module.trainer
+    if _on_all_ranks(over[0][0].is_finite(), module):
+        return
+    awaited, acting = over[0]
+    stops = [one.regularizer for one in acting if one.regularizer.on_nonfinite == "raise"]
+    names = " or ".join(one.name for one in acting)
+    message = f"The gradient of the penalty {names} is not finite at step {trainer.global_step}, though its value is."
+    if len(over) > 1 or not awaited.is_all_of(total):
+        # The loss had other terms, of which nothing is known here.
+        awaited.undo()
+        did = "The whole gradient of this backward pass is left out"
+    else:
+        synchronized = getattr(trainer.strategy.model, "require_backward_grad_sync", False)
+        mean = functools.partial(_mean_over_ranks, trainer) if synchronized else _itself
+        if not _on_all_ranks(awaited.use_task_loss(mean), module):
+            return  # the task loss's own gradient is not finite: training without a penalty would meet it, too
+        did = "This step trains on the task loss alone"
+    if stops:
+        awaited.undo()
+        raise FloatingPointError(
+            f"{message} It meets a point where a higher derivative does not exist (equal points in a distance, the "
+            "root or the logarithm of 0). Change the loss there, or pass on_nonfinite='skip'."
+        )
+    for one in acting:
+        if one.regularizer.nonfinite_steps == 0:
+            rank_zero_warn(
+                f"{message} {did}, and so does every later one like it; `train/{one.penalty.name}_skipped` counts "
+                "them. A higher derivative may not exist there (equal points in a distance, the root or the logarithm "
+                "of 0). Pass on_nonfinite='raise' to stop instead."
+            )
+        one.regularizer.nonfinite_steps += 1
+        count = float(one.regularizer.nonfinite_steps)
+        _log(module, f"train/{one.penalty.name}_skipped", count, reduce=False)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def by_name(regularizers: Sequence[HessianRegularizer]) -> list[tuple[str, HessianRegularizer, Penalty]]:
@@ -222,7 +307,7 @@ def _along(
         Hv over all ranks, or v'Hv on this one where that is the difference's value; what the step returned.
     """
     one.regularizer.warn_of_rounding(one.penalty, difference)
-    v = difference.direction()
+    v = without_padding(difference, module)
     whole, for_real = silent or difference.value is not None, first and not silent
     look = difference.gradient if whole else functools.partial(difference.slope, v)
     ends: list[Tensor] = []
@@ -236,10 +321,24 @@ def _along(
             if run.loss is None:
                 raise no_loss_again(one.penalty)
             output = output if ends else run.output
+            value = run.loss.detach()
             ends.append(_add(module, total, one.regularizer, run.loss, difference.weight, look))
             del run
+            one.regularizer.check_repeatable(one.penalty, passes, value, difference.tensors)
     product = (ends[0] - ends[1]) / (2 * difference.step)
     return passes.mean_over_ranks(product) if whole else product, output
+
+
+def without_padding(difference: Difference, module: LightningModule | nn.Module) -> list[Tensor]:
+    """A difference's direction, zero where an embedding's ``padding_idx`` makes a row constant."""
+    rows = padding_rows(module)
+    v = difference.direction()
+    for i, tensor in enumerate(difference.tensors):
+        if tensor in rows:
+            kept = torch.ones(tensor.shape, dtype=v[i].dtype, device=v[i].device)
+            kept[rows[tensor]] = 0
+            v[i] = v[i] * local_part(kept, like=tensor)
+    return v
 
 
 class _Skipped(Exception):
@@ -343,9 +442,12 @@ def _state_restored_on_error(penalties: Sequence[Penalty]) -> Iterator[None]:
 
 
 def _is_finite(value: Tensor, module: LightningModule) -> bool:
-    finite = math.isfinite(value.item())
-    trainer = module.trainer
+    return _on_all_ranks(math.isfinite(value.item()), module)
+
+
+def _on_all_ranks(finite: bool, module: LightningModule) -> bool:
     # All ranks drop the penalty or none: they average one gradient.
+    trainer = module.trainer
     return finite if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(finite, all=True)
 
 
@@ -355,7 +457,7 @@ def _report_nonfinite(
     if math.isfinite(value.item()):
         what, cause = "not finite on another process", "It is finite on this one."
     elif not math.isfinite(loss.item()):
-        what, cause = str(value.item()), "The task loss itself is not finite: is the batch empty?"
+        what, cause = str(value.item()), f"The task loss itself is not finite. {_why_not_finite(module)}"
     else:
         what, cause = (
             str(value.item()),
@@ -374,6 +476,16 @@ def _report_nonfinite(
         )
     regularizer.nonfinite_steps += 1
     _log(module, f"train/{penalty.name}_skipped", float(regularizer.nonfinite_steps), reduce=False)
+
+
+def _why_not_finite(module: LightningModule) -> str:
+    for name, parameter in module.named_parameters():
+        if not bool(local(parameter).isfinite().all()):
+            return (
+                f"The parameter {name!r} holds NaN or infinity already, so training has diverged in an earlier step: "
+                "lower the learning rate or the strength."
+            )
+    return "The parameters are finite: look at the batch (is it empty, or are its numbers not finite?)."
 
 
 def _log(module: LightningModule, name: str, value: Tensor | float, reduce: bool = True) -> None:

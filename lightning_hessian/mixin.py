@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_hessian.callbacks.regularizer import HessianRegularizer, load_states, save_states
-from lightning_hessian.injection import penalised
+from lightning_hessian.injection import check_gradients, penalised
 from lightning_hessian.penalties import InputPenalty
 
 Output = TypeVar("Output")
@@ -21,7 +21,8 @@ class HessianRegularizationMixin(LightningModule):
 
     Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
     as a callback as well. What its penalties keep from step to step (the vector of :class:`HessianNorm`) is in the
-    checkpoints: a module that overrides ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
+    checkpoints. A module that overrides ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_before_backward`` or
+    ``on_after_backward`` must call ``super()``'s.
 
     Example:
         >>> import torch
@@ -46,6 +47,15 @@ class HessianRegularizationMixin(LightningModule):
     """
 
     regularizer: HessianRegularizer | list[HessianRegularizer] | None = None
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        super().on_before_backward(loss)
+        self._differentiated = loss.detach()
+
+    def on_after_backward(self) -> None:
+        super().on_after_backward()
+        if any(regularizer.awaited for regularizer in self._regularizers()):
+            check_gradients(self, self._regularizers(), self._differentiated)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

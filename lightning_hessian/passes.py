@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -145,6 +146,36 @@ class Passes:
                 )
         return run
 
+    def forget_graphs(self) -> None:
+        """Let go of the runs; the step can be run again."""
+        self._task = self._own = None
+
+    def check_repeatable(self, loss: Tensor, penalty: str, penalties: Sequence[Penalty] = ()) -> None:
+        """See that the step gives the same loss when it is run again, as every further run must.
+
+        Args:
+            loss: of the last run, with the parameters as they are now.
+            penalty: what needs further runs, for the error.
+            penalties: those that shared that run.
+
+        Raises:
+            MisconfigurationException: it does not; attributes that have changed are named.
+        """
+        before = _attributes(self.module)
+        with self.before.rewound(), _silent(self.module), torch.enable_grad():
+            again = self._run(penalties).loss
+        if again is not None and _same(loss, again):
+            return
+        changed = sorted(name for name, value in _attributes(self.module).items() if before.get(name) != value)
+        found = f" Attributes that the run has changed: {', '.join(changed[:8])}." if changed else ""
+        raise MisconfigurationException(
+            f"The training step gives another loss when it is run again on the same batch with the same parameters, "
+            f"buffers and random numbers, and {penalty} needs several runs: each would be of another function. The "
+            f"step keeps a state of its own (a hidden state, a memory bank, a random generator).{found} Register what "
+            "it keeps as a buffer (`self.register_buffer`), which is rewound, or use a penalty that runs the step "
+            "once, such as HessianTrace()."
+        )
+
     def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
         """What the penalty is computed from."""
         return self._context(self.serving(penalty), penalty, probes)
@@ -240,6 +271,38 @@ class Passes:
                     "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "
                     "track_running_stats=True to it, or use GroupNorm."
                 )
+
+
+def _same(loss: Tensor, again: Tensor) -> bool:
+    if loss.is_cuda:  # some kernels add in another order each time
+        return torch.allclose(loss, again, rtol=1e-3, equal_nan=True)
+    return torch.equal(loss.detach().nan_to_num(), again.detach().nan_to_num())
+
+
+_LIGHTNINGS = frozenset(vars(LightningModule()))
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What identifies the present value of each attribute of a module's layers, by the attribute's name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: _identity(value)
+        for prefix, layer in module.named_modules()
+        if not isinstance(layer, Metric)
+        for name, value in vars(layer).items()
+        if name not in _LIGHTNINGS
+    }
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().tolist())
+    if isinstance(value, Mapping):
+        return {key: _identity(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | deque):
+        return [_identity(part) for part in value]
+    return value if isinstance(value, int | float | str | bytes) else id(value)
 
 
 def no_loss_again(penalty: Penalty) -> MisconfigurationException:

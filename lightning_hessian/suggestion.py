@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_hessian.checks import is_number
 from lightning_hessian.curvature import ProbeSource, select_parameters
 from lightning_hessian.curvature.first_order import movable
-from lightning_hessian.injection import loss_of
+from lightning_hessian.injection import loss_of, without_padding
 from lightning_hessian.passes import Passes, no_loss_again
 from lightning_hessian.penalties import Difference, Penalty
 from lightning_hessian.standalone import Step, quiet_copy, step_of
@@ -231,7 +231,7 @@ class _Batch:
 
     def _ends(self, difference: Difference) -> Iterator[list[Tensor]]:
         """g(theta + step v), and then g(theta - step v)."""
-        v = difference.direction()
+        v = without_padding(difference, self.passes.module)
         with movable(difference.tensors) as move:
             for sign in (1, -1):
                 move(v, sign * difference.step)

@@ -180,7 +180,7 @@ class Counts(Classifier):
 
 @pytest.mark.parametrize(
     ("method", "iterations", "first", "later"),
-    [("autograd", 1, 1, 1), ("autograd", 3, 1, 1), ("central_difference", 1, 13, 3), ("central_difference", 2, 15, 5)],
+    [("autograd", 1, 1, 1), ("autograd", 3, 1, 1), ("central_difference", 1, 14, 3), ("central_difference", 2, 16, 5)],
 )
 def test_runs_of_the_step(method, iterations, first, later):
     module, recorder = Counts(), Recorder()
@@ -368,7 +368,7 @@ def test_where_the_loss_is_not_finite_v_stays_and_the_step_is_skipped(method):
     assert regularizer.nonfinite_steps == 1
 
 
-@pytest.mark.parametrize(("method", "call"), [("autograd", 3), ("central_difference", 18), ("central_difference", 17)])
+@pytest.mark.parametrize(("method", "call"), [("autograd", 3), ("central_difference", 19), ("central_difference", 18)])
 def test_a_failing_step_leaves_v_as_it_was(method, call):
     kept, regularizer = [], callback(method)
 

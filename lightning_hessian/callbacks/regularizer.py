@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature.first_order import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
-from lightning_hessian.injection import by_name, penalised
-from lightning_hessian.passes import check_layer
+from lightning_hessian.curvature.constants import watch_constants
+from lightning_hessian.injection import by_name, check_gradients, penalised
+from lightning_hessian.passes import Passes, check_layer
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
 Strength = float | SupportsFloat | Callable[[int], float]
@@ -112,13 +113,15 @@ class HessianRegularizer(Callback):
         self._looked_for_kinks = False
         self._looked_at_rounding = False
         self._looked_for_coupling: set[int] = set()
+        self._found_repeatable: set[int] = set()
         self._has_reentrant_checkpoints: bool | None = None
+        self.awaited: list[Any] = []
         self._begun_for: weakref.ref[Trainer] | None = None
         self._resumed_by: weakref.ref[Trainer] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, which may be for another process, has begun for no Trainer.
-        return {**self.__dict__, "_begun_for": None, "_resumed_by": None}
+        return {**self.__dict__, "_begun_for": None, "_resumed_by": None, "awaited": []}
 
     def strengths_at(self, step: int) -> list[float]:
         """The factor of each penalty at an optimizer step; 0 where it does not act."""
@@ -159,6 +162,8 @@ class HessianRegularizer(Callback):
         self._looked_for_kinks = False
         self._looked_at_rounding = False
         self._looked_for_coupling = set()
+        self._found_repeatable = set()
+        self.awaited = []
         self._has_reentrant_checkpoints = None
         self._begun_for = weakref.ref(module.trainer)
 
@@ -264,6 +269,27 @@ class HessianRegularizer(Callback):
                 f"the samples?). {penalty.name} then mixes their derivatives and depends on the batch."
             )
 
+    def check_repeatable(
+        self, penalty: Penalty, passes: Passes, loss: Tensor, moved: Sequence[Tensor], sharing: Sequence[Penalty] = ()
+    ) -> None:
+        """Once in a fit, see that the step can be run again, and warn where it uses the moved parameters as constants.
+
+        Raises:
+            MisconfigurationException: the step gives another loss when it is run again.
+        """
+        if id(penalty) in self._found_repeatable:
+            return
+        self._found_repeatable.add(id(penalty))
+        with watch_constants(passes.module, moved) as seen:
+            passes.check_repeatable(loss, repr(penalty), sharing)
+        if seen.found:
+            rank_zero_warn(
+                f"The training step computes with {', '.join(map(repr, sorted(seen.found)[:4]))} under torch.no_grad() "
+                f"(targets or keys from the same network?). {penalty!r} moves these parameters there, too, and an "
+                "exact penalty holds what the step detaches constant: the two penalize different functions. Use a "
+                "copy of the network for the constants, or HessianTrace()."
+            )
+
     def say_own_pass(self, penalty: Penalty, layers: Sequence[str]) -> None:
         """Once in a fit, say why a penalty on the inputs costs a forward pass of its own."""
         if not self._said_own_pass:
@@ -295,6 +321,13 @@ class HessianRegularizer(Callback):
         if self in current.regularizers:
             raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
         current.regularizers.append(self)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._total = loss.detach()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.awaited:
+            check_gradients(pl_module, [self], self._total)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         save_states(_regularizers_of(trainer), checkpoint)

@@ -11,7 +11,7 @@ from lightning_hessian.curvature.operators import (
     MatrixOperator,
     SampleHessians,
 )
-from lightning_hessian.curvature.parameters import ParameterFilter, select_parameters
+from lightning_hessian.curvature.parameters import ParameterFilter, padding_rows, select_parameters
 from lightning_hessian.curvature.probes import ProbeSource
 from lightning_hessian.curvature.refusals import refuse_unsound_graph
 from lightning_hessian.curvature.spectrum import (
@@ -43,6 +43,7 @@ __all__ = [
     "hutchinson_trace",
     "lanczos",
     "moments",
+    "padding_rows",
     "power_iteration",
     "refuse_unsound_graph",
     "select_parameters",

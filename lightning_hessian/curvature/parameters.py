@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import Tensor
+from torch import Tensor, nn
 
 ParameterFilter = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 """A glob on parameter names, a list of globs, a predicate ``(name, parameter) -> bool``, or None for all."""
@@ -94,3 +94,18 @@ def _choose(
 def _listed(names: Mapping[str, Tensor] | Sequence[str], most: int = 8) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def padding_rows(module: nn.Module) -> dict[Tensor, int]:
+    """The rows of embeddings that ``padding_idx`` makes constants: their gradient is always zero, whatever they hold.
+
+    Example:
+        >>> layer = nn.Embedding(3, 2, padding_idx=1)
+        >>> padding_rows(layer)[layer.weight]
+        1
+    """
+    return {
+        layer.weight: layer.padding_idx
+        for layer in module.modules()
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.padding_idx is not None
+    }
