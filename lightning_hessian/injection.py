@@ -212,6 +212,8 @@ def _terms(module: LightningModule, passes: Passes, acting: Sequence[_Acting], l
         for one in acting:
             if passes.coupling and isinstance(one.penalty, InputPenalty):
                 one.regularizer.say_own_pass(one.penalty, list(passes.coupling))
+            if passes.runs_again_for(one.penalty):
+                one.regularizer.check_repeatable(one.penalty, passes, loss, shared=True)
             with passes.explained(one.penalty):
                 context = passes.context(one.penalty, one.probes)
                 if isinstance(one.penalty, InputPenalty):

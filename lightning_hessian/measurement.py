@@ -164,6 +164,7 @@ class Measurement:
         self.settings = settings
         self.training_mode = training_mode
         self.loss = loss
+        self._is_repeatable = False
 
     def take(self, step: int, learning_rate: float | None) -> tuple[Curvature, dict[str, Tensor]]:
         """Measure now.
@@ -235,6 +236,10 @@ class Measurement:
                 step = partial(self._step, index)
                 passes.append(Passes(module, step, batch, [], loss_of, repeated=True, context=context))
             stack.enter_context(context.explained())
+
+            if not self._is_repeatable and (first := passes[0].at_present(for_real=False).loss) is not None:
+                passes[0].check_repeatable(first, "CurvatureMonitor")
+                self._is_repeatable = True
 
             def loss(index: int) -> Tensor:
                 knew = context.takes_gradients

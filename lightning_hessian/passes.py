@@ -122,9 +122,16 @@ class Passes:
 
     def task(self) -> Pass:
         """Run the step for real."""
-        sharing = [p for p in self.penalties if not (self.coupling and isinstance(p, InputPenalty))]
-        self._task = self._run(sharing)
+        self._task = self._run(self._sharing)
         return self._task
+
+    @property
+    def _sharing(self) -> list[Penalty]:
+        return [p for p in self.penalties if not (self.coupling and isinstance(p, InputPenalty))]
+
+    def runs_again_for(self, penalty: Penalty) -> bool:
+        """Whether a penalty looks at other runs than the one for real."""
+        return isinstance(penalty, InputPenalty) and (bool(self.coupling) or penalty.derivatives == 1)
 
     def at_present(self, for_real: bool) -> Pass:
         """Run the step with the parameters as they are now, for nothing but its loss and first derivatives.
@@ -150,27 +157,27 @@ class Passes:
         """Let go of the runs; the step can be run again."""
         self._task = self._own = None
 
-    def check_repeatable(self, loss: Tensor, penalty: str, penalties: Sequence[Penalty] = ()) -> None:
+    def check_repeatable(self, loss: Tensor, by: str, shared: bool = False) -> None:
         """See that the step gives the same loss when it is run again, as every further run must.
 
         Args:
             loss: of the last run, with the parameters as they are now.
-            penalty: what needs further runs, for the error.
-            penalties: those that shared that run.
+            by: what needs further runs, for the error.
+            shared: whether that run served penalties (:meth:`task`).
 
         Raises:
             MisconfigurationException: it does not; attributes that have changed are named.
         """
         before = _attributes(self.module)
         with self.before.rewound(), _silent(self.module), torch.enable_grad():
-            again = self._run(penalties).loss
+            again = self._run(self._sharing if shared else []).loss
         if again is not None and _same(loss, again):
             return
         changed = sorted(name for name, value in _attributes(self.module).items() if before.get(name) != value)
         found = f" Attributes that the run has changed: {', '.join(changed[:8])}." if changed else ""
         raise MisconfigurationException(
             f"The training step gives another loss when it is run again on the same batch with the same parameters, "
-            f"buffers and random numbers, and {penalty} needs several runs: each would be of another function. The "
+            f"buffers and random numbers, and {by} needs several runs: each would be of another function. The "
             f"step keeps a state of its own (a hidden state, a memory bank, a random generator).{found} Register what "
             "it keeps as a buffer (`self.register_buffer`), which is rewound, or use a penalty that runs the step "
             "once, such as HessianTrace()."

@@ -188,6 +188,8 @@ class _Batch:
         loss = self.passes.task().loss
         if loss is None:
             raise _LeftOut("the step returned None")
+        if self.penalty.by_differences or self.passes.runs_again_for(self.penalty):
+            self.passes.check_repeatable(loss, repr(self.penalty), shared=True)
         task = self._gradient(loss)
         target = share * self._norm(task, "task loss")
         if target == 0:

@@ -6,19 +6,30 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_hessian.curvature import HessianOperator, HigherOrderError, ProbeSource, higher_order, select_parameters
+from lightning_hessian.curvature import (
+    HessianOperator,
+    HigherOrderError,
+    ProbeSource,
+    higher_order,
+    padding_rows,
+    select_parameters,
+)
+from lightning_hessian.curvature.graph import kinked_layers, kinks
 from lightning_hessian.injection import loss_of
 from lightning_hessian.passes import Passes
 from lightning_hessian.penalties import Penalty, StepContext
 from lightning_hessian.standalone import quiet_copy, step_of
+from lightning_hessian.state import RandomState, seed_all
 
 TOLERANCE = 1e-4
 """The relative error above which a derivative is called wrong. Sound ones are nearer to 1e-8."""
@@ -43,6 +54,8 @@ class Verification:
         penalty_gradient_error: of the gradient that the penalty trains with.
         replaced: the layers that ``higher_order()`` had to replace, with their operator.
         faults: the layers at fault where an error is too large.
+        kinks: activations and functions whose first derivative jumps. A difference across a kink is no derivative: where
+            the differences do not converge, and no layer is at fault, nothing is decided.
     """
 
     penalty: str
@@ -52,6 +65,7 @@ class Verification:
     penalty_gradient_error: float
     replaced: dict[str, str] = field(default_factory=dict)
     faults: tuple[str, ...] = ()
+    kinks: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -59,11 +73,13 @@ class Verification:
         return all(map(_is_right, (self.loss_gradient_error, self.hessian_error, self.penalty_gradient_error)))
 
     def __str__(self) -> str:
+        wrong = "UNDECIDED" if self.kinks and not self.faults else "WRONG"
+
         def row(what: str, error: float) -> str:
-            return f"  {what:<26}{error:9.1e}  {'right' if _is_right(error) else 'WRONG'}"
+            return f"  {what:<26}{error:9.1e}  {'right' if _is_right(error) else wrong}"
 
         lines = [
-            f"{self.penalty}: the gradient is {'right' if self.ok else 'WRONG'} (value {self.value:.6g})",
+            f"{self.penalty}: the gradient is {'right' if self.ok else wrong} (value {self.value:.6g})",
             "  relative error against central differences in float64",
             row("gradient of the loss", self.loss_gradient_error),
             row("Hessian-vector product", self.hessian_error),
@@ -74,6 +90,12 @@ class Verification:
             lines.append(f"  replaced by higher_order(): {layers}")
         if self.faults:
             lines.append(f"  at fault: {', '.join(self.faults)}")
+        if self.kinks and not self.ok:
+            lines.append(
+                f"  kinks: {', '.join(self.kinks)}. A difference across a kink is no derivative: the penalty sees the "
+                "loss between\n  the kinks only. To decide, verify a copy of the model with smooth activations (SiLU, "
+                "softplus) in their places."
+            )
         return "\n".join(lines)
 
 
@@ -85,7 +107,7 @@ def verify(
 ) -> Verification:
     """Compare the penalty's gradient on a model and a batch of yours with central differences in float64.
 
-    Everything happens on a float64 copy; the module, its buffers and the random state stay as they are. The penalty's
+    Everything happens on a float64 copy; the module, its buffers, the batch and the random state stay as they are. The penalty's
     probes and all randomness in the model (dropout) are the same in every evaluation. Where a derivative is wrong, the
     layer at fault is the innermost whose own derivatives are wrong while those of all layers inside it are right.
 
@@ -111,6 +133,8 @@ def verify(
         >>> report.ok, report.replaced
         (True, {'1': 'layer_norm'})
     """
+    if not isinstance(penalty, Penalty):
+        raise ValueError(f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace().")
     if penalty.by_differences:
         raise ValueError(
             f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. "
@@ -126,7 +150,8 @@ def verify(
 
     def task_loss() -> Tensor:
         with _FullPrecision():
-            latest[:] = [Passes(twin, lambda batch: step(twin, batch, 0), batch, [penalty], loss_of, context=context)]
+            fresh = _copied(batch)  # a step may change what it is handed
+            latest[:] = [Passes(twin, lambda batch: step(twin, batch, 0), fresh, [penalty], loss_of, context=context)]
             task = latest[0].task().loss
         if task is None:
             raise MisconfigurationException("The step returned None for this batch. Pass one that has a loss.")
@@ -137,7 +162,7 @@ def verify(
 
     with _float64_by_default(), context.explained():
         check = _Check(twin, task_loss, tensors)
-        check.evaluate()
+        kinked = sorted({*kinks(check.evaluate()), *kinked_layers(twin)})
         try:
             # A direction that the penalty has searched for is a constant of its gradient.
             held = penalty.held(step_context())
@@ -154,8 +179,16 @@ def verify(
         value = penalty_value(check.evaluate()).item()
         faults: tuple[str, ...] = ()
         if not all(map(_is_right, (first, second, third))):
-            faults = _layers_at_fault(twin, check) or (OUTSIDE,)
-    return Verification(repr(penalty), value, first, second, third, context.replaced, faults)
+            decided = check.converged or not kinked
+            # A kinked layer of PyTorch's is right where it has derivatives: it is the differences that fail there.
+            found = [name for name in _layers_at_fault(twin, check) if not kinked_layers(twin.get_submodule(name))]
+            faults = tuple(found) or ((OUTSIDE,) if decided else ())
+    return Verification(repr(penalty), value, first, second, third, context.replaced, faults, tuple(kinked))
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    size = max(a.norm().item(), b.norm().item())
+    return (a - b).norm().item() / size if size > 0 else 0.0
 
 
 def _is_right(error: float) -> bool:
@@ -169,6 +202,7 @@ class _Check:
         self.module = module
         self.function = function
         self.tensors = list(tensors)
+        self.converged = True
         self.buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
         generator = torch.Generator().manual_seed(0)
         # A direction moves each tensor in proportion to its own size, so that no step is too long for a small one.
@@ -176,16 +210,26 @@ class _Check:
             [torch.randn(t.shape, generator=generator).to(t) * _scale(t) for t in self.tensors]
             for _ in range(_DIRECTIONS)
         ]
+        # An embedding's padding row is a constant to autograd.
+        for tensor, row in padding_rows(module).items():
+            for i, own in enumerate(self.tensors):
+                if own is tensor:
+                    for direction in self.directions:
+                        direction[i][row] = 0
 
     def evaluate(self) -> Tensor:
         """The function at the present tensors, with the same buffers and random numbers each time."""
         with torch.no_grad():
             for buffer, before in self.buffers:
                 buffer.copy_(before)
-        devices = sorted({t.device.index or 0 for t in self.tensors if t.is_cuda})
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            torch.manual_seed(0)
-            return self.function()
+        device = self.tensors[0].device
+        random = RandomState.now(device)
+        try:
+            seed_all(0, device)
+            with torch.enable_grad():
+                return self.function()
+        finally:
+            random.restore()
 
     def loss_gradient(self) -> float:
         return self.gradient_of(lambda value: value)
@@ -210,12 +254,15 @@ class _Check:
         if not all(map(math.isfinite, exact)):
             return math.nan
         # Truncation wants a short step and rounding a long one: the best of a few is the differences' own error.
-        errors = [self._error_at(step, exact, directions, value) for step in _STEPS]
-        return min((error for error in errors if math.isfinite(error)), default=math.nan)
+        found = [self._differences(step, directions, value) for step in _STEPS]
+        errors = [_relative(torch.tensor(exact), differences) for differences in found]
+        best = min((error for error in errors if math.isfinite(error)), default=math.nan)
+        if not _is_right(best):
+            # Where the differences agree among themselves, it is the derivative that is wrong.
+            self.converged &= any(_is_right(_relative(a, b)) for a, b in pairwise(found))
+        return best
 
-    def _error_at(
-        self, step: float, exact: list[float], directions: list[list[Tensor]], value: Callable[[], Tensor]
-    ) -> float:
+    def _differences(self, step: float, directions: list[list[Tensor]], value: Callable[[], Tensor]) -> Tensor:
         differences = []
         for direction in directions:
             with self._moved(step, direction):
@@ -223,9 +270,7 @@ class _Check:
             with self._moved(-step, direction):
                 behind = value().item()
             differences.append((ahead - behind) / (2 * step))
-        off = torch.tensor(exact) - torch.tensor(differences)
-        size = max(torch.tensor(differences).norm().item(), torch.tensor(exact).norm().item())
-        return off.norm().item() / size if size > 0 else 0.0
+        return torch.tensor(differences)
 
     @contextmanager
     def _moved(self, step: float, direction: list[Tensor]) -> Iterator[None]:
@@ -334,9 +379,15 @@ def _scale(tensor: Tensor) -> float:
 def _float64(batch: Any, device: torch.device) -> Any:
     def convert(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().to(device)
-        return tensor.double() if tensor.is_floating_point() else tensor.clone()
+        return tensor.double() if tensor.is_floating_point() else tensor
 
-    return apply_to_collection(batch, Tensor, convert)
+    return _copied(apply_to_collection(batch, Tensor, convert))
+
+
+def _copied(batch: Any) -> Any:
+    """A batch with tensors and arrays of its own."""
+    batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+    return apply_to_collection(batch, np.ndarray, lambda array: array.copy())
 
 
 class _FullPrecision(TorchFunctionMode):

@@ -1,9 +1,11 @@
 """verify() is right about sound models, names the layer at fault in unsound ones, and leaves the model alone."""
 
 import copy
+import random
 from contextlib import suppress
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -91,7 +93,7 @@ def test_a_detached_penalty_is_called_wrong():
 
 
 def test_batch_norm_through_the_fused_operator_is_not_right(monkeypatch):
-    monkeypatch.setattr("lightning_hessian.curvature.context._REPLACED", {})
+    monkeypatch.setattr("lightning_hessian.curvature.replacements.ALWAYS", {})
     ok = False
     with suppress(lh.HigherOrderError):  # PyTorch 2.15 raises, 2.13 is silently wrong.
         ok = lh.verify(Net(), BATCH, lh.HessianTrace()).ok
@@ -151,3 +153,61 @@ def test_a_step_may_look_at_its_trainer():
     net = Looks()
     net.trainer = L.Trainer(max_epochs=7, logger=False, enable_checkpointing=False, accelerator="cpu")
     assert lh.verify(net, BATCH, lh.HessianTrace()).ok
+
+
+def test_randomness_and_changes_in_place_of_a_step_are_no_errors():
+    class Mixes(Net):
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            x.mul_(np.random.beta(0.4, 0.4)).add_(x.flip(0), alpha=random.random())
+            return super().training_step((x, y), batch_idx)
+
+    x, y = BATCH[0].double(), BATCH[1]
+    before, states = x.clone(), (np.random.get_state()[1].copy(), random.getstate())
+    assert lh.verify(Mixes(), (x, y), lh.HessianTrace()).ok
+    assert torch.equal(x, before)
+    assert (np.random.get_state()[1] == states[0]).all()
+    assert random.getstate() == states[1]
+
+
+@pytest.mark.parametrize("penalty", [lh.HessianTrace, lh.HessianNorm, "HessianTrace", None])
+def test_what_is_no_penalty_is_refused(penalty):
+    with pytest.raises(ValueError, match=r"is not a Penalty\. Pass an object such as HessianTrace\(\)"):
+        lh.verify(Net(), BATCH, penalty)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_padding_rows_are_constants(kind):
+    settings = {} if kind is nn.Embedding else {"mode": "sum"}
+    net = nn.Sequential(kind(5, 4, padding_idx=2, **settings), nn.Flatten(), nn.LazyLinear(3), nn.Tanh())
+    tokens = torch.tensor([[0, 2, 3], [2, 1, 2]])
+    net(tokens)
+    if kind is nn.EmbeddingBag:
+        with pytest.raises(lh.HigherOrderError, match="embedding_bag"):
+            lh.verify(net, tokens, lh.HessianTrace(), loss=lambda net, x: net(x).square().mean())
+        return
+    assert lh.verify(net, tokens, lh.HessianTrace(), loss=lambda net, x: net(x).square().mean()).ok
+
+
+def test_kinks_that_differences_cross_are_said_and_no_relu_is_blamed():
+    net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.randn(8, 4)
+    with torch.no_grad():  # every kink of the first layer is within a step of the first sample
+        net[0].bias.copy_(1e-6 * torch.randn(64) - net[0].weight @ x[0])
+    report = lh.verify(net, x, lh.HessianTrace(), loss=lambda net, x: net(x).square().mean())
+    assert not report.ok
+    assert report.faults == ()
+    assert "UNDECIDED" in str(report)
+    assert "kinks: ReLU" in str(report)
+    smooth = nn.Sequential(net[0], nn.SiLU(), net[2], nn.SiLU(), net[4])
+    assert "kinks" not in str(lh.verify(smooth, x, lh.HessianTrace(), loss=lambda net, x: net(x).square().mean()))
+
+
+def test_a_detached_penalty_is_wrong_on_a_network_with_kinks_too():
+    class Detached(lh.HessianTrace):
+        def value(self, context):
+            return super().value(context).detach()
+
+    report = lh.verify(Net(odd=nn.ReLU()), BATCH, Detached())
+    assert report.faults == (OUTSIDE,)
+    assert "WRONG" in str(report)

@@ -270,7 +270,7 @@ class HessianRegularizer(Callback):
             )
 
     def check_repeatable(
-        self, penalty: Penalty, passes: Passes, loss: Tensor, moved: Sequence[Tensor], sharing: Sequence[Penalty] = ()
+        self, penalty: Penalty, passes: Passes, loss: Tensor, moved: Sequence[Tensor] = (), shared: bool = False
     ) -> None:
         """Once in a fit, see that the step can be run again, and warn where it uses the moved parameters as constants.
 
@@ -281,7 +281,7 @@ class HessianRegularizer(Callback):
             return
         self._found_repeatable.add(id(penalty))
         with watch_constants(passes.module, moved) as seen:
-            passes.check_repeatable(loss, repr(penalty), sharing)
+            passes.check_repeatable(loss, repr(penalty), shared)
         if seen.found:
             rank_zero_warn(
                 f"The training step computes with {', '.join(map(repr, sorted(seen.found)[:4]))} under torch.no_grad() "
