@@ -54,8 +54,8 @@ class Verification:
         penalty_gradient_error: of the gradient that the penalty trains with.
         replaced: the layers that ``higher_order()`` had to replace, with their operator.
         faults: the layers at fault where an error is too large.
-        kinks: activations and functions whose first derivative jumps. A difference across a kink is no derivative: where
-            the differences do not converge, and no layer is at fault, nothing is decided.
+        kinks: activations and functions whose first derivative jumps. A difference across a kink is no derivative:
+            where the differences do not converge, and no layer is at fault, nothing is decided.
     """
 
     penalty: str
@@ -107,9 +107,9 @@ def verify(
 ) -> Verification:
     """Compare the penalty's gradient on a model and a batch of yours with central differences in float64.
 
-    Everything happens on a float64 copy; the module, its buffers, the batch and the random state stay as they are. The penalty's
-    probes and all randomness in the model (dropout) are the same in every evaluation. Where a derivative is wrong, the
-    layer at fault is the innermost whose own derivatives are wrong while those of all layers inside it are right.
+    Everything happens on a float64 copy; the module, its buffers, the batch and the random state stay as they are. The
+    penalty's probes and all randomness in the step (dropout, ``numpy.random``, ``random``) are the same in every
+    evaluation. Where a derivative is wrong, the layer at fault is the innermost whose own derivatives are wrong while those of all layers inside it are right.
 
     Args:
         module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.

@@ -230,7 +230,41 @@ class Mixup(Classifier):
         return F.cross_entropy(self.net(0.7 * x + 0.3 * x.roll(1, 0)), y)
 
 
-@pytest.mark.parametrize(("kind", "times"), [(RootOfTheMean, 1), (Mixup, 1), (Classifier, 0)])
+def soft_cross_entropy(logits, targets):
+    """As timm's: PyTorch's loss functions are not called."""
+    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+class UnseenMixup(Classifier):
+    def training_step(self, batch, batch_idx):
+        x, y = batch[0], F.one_hot(batch[1], 3).double()
+        mixed = [0.7 * t + 0.3 * t.roll(1, 0) for t in (x, y)]
+        return soft_cross_entropy(self.net(mixed[0]), mixed[1])
+
+
+class Neighbors(Classifier):
+    """Nodes of a graph, whose features are summed over their neighbors."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return soft_cross_entropy(self.net(x + x.roll(1, 0) + x.roll(-1, 0)), F.one_hot(y, 3).double())
+
+
+class Unseen(Classifier):
+    def training_step(self, batch, batch_idx):
+        return soft_cross_entropy(self.net(batch[0]), F.one_hot(batch[1], 3).double())
+
+
+@each_penalty
+def test_a_first_batch_of_one_sample(name):
+    loader = DataLoader(data().dataset, 1)
+    fit(Classifier(middle=nn.Identity()), [callback(PENALTIES[name]())], loader, max_steps=1)
+
+
+COUPLED = [(RootOfTheMean, 1), (Mixup, 1), (Classifier, 0), (UnseenMixup, 1), (Neighbors, 1), (Unseen, 0)]
+
+
+@pytest.mark.parametrize(("kind", "times"), COUPLED)
 def test_coupled_samples_are_warned_of_once(kind, times):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -19,9 +19,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_hessian.checks import choice, is_number, whole_number
+from lightning_hessian.curvature.constants import watch_constants
 from lightning_hessian.curvature.first_order import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
-from lightning_hessian.curvature.constants import watch_constants
 from lightning_hessian.injection import by_name, check_gradients, penalised
 from lightning_hessian.passes import Passes, check_layer
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext

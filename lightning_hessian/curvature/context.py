@@ -216,7 +216,8 @@ def _plain(args: Any) -> bool:
     transformed by vmap, jvp or the like."""
     if not args or type(args[0]) is not Tensor or torch.is_autocast_enabled(args[0].device.type):
         return False
-    return not _transformed() and not args[0].is_complex() and forward_ad.unpack_dual(args[0]).tangent is None
+    real = not args[0].is_complex() and not args[0].is_nested
+    return real and not _transformed() and forward_ad.unpack_dual(args[0]).tangent is None
 
 
 def _transformed() -> bool:

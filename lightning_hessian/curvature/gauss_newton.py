@@ -51,8 +51,8 @@ def random_factors(
     calls = losses.calls_in(loss)
     if not losses.was_entered:
         raise ValueError(
-            "The Gauss-Newton matrix is made of the loss's curvature in the outputs, and the context does not know which "
-            "loss functions were called. Compute the loss inside `with watch_losses() as seen:` and pass "
+            "The Gauss-Newton matrix is made of the loss's curvature in the outputs, and the context does not know "
+            "which loss functions were called. Compute the loss inside `with watch_losses() as seen:` and pass "
             "StepContext(loss, parameters, losses=seen), or use method='autograd'."
         )
     if not calls:

@@ -53,8 +53,8 @@ def refuse_complex(tensor: Tensor, what: str) -> None:
     if tensor.is_complex():
         raise ValueError(
             f"{what} is complex, and the Hessian here is that of real numbers: a complex trace would be no curvature. "
-            "Keep it as a real tensor of shape (..., 2) and use `torch.view_as_complex(parameter)` in the forward pass, "
-            "or choose only real ones with `parameters=`."
+            "Keep it as a real tensor of shape (..., 2) and use `torch.view_as_complex(parameter)` in the forward "
+            "pass, or choose only real ones with `parameters=`."
         )
 
 

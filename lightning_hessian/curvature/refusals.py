@@ -17,6 +17,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from lightning_hessian.curvature.errors import OTHERWISE, HigherOrderError, once_differentiable_error
 from lightning_hessian.curvature.graph import nodes
 
+
 def _native(name: str, instead: str) -> Callable[..., str]:
     """The check of an entry point to a fused kernel."""
     return lambda *args, **kwargs: (
@@ -27,8 +28,8 @@ def _native(name: str, instead: str) -> Callable[..., str]:
 
 def _as_strided_scatter(*args: Any, **kwargs: Any) -> str:
     return (
-        "calls torch.as_strided_scatter, whose gradient PyTorch computes wrongly, and so would its derivatives be. Write "
-        "into a clone by indices instead."
+        "calls torch.as_strided_scatter, whose gradient PyTorch computes wrongly, and so would its derivatives be. "
+        "Write into a clone by indices instead."
     )
 
 
@@ -81,7 +82,6 @@ _FUSED_NORM = re.compile(r"(Layer|Batch|Rms)_?Norm\w*Backward", re.IGNORECASE)
 _DIFFERENTIATED_LAYER_NORM = re.compile(r"LayerNorm\w*BackwardBackward", re.IGNORECASE)
 _FUSED_WEIGHT_NORM = re.compile(r"WeightNorm\w*Backward", re.IGNORECASE)
 _LEARNED_SPARSE = re.compile(r"^_?Sparse\w*Tensor\w*Backward|^Sparse(SampledAddmm|Mask|Softmax|LogSoftmax)Backward")
-_FUSED_LINEAR_CROSS_ENTROPY = re.compile(r"linear_cross_entropy\w*Backward")
 
 
 def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3) -> list[str]:
@@ -129,11 +129,6 @@ def _refuse_node(node: Any, name: str, derivatives: int) -> None:
             "leaves out without an error. Use a dense tensor, or gather and scatter the values yourself "
             f"(`torch.index_add`). Constant sparse matrices are right. {OTHERWISE}"
         )
-    if _FUSED_LINEAR_CROSS_ENTROPY.search(name):
-        raise HigherOrderError(
-            "The loss is a fused linear_cross_entropy, whose gradient has no derivative, so its part of the Hessian "
-            "would be zero. Compute the loss inside `with higher_order():`, or pass `options=None`."
-        )
     if name.startswith("EmbeddingBackward") and getattr(node, "_saved_scale_grad_by_freq", False):
         raise HigherOrderError(
             "The loss passes through an embedding with scale_grad_by_freq=True. Its gradient is scaled and is not the "
@@ -153,6 +148,11 @@ def _refuse_node(node: Any, name: str, derivatives: int) -> None:
 
 def _refuse_function(function: Any) -> str:
     name: str = function.__qualname__
+    if "linear_cross_entropy" in name:
+        raise HigherOrderError(
+            "The loss is a fused linear_cross_entropy, whose gradient has no derivative, so its part of the Hessian "
+            "would be zero. Compute the loss inside `with higher_order():`, or pass `options=None`."
+        )
     if function.__module__.startswith("torch._higher_order_ops"):
         operator = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("AutogradOp"))
         raise control_flow_error(operator.lower())

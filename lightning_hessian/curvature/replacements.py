@@ -37,7 +37,8 @@ def _hardsigmoid_(input: Tensor) -> Tensor:
 
 
 def _complex_silu(input: Tensor, inplace: bool = False) -> Tensor:
-    y = input * torch.sigmoid(input)
+    x = input.clone() if inplace else input
+    y = x * torch.sigmoid(x)
     return input.copy_(y) if inplace else y
 
 
@@ -98,7 +99,7 @@ def _transposed(convolution: Callable[..., Tensor], dimensions: int) -> Callable
         groups: int = 1, dilation: Any = 1,
     ) -> Tensor:  # fmt: skip
         whole = convolution(input, weight, None, stride, 0, 0, groups, dilation)
-        crop = []
+        crop: list[int] = []
         for p, extra in zip(_numbers(padding, dimensions), _numbers(output_padding, dimensions), strict=True):
             crop = [-p, extra - p, *crop]  # F.pad begins at the last dimension
         y = F.pad(whole, crop)

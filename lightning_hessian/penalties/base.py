@@ -195,9 +195,7 @@ class StepContext:
         with torch.no_grad():
             shifts = [shift(x) for x in self.inputs]
         there = self.moved(shifts)
-        before, after = (
-            rows(input_gradients(one.summed_loss, one.inputs))[still].float() for one in (self, there)
-        )
+        before, after = (rows(input_gradients(one.summed_loss, one.inputs))[still].float() for one in (self, there))
         return bool((after - before).norm() > _COUPLED * torch.maximum(before.norm(), after.norm()))
 
 
