@@ -49,6 +49,7 @@ import lightning as L  # noqa: E402
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
 from lightning_hessian.injection import penalised  # noqa: E402
+from lightning_hessian.nonfinite import AwaitedBackward  # noqa: E402
 from lightning_hessian.training import models  # noqa: E402
 
 STRENGTH = 1e-4
@@ -286,6 +287,15 @@ def probe_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) ->
     return statistics.median(timed(lambda: source.rademacher(size, 0, DEVICE)) for _ in range(rounds))
 
 
+def check_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) -> float:
+    """Seconds that looking at the gradients takes, after the backward pass of a penalized step."""
+    parameters = list(Case(name, arguments).to(DEVICE).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    awaited = AwaitedBackward(torch.ones((), device=DEVICE, requires_grad=True).clone(), parameters, list)
+    return statistics.median(timed(awaited.is_finite) for _ in range(rounds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
@@ -322,10 +332,12 @@ def main() -> None:
         print(f"\n{failure}")
 
     overhead = idle_overhead()
-    print("\n| model | drawing a probe / plain | idle callback / plain |\n| --- | --- | --- |")
+    print("\n| model | drawing a probe / plain | looking at the gradients / plain | idle callback / plain |")
+    print("| --- | --- | --- | --- |")
     for name in arguments.models:
         seconds = plain[name][0]
-        print(f"| {name} | {probe_seconds(name, arguments) / seconds:.2%} | {overhead / seconds:.3%} |")
+        shares = [f"{own(name, arguments) / seconds:.2%}" for own in (probe_seconds, check_seconds)]
+        print(f"| {name} | {' | '.join(shares)} | {overhead / seconds:.3%} |")
 
 
 if __name__ == "__main__":

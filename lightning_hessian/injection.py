@@ -127,7 +127,11 @@ def _await_backward(module: LightningModule, passes: Passes, acting: Sequence[_A
 
     output_loss = output if isinstance(output, Tensor) else output["loss"]
     awaited = AwaitedBackward(output_loss, parameters, task_gradient)
-    acting[0].regularizer.awaited.append((awaited, tuple(acting)))
+    # Earlier ones wait only within a batch: a module may override the hook that would look at them.
+    batch = acting[0].probes.micro_batch
+    first = acting[0].regularizer
+    first.awaited = [one for one in first.awaited if one[1][0].probes.micro_batch == batch and not one[0].is_over]
+    first.awaited.append((awaited, tuple(acting)))
 
 
 def check_gradients(module: LightningModule, regularizers: Sequence[HessianRegularizer], total: Tensor) -> None:

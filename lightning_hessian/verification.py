@@ -109,7 +109,8 @@ def verify(
 
     Everything happens on a float64 copy; the module, its buffers, the batch and the random state stay as they are. The
     penalty's probes and all randomness in the step (dropout, ``numpy.random``, ``random``) are the same in every
-    evaluation. Where a derivative is wrong, the layer at fault is the innermost whose own derivatives are wrong while those of all layers inside it are right.
+    evaluation. Where a derivative is wrong, the layer at fault is the innermost whose own derivatives are wrong while
+    those of all layers inside it are right.
 
     Args:
         module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
