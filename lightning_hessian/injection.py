@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lightning_hessian.curvature import ProbeSource, padding_rows
 from lightning_hessian.curvature.first_order import GradientSum, is_sharded, local, local_part, movable
-from lightning_hessian.curvature.graph import without_hooks
 from lightning_hessian.nonfinite import AwaitedBackward
 from lightning_hessian.passes import Passes, no_loss_again
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty
@@ -122,8 +121,8 @@ def _await_backward(module: LightningModule, passes: Passes, acting: Sequence[_A
         run = passes.at_present(for_real=False)
         if run.loss is None:
             raise no_loss_again(acting[0].penalty)
-        with without_hooks(parameters):
-            return torch.autograd.grad(run.loss, parameters, allow_unused=True)
+        by_backward = any(map(is_sharded, parameters)) or acting[0].regularizer.needs_backward(run.loss)
+        return GradientSum(parameters, by_backward=by_backward).differentiate(run.loss)
 
     output_loss = output if isinstance(output, Tensor) else output["loss"]
     awaited = AwaitedBackward(output_loss, parameters, task_gradient)
@@ -330,7 +329,10 @@ def _along(
             value = run.loss.detach()
             ends.append(_add(module, total, one.regularizer, run.loss, difference.weight, look))
             del run
-            one.regularizer.check_repeatable(one.penalty, passes, value, difference.tensors)
+            finish = None
+            if total.by_backward:
+                finish = GradientSum(total.tensors, total.scale, by_backward=True).differentiate
+            one.regularizer.check_repeatable(one.penalty, passes, value, difference.tensors, finish=finish)
     product = (ends[0] - ends[1]) / (2 * difference.step)
     return passes.mean_over_ranks(product) if whole else product, output
 

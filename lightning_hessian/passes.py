@@ -157,13 +157,16 @@ class Passes:
         """Let go of the runs; the step can be run again."""
         self._task = self._own = None
 
-    def check_repeatable(self, loss: Tensor, by: str, shared: bool = False) -> None:
+    def check_repeatable(
+        self, loss: Tensor, by: str, shared: bool = False, finish: Callable[[Tensor], Any] | None = None
+    ) -> None:
         """See that the step gives the same loss when it is run again, as every further run must.
 
         Args:
             loss: of the last run, with the parameters as they are now.
             by: what needs further runs, for the error.
             shared: whether that run served penalties (:meth:`task`).
+            finish: called with the loss of the further run; sharded parameters wait for its backward pass.
 
         Raises:
             MisconfigurationException: it does not; attributes that have changed are named.
@@ -171,6 +174,8 @@ class Passes:
         before = _attributes(self.module)
         with self.before.rewound(), _silent(self.module), torch.enable_grad():
             again = self._run(self._sharing if shared else []).loss
+            if finish is not None and again is not None:
+                finish(again)
         if again is not None and _same(loss, again):
             return
         changed = sorted(name for name, value in _attributes(self.module).items() if before.get(name) != value)
@@ -278,6 +283,35 @@ class Passes:
                     "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "
                     "track_running_stats=True to it, or use GroupNorm."
                 )
+
+
+@contextmanager
+def layers_without_gradients(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[set[str]]:
+    """The names of the layers that own some of the parameters and are called under ``torch.no_grad()`` inside.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(2, 2))
+        >>> with layers_without_gradients(layer, list(layer.parameters())) as found, torch.no_grad():
+        ...     y = layer(torch.ones(1, 2))
+        >>> found
+        {'0'}
+    """
+    found: set[str] = set()
+    wanted = {id(parameter) for parameter in parameters}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda layer, args: None if torch.is_grad_enabled() else found.add(name)
+
+    handles = [
+        layer.register_forward_pre_hook(look(name))
+        for name, layer in module.named_modules()
+        if any(id(parameter) in wanted for parameter in layer.parameters(recurse=False))
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _same(loss: Tensor, again: Tensor) -> bool:

@@ -124,7 +124,7 @@ def test_gauss_newton_through_attention_and_recurrent_layers_equals_the_context(
     optimizer = plain.configure_optimizers()
     with lh.higher_order(plain), lh.curvature.watch_losses() as seen:
         task = F.cross_entropy(plain.net(x), y)
-    context = lh.StepContext(task, dict(plain.named_parameters()), losses=seen)
+    context = lh.StepContext(task, dict(plain.named_parameters()), lh.ProbeSource(), losses=seen)
     (task + STRENGTH * lh.HessianTrace(method="gauss_newton")(context)).backward()
     optimizer.step()
     torch.testing.assert_close(weights(module), weights(plain), rtol=1e-9, atol=1e-10)

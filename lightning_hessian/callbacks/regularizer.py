@@ -19,11 +19,10 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_hessian.checks import choice, is_number, whole_number
-from lightning_hessian.curvature.constants import watch_constants
 from lightning_hessian.curvature.first_order import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
 from lightning_hessian.injection import by_name, check_gradients, penalised
-from lightning_hessian.passes import Passes, check_layer
+from lightning_hessian.passes import Passes, check_layer, layers_without_gradients
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
 Strength = float | SupportsFloat | Callable[[int], float]
@@ -270,7 +269,13 @@ class HessianRegularizer(Callback):
             )
 
     def check_repeatable(
-        self, penalty: Penalty, passes: Passes, loss: Tensor, moved: Sequence[Tensor] = (), shared: bool = False
+        self,
+        penalty: Penalty,
+        passes: Passes,
+        loss: Tensor,
+        moved: Sequence[Tensor] = (),
+        shared: bool = False,
+        finish: Callable[[Tensor], Any] | None = None,
     ) -> None:
         """Once in a fit, see that the step can be run again, and warn where it uses the moved parameters as constants.
 
@@ -280,12 +285,12 @@ class HessianRegularizer(Callback):
         if id(penalty) in self._found_repeatable:
             return
         self._found_repeatable.add(id(penalty))
-        with watch_constants(passes.module, moved) as seen:
-            passes.check_repeatable(loss, repr(penalty), shared)
-        if seen.found:
+        with layers_without_gradients(passes.module, moved) as found:
+            passes.check_repeatable(loss, repr(penalty), shared, finish)
+        if found:
             rank_zero_warn(
-                f"The training step computes with {', '.join(map(repr, sorted(seen.found)[:4]))} under torch.no_grad() "
-                f"(targets or keys from the same network?). {penalty!r} moves these parameters there, too, and an "
+                f"The training step calls the layers {', '.join(map(repr, sorted(found)[:4]))} under torch.no_grad() "
+                f"(targets or keys from the same network?). {penalty!r} moves their parameters there, too, and an "
                 "exact penalty holds what the step detaches constant: the two penalize different functions. Use a "
                 "copy of the network for the constants, or HessianTrace()."
             )

@@ -98,11 +98,7 @@ class GradientSum:
             weight: its weight.
             look: called with the loss's own gradient, by tensor; what it returns is returned.
         """
-        scaled = loss if self.scale == 1 else loss * self.scale
-        with without_hooks(self.tensors):  # they see the sum, once
-            found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
-        if self.scale != 1:
-            found = [None if gradient is None else gradient / self.scale for gradient in found]
+        found = self.differentiate(loss)
         named = {tensor: gradient for tensor, gradient in zip(self.tensors, found, strict=True) if gradient is not None}
         seen = look(named) if look is not None else None
         del named
@@ -120,6 +116,15 @@ class GradientSum:
                     self._gradients[i] = gradient if share == 1 else gradient * share
         self.value = self.value + weight * loss.detach()
         return seen
+
+    def differentiate(self, loss: Tensor) -> list[Tensor | None]:
+        """The gradient of a loss, whose graph is freed, without adding it."""
+        scaled = loss if self.scale == 1 else loss * self.scale
+        with without_hooks(self.tensors):  # they see the sum, once
+            found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
+        if self.scale != 1:
+            found = [None if gradient is None else gradient / self.scale for gradient in found]
+        return found
 
     def loss(self) -> Tensor:
         """A scalar of this value that has this gradient; it can be differentiated once."""
