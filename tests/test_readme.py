@@ -8,6 +8,11 @@ import torch
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+def measured(text):
+    """A printed result without the digits that differ between machines."""
+    return re.sub(r"\d\.\de-\d+", "*", re.sub(r"(\d\.\d\d)\d+", r"\1", text))
+
+
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
@@ -15,9 +20,9 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert len(blocks) == 8
     for block in blocks:
         exec(block, namespace)
-    printed = capsys.readouterr().out
-    assert "the gradient is right" in printed
-    assert "makes its gradient 10 % of the task loss's" in printed
+    printed = measured(capsys.readouterr().out)
+    for shown in re.findall(r"```\n(HessianTrace.*?)```", README, re.DOTALL):
+        assert measured(shown) in printed
     assert all(parameter.grad is not None for parameter in namespace["net"].parameters())
     manual = namespace["Manual"]()
     before = torch.cat([p.detach().flatten() for p in manual.parameters()])
