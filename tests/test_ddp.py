@@ -307,3 +307,28 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     for penalty in (lh.HessianTrace(), lh.HessianNorm(), lh.HessianNorm(method="central_difference")):
         with pytest.raises(MisconfigurationException, match=message):
             callback(penalty).begin(module)
+
+
+class BadOnRankOne(lh.HessianTrace):
+    """Finite, and from the second step on without a finite gradient on one of the ranks."""
+
+    def value(self, context):
+        value = super().value(context)
+        if dist.get_rank() == 1 and context.probes.step >= 1:
+            w = next(iter(context.parameters.values()))
+            value = value + (w - w.detach()).square().sum().sqrt()
+        return value
+
+
+@pytest.mark.parametrize("strategy", [{}, {"gradient_as_bucket_view": True}], ids=str)
+def test_a_gradient_that_is_not_finite_on_one_rank_lets_all_train_on_the_task_loss(tmp_path, strategy):
+    regularizer = callback(BadOnRankOne(probes=-1))
+    first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), regularizer, data(8), **strategy)
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["logged"][-1]["train/hessian_trace_skipped"] == STEPS - 1
+
+    def only_first(module, x, y, step):
+        return exact(module, x, y, step) if step == 0 else F.cross_entropy(module.net(x), y)
+
+    expected = fit_one(Classifier(middle=nn.LayerNorm(6)), only_first, data(8))
+    torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-8)
