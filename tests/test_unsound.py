@@ -121,7 +121,7 @@ def uncertainty(x, y, w, s):
 
 FACTORS = {
     "uncertainty weighting": uncertainty,
-    "learned sample weights": lambda x, y, w, s: (s * x[:, 0] * F.cross_entropy(x @ w, y, reduction="none")).mean(),
+    "learned sample weights": lambda x, y, w, s: (s * x[:, 0].exp() * F.cross_entropy(x @ w, y, reduction="none")).mean(),
     "predicted variance": lambda x, y, w, s: (F.mse_loss(x @ w, x, reduction="none") * (x * s).exp()).mean(),
     "product of losses": lambda x, y, w, s: F.cross_entropy(x @ w, y) * F.mse_loss(x * s, x @ x.T @ x),
     "learned class weights": lambda x, y, w, s: F.cross_entropy(x @ w, x.softmax(1), weight=s.exp().expand(3)),
