@@ -8,15 +8,15 @@
     python benchmarks/defaults_study.py report --all                      # every setting in the file
     python benchmarks/defaults_study.py along                             # what was seen along training
 
-A run is `lightning-hessian` with the overrides given, in this process: its data, model, Classifier, Trainer and strength
+A run is `lightning-hessian` with the overrides given, in this process: data, model, Classifier, Trainer and strength
 come from conf/. Runs whose result is in the file already are left out, so an interrupted study goes on; a run is known
 by its resolved settings, so it is made again where a default has changed.
 
-Measured: test accuracy and loss; the training loss of the last epoch; trace and extreme eigenvalues (20 steps of Lanczos)
-of the Hessian of the mean loss over 500 training images, in evaluation mode (as the command, but with 50 probes) and with
-batch norm in training mode (10 probes, batches of 32), as the penalty sees it. On the test images, in evaluation mode: the
-penalties on the inputs, exact or nearly (Jacobian by all outputs, 10 steps of Lanczos), and the accuracy under PGD (20
-steps, Linf) of radius 0.05 and 0.1 in units of pixels in [0, 1].
+Measured are test accuracy and loss, the training loss of the last epoch, and the trace and the extreme eigenvalues (20
+steps of Lanczos) of the Hessian of the mean loss over 500 training images: in evaluation mode, as the command does, but
+with 50 probes; and with batch norm in training mode (10 probes, batches of 32), as the penalty sees it. On the test
+images, in evaluation mode: the penalties on the inputs, exactly or nearly so (the Jacobian by all outputs, 10 steps of
+Lanczos), and the accuracy under PGD (40 steps, Linf) of radius 0.05 and 0.1 where pixels are in [0, 1].
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import select_parameters  # noqa: E402
 from lightning_hessian.measurement import Measurement, Settings  # noqa: E402
-from lightning_hessian.training import cli  # noqa: E402
 from lightning_hessian.training.classifier import Classifier  # noqa: E402
 from lightning_hessian.training.data import ImageData  # noqa: E402
 from lightning_hessian.training.report import LANCZOS  # noqa: E402
@@ -87,8 +86,8 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 
 
 def key_of(row: dict) -> str:
-    """By which a run is known; but for the seed."""
-    return json.dumps([row["model"], row["settings"], bool(row.get("along"))], sort_keys=True)
+    """By which a run is known, but for the seed."""
+    return json.dumps([row["model"], row["settings"]], sort_keys=True)
 
 
 def train(config: DictConfig, along: bool) -> dict:
@@ -197,13 +196,18 @@ def rounded(value: Any) -> Any:
 def sweep(overrides: list[str]) -> list[list[str]]:
     """All combinations of the values that are set apart by commas; in brackets they are one value."""
     split = [text.partition("=") for text in overrides]
-    choices = [[f"{name}={one}" for one in ([values] if "[" in values else values.split(","))] for name, _, values in split]
+    choices = [
+        [f"{name}={one}" for one in ([values] if "[" in values else values.split(","))] for name, _, values in split
+    ]
     return [list(chosen) for chosen in itertools.product(*choices)]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    done = {(key_of(row), row["seed"]) for row in read(arguments.results)}
-    wanted = sweep(arguments.overrides) if arguments.overrides else [[f"regularizer={r}"] for r in arguments.regularizers]
+    rows = read(arguments.results)
+    done = {(key_of(row), row["seed"]) for row in rows if row["along"] or not arguments.along}
+    wanted = (
+        sweep(arguments.overrides) if arguments.overrides else [[f"regularizer={r}"] for r in arguments.regularizers]
+    )
     for seed, model, overrides in itertools.product(arguments.seeds, arguments.models, wanted):
         config = composed(model, overrides, seed)
         row = {"model": model, "settings": settings_of(config), "seed": seed, "along": arguments.along}
@@ -216,6 +220,97 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"trace {row['trace']:.2f} largest {row['largest']:.2f} ({row['seconds']} s)", flush=True)
 
 
+def label(settings: dict) -> str:
+    """The penalty and what is not a matter of course in its settings."""
+    usual = {"probes": 1, "keep": 1.0, "drop": "tensor", "scale": "none", "every_n_steps": 1, "warmup_steps": 0}
+    usual |= {"iterations": 1, "search": "power", "squared": False, "step": 0.01, "projections": 1, "_convert_": "all"}
+    left = {key: value for key, value in settings.items() if usual.get(key) != value and key != "penalty"}
+    if left.get("method") == "autograd" and settings["penalty"] != "HessianTrace":
+        del left["method"]
+    return ", ".join([settings["penalty"], *(v if k == "method" else f"{k} {v}" for k, v in left.items())])
+
+
+def mean_and_error(values: list[float], digits: int, sign: str = "") -> str:
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.{digits}f}{error}"
+
+
+COLUMNS = {
+    "test accuracy (%)": ("accuracy", 100, 2),
+    "test loss": ("loss", 1, 4),
+    "trace": ("trace", 1, 2),
+    "largest eigenvalue": ("largest", 1, 3),
+    "trace, training mode": ("training-mode trace", 1, 2),
+    "largest, training mode": ("training-mode largest", 1, 3),
+}
+INPUT_COLUMNS = {
+    "test accuracy (%)": ("accuracy", 100, 2),
+    "test loss": ("loss", 1, 4),
+    "input gradient": ("input gradient", 1, 3),
+    "Jacobian": ("Jacobian", 1, 1),
+    "input Hessian": ("input Hessian", 1, 3),
+    "PGD 0.05 (%)": ("PGD 0.05", 100, 1),
+    "PGD 0.1 (%)": ("PGD 0.1", 100, 1),
+}
+
+
+def table(groups: list[list[dict]], none: dict[int, dict], columns: dict[str, tuple[str, float, int]]) -> None:
+    """A row for each group of runs: the mean and, below it, the paired difference to no penalty, seed by seed."""
+    print("| penalty | seeds | " + " | ".join(columns) + " |")
+    print("| --- | --- |" + " --- |" * len(columns))
+    for own in groups:
+        cells = []
+        for key, scale, digits in columns.values():
+            cell = mean_and_error([scale * row[key] for row in own], digits)
+            pairs = [scale * (row[key] - none[row["seed"]][key]) for row in own if row["seed"] in none]
+            if pairs and own[0]["settings"]["penalty"] != "none":
+                cell += f"<br>{mean_and_error(pairs, digits, '+')} ({sum(d < 0 for d in pairs)} lower)"
+            cells.append(cell)
+        print(f"| {label(own[0]['settings'])} | {len(own)} | " + " | ".join(cells) + " |")
+    print()
+
+
+def report(arguments: argparse.Namespace) -> None:
+    groups: dict[str, dict[int, dict]] = {}
+    for row in read(arguments.results):
+        groups.setdefault(key_of(row), {})[row["seed"]] = row
+    print(
+        "Mean ± standard error over seeds; below, the paired difference to none, and in how many seeds it is lower.\n"
+    )
+    for model in MODELS:
+        configs = [composed(model, [f"regularizer={name}"]) for name in REGULARIZERS]
+        keys = [key_of({"model": model, "settings": settings_of(config)}) for config in configs]
+        if arguments.all:
+            keys = keys[:1] + sorted(key for key in groups if json.loads(key)[0] == model and key != keys[0])
+        found = [list(groups[key].values()) for key in keys if key in groups]
+        if not found:
+            continue
+        on_weights = [own for own in found if own[0]["settings"]["penalty"] in ("none", "HessianTrace", "HessianNorm")]
+        on_inputs = [own for own in found if own not in on_weights[1:]]
+        for part, columns in ((on_weights, COLUMNS), (on_inputs, INPUT_COLUMNS)):
+            if len(part) > 1:
+                print(f"**{model}**\n")
+                table(part, groups[keys[0]], columns)
+
+
+def along(arguments: argparse.Namespace) -> None:
+    groups: dict[str, list[dict]] = {}
+    for row in read(arguments.results):
+        if row["along"]:
+            groups.setdefault(key_of(row), []).append(row)
+    shown = ["loss", "penalty", "|penalty|", "share", "trace", "training-mode trace", "largest", "smallest"]
+    shown += ["training-mode smallest", "weights"]
+    for own in groups.values():
+        print(f"**{own[0]['model']}, {label(own[0]['settings'])}**, {len(own)} seeds\n")
+        print("| epoch | " + " | ".join(shown) + " |")
+        print("| --- |" + " --- |" * len(shown))
+        for epochs in zip(*(row["along"] for row in own), strict=True):
+            cells = [statistics.mean(one[key] for one in epochs) if key in epochs[0] else None for key in shown]
+            if epochs[0]["epoch"] in (1, 2, 4, 6, 8, 10):
+                print(f"| {epochs[0]['epoch']} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "report", "along"])
@@ -224,6 +319,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["cnn"])
     parser.add_argument("--regularizers", nargs="+", choices=REGULARIZERS, default=REGULARIZERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--all", action="store_true", help="report every setting in the file")
     parser.add_argument("--along", action="store_true", help="measure after each epoch as well")
     arguments = parser.parse_intermixed_args()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
