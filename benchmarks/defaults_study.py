@@ -47,6 +47,7 @@ import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import select_parameters  # noqa: E402
 from lightning_hessian.measurement import Measurement, Settings  # noqa: E402
 from lightning_hessian.training.classifier import Classifier  # noqa: E402
+from lightning_hessian.training.cli import config_directory  # noqa: E402
 from lightning_hessian.training.data import ImageData  # noqa: E402
 from lightning_hessian.training.report import LANCZOS  # noqa: E402
 
@@ -61,6 +62,7 @@ REGULARIZERS = (
 )
 MODELS = ("cnn", "mlp", "vit", "softplus_cnn", "resnet18")
 PROBES = 50
+WATCHED = (1, 2, 4, 6, 8, 10)
 RADII = (0.05, 0.1)
 ON_INPUTS = {
     "input gradient": lambda: lh.InputGradientNorm(),
@@ -149,7 +151,7 @@ def on_inputs(module: Classifier, data: ImageData) -> dict:
 
 
 class Along(L.Callback):
-    """After each epoch: means over its steps, and the curvature on 128 training images in both modes."""
+    """After some epochs: means over the steps, and the curvature on 128 training images in both modes."""
 
     def __init__(self, data: ImageData, regularizer: lh.HessianRegularizer | None) -> None:
         self.data = data
@@ -162,6 +164,9 @@ class Along(L.Callback):
         self._steps.append((outputs["loss"].item() - added, added, abs(added)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: Classifier) -> None:
+        if trainer.current_epoch + 1 not in WATCHED:
+            self._steps.clear()
+            return
         batches = self.data.training_samples(128)
         loss, added, size = map(statistics.mean, zip(*self._steps, strict=True))
         row = {"epoch": trainer.current_epoch + 1, "loss": loss, "penalty": added, "|penalty|": size}
@@ -306,8 +311,7 @@ def along(arguments: argparse.Namespace) -> None:
         print("| --- |" + " --- |" * len(shown))
         for epochs in zip(*(row["along"] for row in own), strict=True):
             cells = [statistics.mean(one[key] for one in epochs) if key in epochs[0] else None for key in shown]
-            if epochs[0]["epoch"] in (1, 2, 4, 6, 8, 10):
-                print(f"| {epochs[0]['epoch']} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
+            print(f"| {epochs[0]['epoch']} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
         print()
 
 
@@ -320,9 +324,9 @@ def main() -> None:
     parser.add_argument("--regularizers", nargs="+", choices=REGULARIZERS, default=REGULARIZERS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--all", action="store_true", help="report every setting in the file")
-    parser.add_argument("--along", action="store_true", help="measure after each epoch as well")
+    parser.add_argument("--along", action="store_true", help="measure along training as well")
     arguments = parser.parse_intermixed_args()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
         globals()[arguments.what](arguments)
 
 
