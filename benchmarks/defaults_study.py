@@ -29,6 +29,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def train(config: DictConfig, along: bool) -> dict:
     row |= curvature(trainer, module, whole, PROBES, training=False)
     found = curvature(trainer, module, batches, config.trace.probes, training=True)
     row |= {f"training-mode {name}": value for name, value in found.items()}
-    return row | on_inputs(module, data) | ({"along": watch.rows} if along else {})
+    return row | on_inputs(module, data) | {"along": watch.rows}
 
 
 def curvature(
@@ -151,7 +152,10 @@ def on_inputs(module: Classifier, data: ImageData) -> dict:
 
 
 class Along(L.Callback):
-    """After some epochs: means over the steps, and the curvature on 128 training images in both modes."""
+    """After some epochs: means over the steps, and the curvature on 128 training images in both modes.
+
+    "share" is the length of the penalty's gradient in units of the task loss's; "weights" the length of all of them.
+    """
 
     def __init__(self, data: ImageData, regularizer: lh.HessianRegularizer | None) -> None:
         self.data = data
@@ -215,7 +219,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     for seed, model, overrides in itertools.product(arguments.seeds, arguments.models, wanted):
         config = composed(model, overrides, seed)
-        row = {"model": model, "settings": settings_of(config), "seed": seed, "along": arguments.along}
+        row = {"model": model, "settings": settings_of(config), "seed": seed, "along": []}
         if (key_of(row), seed) not in done:
             row |= train(config, arguments.along)
             arguments.results.parent.mkdir(parents=True, exist_ok=True)
@@ -299,20 +303,48 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def along(arguments: argparse.Namespace) -> None:
-    groups: dict[str, list[dict]] = {}
+    groups: dict[str, dict[int, dict]] = {}
     for row in read(arguments.results):
-        if row["along"]:
-            groups.setdefault(key_of(row), []).append(row)
-    shown = ["loss", "penalty", "|penalty|", "share", "trace", "training-mode trace", "largest", "smallest"]
-    shown += ["training-mode smallest", "weights"]
+        exact = (row["settings"]["penalty"], row["settings"].get("method")) == ("HessianTrace", "autograd")
+        if row["along"] or exact:
+            groups.setdefault(key_of(row), {})[row["seed"]] = row
+    ends = [
+        {
+            "setting": label(one["settings"]),
+            "test accuracy (%)": 100 * one["accuracy"],
+            "test loss": one["loss"],
+            "weights after epoch 1": one["along"][0]["weights"] if one["along"] else None,
+            "training loss": one["train loss"],
+            "penalty at the end": one["along"][-1]["|penalty|"] if one["along"] else None,
+            "trace": one["trace"],
+            "trace, training mode": one["training-mode trace"],
+            "smallest eigenvalue, training mode": one["training-mode smallest"],
+        }
+        for own in groups.values()
+        for one in own.values()
+    ]
+    averaged(
+        [[end for end in ends if end["setting"] == name] for name in dict.fromkeys(end["setting"] for end in ends)]
+    )
     for own in groups.values():
-        print(f"**{own[0]['model']}, {label(own[0]['settings'])}**, {len(own)} seeds\n")
-        print("| epoch | " + " | ".join(shown) + " |")
-        print("| --- |" + " --- |" * len(shown))
-        for epochs in zip(*(row["along"] for row in own), strict=True):
-            cells = [statistics.mean(one[key] for one in epochs) if key in epochs[0] else None for key in shown]
-            print(f"| {epochs[0]['epoch']} | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " |")
-        print()
+        if all(row["along"] for row in own.values()):
+            first = next(iter(own.values()))
+            print(f"**{first['model']}, {label(first['settings'])}**\n")
+            averaged(list(zip(*(row["along"] for row in own.values()), strict=True)))
+
+
+def averaged(groups: Sequence[Sequence[dict]]) -> None:
+    """A table with a row for each group: the means of its numbers."""
+    names = list(groups[0][-1]) + [name for name in groups[-1][0] if name not in groups[0][-1]]
+    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+    for group in groups:
+        cells = []
+        for name in names:
+            values = [one[name] for one in group if one.get(name) is not None]
+            text = isinstance(group[0].get(name), str)
+            cells.append(group[0][name] if text else f"{statistics.mean(values):.3g}" if values else "")
+        print("| " + " | ".join(cells) + " |")
+    print()
 
 
 def main() -> None:
