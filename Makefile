@@ -1,7 +1,7 @@
 # make train   install into .venv and run the main job: a small CNN on digits with the Hessian-trace penalty
 # make test    install into .venv and run the whole test suite
 # make lint    the linter, the formatter's check and the type checker
-# Settings go through ARGS: make train ARGS="model=mlp regularizer.strength=1e-4"
+# Settings go through ARGS: make train ARGS="model=mlp regularizer.strength=1e-2"
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -64,12 +64,13 @@ def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run,
     assert {"curvature/hessian_trace", "train/penalty", "train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= (
         set(logged)
     )
-    # Both were recorded in float32.
+    # Both were recorded in float32, at every step but the first, where the warm-up begins with 0.
+    ramp = torch.arange(1, 8) / 200
     torch.testing.assert_close(
-        torch.tensor(logged["train/penalty"]), 1e-3 * torch.tensor(logged["curvature/hessian_trace"])
+        torch.tensor(logged["train/penalty"]), 3e-2 * ramp * torch.tensor(logged["curvature/hessian_trace"])
     )
     assert (tmp_path / "here/checkpoints/last.ckpt").is_file()
-    assert OmegaConf.load(tmp_path / "here/config.yaml").regularizer.strength == 1e-3
+    assert OmegaConf.load(tmp_path / "here/config.yaml").regularizer.strength == 3e-2
 
 
 def test_the_monitor_logs_beside_the_penalty_and_changes_nothing(run, tmp_path):
@@ -110,7 +111,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch):
 
 
 def test_a_sweep_over_the_strength(run, tmp_path):
-    out, _, status = run("-m", *QUICK, "regularizer.strength=0,1e-4,1e-3", "hydra.sweep.dir=sweep")
+    out, _, status = run("-m", *QUICK, "regularizer.strength=0,1e-2,3e-2", "hydra.sweep.dir=sweep")
     assert status == 0
     assert out.count("test accuracy") == 3
     assert "curvature/hessian_trace" not in scalars(tmp_path / "sweep/0")
@@ -164,7 +165,14 @@ def test_auto_without_a_penalty_gives_one_line(run):
         ["model=mlp", "model.width=8"],
         ["model=cnn", "model.width=4"],
         ["model=vit", "model.width=8", "model.depth=1", "model.heads=2"],
-        ["model=resnet18", "data.batch_size=4", "regularizer.penalty.keep=0.02", "trace.probes=2", "trace.samples=4"],
+        [
+            "model=resnet18",
+            "data.batch_size=4",
+            "regularizer.penalty.method=two_pass",
+            "trace.probes=2",
+            "trace.samples=4",
+        ],
+        ["model=mlp", "model.width=8", "regularizer.penalty.method=autograd", "regularizer.penalty.keep=0.5"],
         ["model=cnn", "model.width=4", "regularizer=hessian_norm"],
         ["model=softplus_cnn", "model.width=4", "regularizer=input_hessian"],
         ["model=softplus_cnn", "model.width=4", "regularizer=input_gradient"],
@@ -177,7 +185,10 @@ def test_auto_without_a_penalty_gives_one_line(run):
     ids=" ".join,
 )
 def test_every_config_runs(run, arguments):
-    _, err, status = run(*QUICK[:3], "data.batch_size=32", "trainer.fast_dev_run=1", "trace.samples=16", *arguments)
+    # One step, with the whole penalty in it.
+    at_once = [] if "regularizer=none" in arguments else ["regularizer.warmup_steps=0"]
+    quick = ["data.batch_size=32", "trainer.fast_dev_run=1", "trace.samples=16", *at_once]
+    _, err, status = run(*QUICK[:3], *quick, *arguments)
     assert status == 0, err
 
 
