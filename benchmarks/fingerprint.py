@@ -1,0 +1,70 @@
+"""Do two versions of the code train the same weights, to the bit? Prints a hash of the weights for each penalty.
+
+    python benchmarks/fingerprint.py > before.txt     # then, on the other version, > after.txt, and diff the two
+
+Each run is twelve steps of the command line's classifier on digits with a small network, one thread and a fixed seed;
+every method of every penalty, with accumulation, a warm-up and batch norm among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+warnings.filterwarnings("ignore")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+import lightning as L  # noqa: E402
+
+import lightning_hessian as lh  # noqa: E402
+from lightning_hessian.training import data, models  # noqa: E402
+from lightning_hessian.training.classifier import Classifier  # noqa: E402
+
+PENALTIES = {
+    "none": (),
+    "trace": (lh.HessianTrace(),),
+    "trace, two probes, keep 0.5": (lh.HessianTrace(probes=2, keep=0.5),),
+    "trace, elements": (lh.HessianTrace(keep=0.5, drop="element", scale="parameter", clamp=0.0),),
+    "two_pass": (lh.HessianTrace(method="two_pass", probes=2),),
+    "central_difference": (lh.HessianTrace(method="central_difference", parameters="*.weight"),),
+    "gauss_newton": (lh.HessianTrace(method="gauss_newton", scale="parameter"),),
+    "norm": (lh.HessianNorm(iterations=2),),
+    "norm, central_difference": (lh.HessianNorm(method="central_difference"),),
+    "input gradient": (lh.InputGradientNorm(),),
+    "input Hessian": (lh.InputHessianNorm(2, "lanczos"),),
+    "input Hessian, finite_difference": (lh.InputHessianNorm(method="finite_difference"),),
+    "Jacobian": (lh.JacobianNorm(),),
+    "several": (lh.HessianTrace(), lh.InputGradientNorm(), lh.HessianTrace(method="central_difference")),
+}
+
+
+def weights_of(penalties: tuple[lh.Penalty, ...], model: str, accumulate: int) -> str:
+    L.seed_everything(0, verbose=False)
+    source = data.Digits(batch_size=16, train_samples=200, seed=0)
+    module = Classifier(getattr(models, model)(source.shape, source.classes, width=8), source.classes)
+    callbacks = [lh.HessianRegularizer(list(penalties), 1e-4, warmup_steps=3)] if penalties else []
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=12, callbacks=callbacks, accumulate_grad_batches=accumulate, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, source)
+    flat = torch.cat([value.double().flatten() for value in module.state_dict().values()])
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for name, penalties in PENALTIES.items():
+        for model, accumulate in (("cnn", 1), ("mlp", 2)):
+            print(f"{name:<34}{model:<6}{weights_of(penalties, model, accumulate)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
