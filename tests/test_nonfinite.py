@@ -82,7 +82,7 @@ def test_verify_does_not_call_a_gradient_right_that_is_not_a_number(loss):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("loss", [distances, own_distances])
+@pytest.mark.parametrize("loss", [lambda z: z.square().mean(), lambda z: z.exp().sum().log()])
 def test_the_step_trains_on_the_task_loss_alone(loss, accumulate):
     plain = Model(loss)
     settings = {"accumulate_grad_batches": accumulate, "max_steps": 2, "max_epochs": 3}

@@ -121,7 +121,9 @@ def uncertainty(x, y, w, s):
 
 FACTORS = {
     "uncertainty weighting": uncertainty,
-    "learned sample weights": lambda x, y, w, s: (s * x[:, 0].exp() * F.cross_entropy(x @ w, y, reduction="none")).mean(),
+    "learned sample weights": lambda x, y, w, s: (
+        s * x[:, 0].exp() * F.cross_entropy(x @ w, y, reduction="none")
+    ).mean(),
     "predicted variance": lambda x, y, w, s: (F.mse_loss(x @ w, x, reduction="none") * (x * s).exp()).mean(),
     "product of losses": lambda x, y, w, s: F.cross_entropy(x @ w, y) * F.mse_loss(x * s, x @ x.T @ x),
     "learned class weights": lambda x, y, w, s: F.cross_entropy(x @ w, x.softmax(1), weight=s.exp().expand(3)),
@@ -287,7 +289,13 @@ def control_flow():
     }
 
 
-@pytest.mark.parametrize("name", ["cond", "scan", "while_loop"])
+OLD = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),
+    reason="scan and while_loop have no gradient in this version",
+)
+
+
+@pytest.mark.parametrize("name", ["cond", pytest.param("scan", marks=OLD), pytest.param("while_loop", marks=OLD)])
 @pytest.mark.parametrize("inside", [True, False])
 def test_control_flow_operators_are_refused_by_name(name, inside):
     w, call = leaf(3, 3), control_flow()[name]

@@ -111,7 +111,12 @@ def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3
     return list(custom)
 
 
-_EXAMINED = (_FUSED_NORM, _FUSED_WEIGHT_NORM, _LEARNED_SPARSE, re.compile("^(Embedding|Convolution)Backward"))
+_NO_DERIVATIVE = "torch::autograd::Error"
+"""The node of a result that PyTorch refuses to differentiate, if it ever comes to that."""
+_EXAMINED = (
+    _FUSED_NORM, _FUSED_WEIGHT_NORM, _LEARNED_SPARSE,
+    re.compile(f"^(Embedding|Convolution)Backward|^{_NO_DERIVATIVE}$"),
+)  # fmt: skip
 
 
 @cache
@@ -124,6 +129,11 @@ def _refuse_node(node: Any, derivatives: int) -> None:
     name = node.name()
     if _is_harmless(name):
         return
+    if name == _NO_DERIVATIVE:
+        raise HigherOrderError(
+            "The loss passes through an operator that this version of PyTorch does not differentiate at all (a "
+            "control-flow operator such as while_loop?). Write it with operators that have a gradient."
+        )
     if (
         _FUSED_WEIGHT_NORM.search(name)
         or (derivatives > 2 and _FUSED_NORM.search(name))
@@ -215,7 +225,7 @@ def refuse_delayed_errors(derivatives: Sequence[Tensor], custom: Sequence[str]) 
     Raises:
         HigherOrderError: there is such a node.
     """
-    if any(node.name() == "torch::autograd::Error" for node in nodes(derivatives)):
+    if any(node.name() == _NO_DERIVATIVE for node in nodes(derivatives)):
         raise once_differentiable_error(" or ".join(custom))
 
 
