@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -182,7 +182,7 @@ def _settled(module: nn.Module, moving: Sequence[str], step: Step, batches: Sequ
     """A copy whose running statistics are the means over the batches."""
     twin, passes = quiet_copy(module), quiet_copy(module)
     for name in moving:
-        layer = passes.get_submodule(name)
+        layer = cast(_BatchNorm, passes.get_submodule(name))
         layer.momentum = None  # the cumulative mean
         layer.reset_running_stats()
     with torch.enable_grad():

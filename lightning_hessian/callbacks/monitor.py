@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_hessian.checks import choice, whole_number
+from lightning_hessian.checks import choice, whole_number, writable_directory
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
 from lightning_hessian.curvature.spectrum import check_eigenvalues
 from lightning_hessian.measurement import Curvature, Loss, Measurement, NoLoss, Settings, fixed_batches
@@ -85,7 +85,7 @@ class CurvatureMonitor(Callback):
         seed: of the random vectors.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or ``png_directory`` cannot be written when training starts.
         MisconfigurationException: when training starts: no data, no differentiable loss, globs that match nothing, more
             eigenvalues than parameters, sharded parameters.
 
@@ -188,7 +188,7 @@ class CurvatureMonitor(Callback):
         if self.loss is None:
             self._refuse_step(pl_module)
         if self.png_directory is not None and trainer.is_global_zero:
-            self.png_directory.mkdir(parents=True, exist_ok=True)
+            writable_directory("png_directory", self.png_directory)
         if self.figures and self._tensorboards(trainer) and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
 
