@@ -13,8 +13,9 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -42,7 +43,7 @@ AUTO = "auto"
 AUTO_BATCHES = 4
 """On how many training batches a strength is chosen."""
 AUTO_STEPS = 100
-"""After how many steps without a penalty at least."""
+"""After how many steps without a penalty at least, and how often."""
 
 
 @dataclass
@@ -135,9 +136,10 @@ def _choose_strengths(
 ) -> None:
     """Put a number wherever ``strength`` says auto, into the callback and into the settings.
 
-    Chosen after a while of training without a penalty. At the initial weights the derivatives by the inputs are a
-    hundred to a thousand times smaller than soon after, and a strength that fits there destroys training. (The vision
-    transformer's are 0.) A resumed run begins with the same weights, and chooses what the interrupted one has chosen.
+    It is the least that is suggested while a copy learns without a penalty, so that the penalty's share of the gradient
+    is not above what was asked for on the way. At the initial weights the derivatives by the inputs are a hundred to a
+    thousand times smaller than soon after (those of the vision transformer are 0), and a strength that fits there
+    destroys training. A resumed run begins with the same weights, and chooses what the interrupted one has chosen.
     """
     asked = settings.get("strength")
     each = list(asked) if isinstance(asked, ListConfig) else [asked] * len(regularizer.penalties)
@@ -147,36 +149,44 @@ def _choose_strengths(
     data.setup("fit")
     if trainer.world_size == 1:  # processes that are yet to be forked cannot share a GPU that was used before
         module.to(trainer.strategy.root_device)
-    trained = _trained_without_penalty(module, data, trainer)
-    for i, penalty in enumerate(regularizer.penalties):
-        if each[i] == AUTO:
-            found = suggest_strength(trained, data.training_batches(AUTO_BATCHES), penalty)
-            each[i] = found.strength
-            if trainer.is_global_zero:
-                print(
-                    f"strength            {found.strength:.4g} ({found.low:.2g} to {found.high:.2g} over "
-                    f"{len(found.by_batch)} batches), where the gradient of {penalty.name} is "
-                    f"{100 * found.share:.3g} % of the task loss's"
-                )
+    penalties = {i: penalty for i, penalty in enumerate(regularizer.penalties) if each[i] == AUTO}
+    random = RandomState.now(module.device)
+    try:
+        found = [
+            {i: suggest_strength(twin, data.training_batches(AUTO_BATCHES), p) for i, p in penalties.items()}
+            for twin in _while_it_learns(module, data, trainer)
+        ]
+    finally:
+        random.restore()
+    for i, penalty in penalties.items():
+        least = min((here[i] for here in found), key=float)
+        each[i] = least.strength
+        if trainer.is_global_zero:
+            print(
+                f"strength            {least.strength:.4g} ({least.low:.2g} to {least.high:.2g} over "
+                f"{len(least.by_batch)} batches), where the gradient of {penalty.name} is "
+                f"{100 * least.share:.3g} % of the task loss's"
+            )
     settings.strength = regularizer.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
 
 
-def _trained_without_penalty(module: Classifier, data: ImageData, trainer: L.Trainer) -> Classifier:
-    """A copy that has begun to learn: its loss has halved, or the run would be over.
+def _while_it_learns(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
+    """A copy that is trained without a penalty, after each epoch of ``AUTO_STEPS`` steps at least.
 
-    It has taken an epoch at least, and ``AUTO_STEPS`` steps.
+    It ends where the mean loss of one has halved, or the run would be over.
     """
     twin = copy.deepcopy(module)
     epoch = len(data.train_dataloader())
-    least = max(AUTO_STEPS, epoch)
+    part = max(AUTO_STEPS, epoch)
     ends = [end for end in ((trainer.max_epochs or 0) * epoch, trainer.max_steps) if end > 0]
-    most = max(least, min(ends, default=0))
+    parts = max(1, min(ends, default=0) // part)
     optimizer = twin.optimizer()
-    schedule = twin.schedule(optimizer, most)
-    losses: list[float] = []
-    random = RandomState.now(module.device)
-    try:
-        for batch in data.training_batches(most):
+    schedule = twin.schedule(optimizer, parts * part)
+    batches = data.training_batches(parts * part)
+    first: float | None = None
+    for _ in range(parts):
+        losses: list[float] = []
+        for batch in islice(batches, part):
             optimizer.zero_grad()
             loss = twin.loss(move_data_to_device(batch, module.device))
             loss.backward()
@@ -185,14 +195,13 @@ def _trained_without_penalty(module: Classifier, data: ImageData, trainer: L.Tra
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise Diverged(
-                    f"the training loss is {losses[-1]} after {len(losses)} steps without a penalty: training has "
-                    "diverged, so no strength can be chosen. Lower optimizer.lr."
+                    f"the training loss is {losses[-1]} without a penalty: training has diverged, so no strength can "
+                    "be chosen. Lower optimizer.lr."
                 )
-            if len(losses) >= least and statistics.mean(losses[-AUTO_STEPS // 4 :]) < losses[0] / 2:
-                break
-    finally:
-        random.restore()
-    return twin
+        yield twin
+        first = losses[0] if first is None else first
+        if statistics.mean(losses) < first / 2:
+            return
 
 
 def _check_trainer(settings: DictConfig) -> None:
