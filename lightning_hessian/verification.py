@@ -110,6 +110,8 @@ def verify(
         >>> report.ok, report.replaced
         (True, {'1': 'layer_norm'})
     """
+    if not isinstance(penalty, Penalty):
+        raise ValueError(f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace().")
     if penalty.by_differences:
         raise ValueError(
             f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. "

@@ -75,6 +75,12 @@ class AdversarialAccuracy(Callback):
         targets: TargetChoice = None,
     ) -> None:
         self.attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
+        classes = [attack for attack in self.attacks if isinstance(attack, type)]
+        if classes:
+            raise ValueError(
+                f"attacks={attacks!r}: {classes[0].__name__} is a class. Pass an object with the radius of the attack, "
+                f"such as {classes[0].__name__}(0.1)."
+            )
         if not self.attacks or not all(isinstance(attack, Attack) for attack in self.attacks):
             raise ValueError(
                 f"attacks={attacks!r} must be an attack such as PGD(0.1), or a list of at least one of them."
