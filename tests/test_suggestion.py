@@ -237,6 +237,7 @@ def squares(net, x):
         ({"share": float("nan")}, "share=nan"),
         ({"share": "0.1"}, "share='0.1'"),
         ({"penalty": [lh.HessianTrace()]}, "is not a Penalty"),
+        ({"penalty": lh.HessianTrace}, r"HessianTrace'> is not a Penalty. Pass an object such as HessianTrace\(\)"),
         ({"penalty": lh.HessianTrace(parameters="nothing")}, "matches no trainable parameter"),
         ({"loss": squares}, "linear or quadratic"),
         ({"loss": squares, "penalty": lh.HessianTrace(method="two_pass")}, "linear or quadratic"),
