@@ -81,7 +81,7 @@ class HessianRegularizer(Callback):
     def __init__(
         self,
         penalty: Penalty | Sequence[Penalty],
-        strength: Strength | Sequence[Strength] = 1e-3,
+        strength: float | Sequence[float] | Strength | Sequence[Strength] = 1e-3,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_hessian import radius
-from lightning_hessian.attacks import FGSM, PGD, Attack, logits_of, undisturbed
+from lightning_hessian.attacks import FGSM, PGD, Attack, GradientAttack, logits_of, undisturbed
 from lightning_hessian.batches import InputChoice, part_of, select_inputs, tensors_in
 from lightning_hessian.checks import whole_number
 
@@ -67,7 +67,7 @@ class AdversarialAccuracy(Callback):
 
     def __init__(
         self,
-        attacks: Attack | Sequence[Attack],
+        attacks: GradientAttack | Sequence[GradientAttack] | Attack | Sequence[Attack],
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         radius_estimate: bool = False,
