@@ -171,7 +171,7 @@ def plain_accuracies():
 def test_auto_trains_about_as_well_as_no_penalty(run, plain_accuracies, model, regularizer):
     # The other pairs, and longer: benchmarks/auto_strengths.py.
     small = [*QUICK[:3], f"model={model}", "model.width=16", "trainer.max_epochs=4", "trace.samples=16", "logger=none"]
-    small += ["model.depth=1", "trainer.max_epochs=2"] if model == "vit" else []
+    small += ["model.depth=1", "trainer.max_epochs=2", "optimizer.lr=0.02"] if model == "vit" else []
 
     def accuracy(*arguments):
         out, err, status = run(*small, *arguments)
@@ -424,6 +424,15 @@ def test_optuna_survives_a_trial_that_diverges(run):
     best = OmegaConf.load("sweep/optimization_results.yaml")
     assert float(best.best_params["optimizer.lr"]) == 0.1
     assert 0 < best.best_value < 10
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+def test_a_sweep_may_be_described_in_the_settings_of_the_sweeper(run, sweeper):
+    own = [f"hydra/sweeper={sweeper}", "hydra.sweep.dir=sweep", "+hydra.sweeper.params={optimizer.lr:'0.1,0.2'}"]
+    own += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"] if sweeper == "optuna" else []
+    out, err, status = run("-m", *own, *QUICK, "logger=none", "trainer.max_epochs=1")
+    assert status == 0, err
+    assert out.count("test accuracy") == 2
 
 
 def test_compare_trains_once_more_without_the_penalty_and_shows_both(run, tmp_path):
