@@ -40,8 +40,22 @@ class Attack(Protocol):
         """Inputs near x that ``model`` is meant to take for another class than y."""
 
 
+class GradientAttack:
+    """What :class:`FGSM` and :class:`PGD` are. LightningCLI takes one by its ``class_path`` where this is asked for; of
+    a protocol or a dataclass it would not tell which one was meant."""
+
+    @property
+    def name(self) -> str:
+        """Used in the names of logged values."""
+        raise NotImplementedError
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
+        """Inputs near x that ``model`` is meant to take for another class than y."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
-class FGSM:
+class FGSM(GradientAttack):
     r"""One step of the full radius along the sign of the loss's gradient (L2: along the gradient).
 
     .. math:: x' = x + r \, \mathrm{sign}(g), \qquad x' = x + r \, g / \lVert g \rVert_2, \qquad g = \nabla_x L
@@ -94,7 +108,7 @@ class FGSM:
 
 
 @dataclass(frozen=True, eq=False)
-class PGD:
+class PGD(GradientAttack):
     r"""Steps of projected gradient ascent from random points of the ball; the best point of all is kept.
 
     .. math:: x_{t+1} = P(x_t + a \, \mathrm{sign}(g_t)), \qquad x_{t+1} = P(x_t + a \, g_t / \lVert g_t \rVert_2)

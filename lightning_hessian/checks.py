@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import SupportsFloat
 
 
@@ -52,3 +54,15 @@ def count_or_all(name: str, value: object, exact: str) -> None:
     """Raise a ValueError unless the value is at least 1, or -1, which asks for ``exact``."""
     if not is_whole(value) or (value < 1 and value != -1):  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or -1 for {exact}.")
+
+
+def writable_directory(name: str, path: Path) -> None:
+    """Make the directory, and raise a ValueError unless files can be written there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name}={str(path)!r} cannot be written ({error}). Name a directory in which files can be made."
+        ) from error

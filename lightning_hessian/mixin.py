@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.callbacks.regularizer import HessianRegularizer, load_states, save_states
@@ -22,7 +23,12 @@ class HessianRegularizationMixin(LightningModule):
     Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
     as a callback as well. What its penalties keep from step to step (the vector of :class:`HessianNorm`) is in the
     checkpoints. A module that overrides ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_before_backward`` or
-    ``on_after_backward`` must call ``super()``'s.
+    ``on_after_backward`` must call ``super()``'s. So must one that overrides ``configure_callbacks``, by which a warning
+    comes where the first epoch has passed without a call of ``self.regularized``.
+
+    Raises:
+        MisconfigurationException: when fitting starts or in ``self.regularized``: ``self.regularizer`` is something
+            else, such as a penalty.
 
     Example:
         >>> import torch
@@ -66,9 +72,22 @@ class HessianRegularizationMixin(LightningModule):
         if self._trainer is not None:
             load_states(self._regularizers(), checkpoint, self._trainer)
 
+    def configure_callbacks(self) -> list[Callback]:
+        others = super().configure_callbacks()
+        return [*([others] if isinstance(others, Callback) else others), _Watch()]
+
     def _regularizers(self) -> list[HessianRegularizer]:
-        given = self.regularizer or []
-        return given if isinstance(given, list) else [given]
+        if self.regularizer is None:
+            return []
+        given = self.regularizer if isinstance(self.regularizer, list) else [self.regularizer]
+        for one in given:
+            if not isinstance(one, HessianRegularizer):
+                raise MisconfigurationException(
+                    f"{type(self).__name__}.regularizer={self.regularizer!r} must be a HessianRegularizer or a list of "
+                    "them. They hold a penalty and its strength: `self.regularizer = "
+                    "HessianRegularizer(HessianTrace(), strength=1e-3)`."
+                )
+        return given
 
     def regularized(self, loss: Callable[..., Output], inputs: Tensor | Sequence[Tensor] | None = None) -> Output:
         """Compute the loss and add strength * penalty to it.
@@ -86,12 +105,12 @@ class HessianRegularizationMixin(LightningModule):
         Raises:
             MisconfigurationException: ``self.regularizer`` is not set, or the penalty cannot be computed here.
         """
-        if not self.regularizer:
+        regularizers = self._regularizers()
+        if not regularizers:
             raise MisconfigurationException(
                 f"{type(self).__name__}.regularizer is not set, so there is no penalty to add. Set it in `__init__`: "
                 "`self.regularizer = HessianRegularizer(HessianTrace(), strength=1e-3)`."
             )
-        regularizers = self._regularizers()
         for regularizer in regularizers:
             if not regularizer.has_begun(self.trainer):
                 regularizer.begin(self)
@@ -107,3 +126,24 @@ class HessianRegularizationMixin(LightningModule):
             return penalised(self, regularizers, lambda _: loss())
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
         return penalised(self, regularizers, lambda tensors: loss(*tensors), given, all_inputs=True)
+
+
+class _Watch(Callback):
+    """Warns where a module of the mixin has a regularizer and does not use it."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, HessianRegularizationMixin)
+        pl_module._regularizers()
+        self._has_looked = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, HessianRegularizationMixin)
+        regularizers = pl_module._regularizers()
+        if not self._has_looked and regularizers and not any(one.has_begun(trainer) for one in regularizers):
+            name = type(pl_module).__name__
+            rank_zero_warn(
+                f"{name}.regularizer is set, and the first epoch has passed without a call of `self.regularized`, so "
+                f"{name} trains without the penalty. Compute the loss by `self.regularized(lambda: ...)` in "
+                "`training_step`, or set `self.regularizer = None`."
+            )
+        self._has_looked = True

@@ -7,19 +7,20 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hessian.checks import is_number
 from lightning_hessian.curvature import ProbeSource, select_parameters
 from lightning_hessian.curvature.first_order import movable
 from lightning_hessian.injection import loss_of, without_padding
 from lightning_hessian.passes import Passes, no_loss_again
-from lightning_hessian.penalties import Difference, Penalty
+from lightning_hessian.penalties import Difference, InputPenalty, Penalty
 from lightning_hessian.standalone import Step, quiet_copy, step_of
 from lightning_hessian.state import RandomState
 
@@ -91,6 +92,12 @@ def suggest_strength(
 
     It is a start, not an optimum, and it depends on the weights: on a fresh module it is for the beginning of training,
     and the share changes as the two gradients do.
+    Derivatives by the inputs grow a hundred to a thousand times within the first epoch. A strength of a penalty on the
+    inputs that fits a fresh module destroys its training: ask on a module that was trained for an epoch without one.
+
+    A penalty on the inputs uses the running statistics of batch norm in training mode. Those of a fresh module belong
+    to no data, and training moves them to the data within some twenty steps. So they are first set, on the copies, to
+    the means over all the batches at the present weights. (A layer whose ``momentum`` is 0 keeps its own.)
 
     Each batch is computed on a copy of the module, in its own mode and precision: weights, gradients, buffers, metrics
     and logs, the penalty and the global random state are left as they are, also by an exception.
@@ -135,10 +142,15 @@ def suggest_strength(
     step = step_of(module, loss)
     parameters = dict(module.named_parameters())
     penalty.check(parameters)
-    random = RandomState.now(next(iter(select_parameters(parameters).values())).device)
+    device = next(iter(select_parameters(parameters).values())).device
+    random = RandomState.now(device)
     found: list[float] = []
     left_out: list[str] = []
     try:
+        moving = _moving_statistics(module) if isinstance(penalty, InputPenalty) else []
+        if moving:
+            batches = list(batches)
+            module = _settled(module, moving, step, batches, device)
         for index, batch in enumerate(batches):
             try:
                 with torch.enable_grad():
@@ -157,6 +169,36 @@ class _LeftOut(Exception):
     """Why a batch tells nothing."""
 
 
+def _moving_statistics(module: nn.Module) -> list[str]:
+    """The layers of batch norm whose running statistics follow the data, by name."""
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.training and layer.running_mean is not None and layer.momentum != 0
+    ]
+
+
+def _settled(module: nn.Module, moving: Sequence[str], step: Step, batches: Sequence[Any], device: Any) -> nn.Module:
+    """A copy whose running statistics are the means over the batches."""
+    twin, passes = quiet_copy(module), quiet_copy(module)
+    for name in moving:
+        layer = cast(_BatchNorm, passes.get_submodule(name))
+        layer.momentum = None  # the cumulative mean
+        layer.reset_running_stats()
+    with torch.enable_grad():
+        for index, batch in enumerate(batches):
+            step(passes, _own(batch, device), index)
+    for name in moving:
+        twin.get_submodule(name).load_state_dict(passes.get_submodule(name).state_dict())
+    return twin
+
+
+def _own(batch: Any, device: Any) -> Any:
+    """A copy of the batch on the device; the step may change what it is handed."""
+    batch = move_data_to_device(batch, device)
+    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+
+
 class _Batch:
     """One batch, on copies of module and penalty of its own, so that none sees what another left behind."""
 
@@ -167,8 +209,7 @@ class _Batch:
         self.parameters = dict(twin.named_parameters())
         self.trained = list(select_parameters(self.parameters).values())
         self.probes = ProbeSource(step=index, micro_batch=index)  # what the callback draws in its first steps
-        batch = move_data_to_device(batch, self.trained[0].device)
-        batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
+        batch = _own(batch, self.trained[0].device)
         by_differences = penalty.by_differences
         self.passes = Passes(
             twin,

@@ -1,7 +1,9 @@
 """The command line, in this process: a run, its files, its errors, sweeps, resuming, every config."""
 
+import importlib
 import re
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import lightning_hessian as lh
+from lightning_hessian.__main__ import main as command
 from lightning_hessian.training import cli
 from lightning_hessian.training.data import DEBIAN_FASHION_MNIST, Digits, FashionMNIST, _random_crop
+from lightning_hessian.training.robustness import PixelAdversarialAccuracy
 
 QUICK = [
     "trainer.accelerator=cpu",
@@ -150,6 +155,43 @@ def test_auto_for_several_penalties_in_a_sweep(run):
     assert second[1] == 0.5
 
 
+@pytest.fixture(scope="module")
+def plain_accuracies():
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("model", "regularizer"),
+    [
+        *(("cnn", regularizer) for regularizer in ("input_gradient", "input_hessian", "jacobian")),
+        *(("softplus_cnn", regularizer) for regularizer in ("hessian_norm", "input_gradient_hessian")),
+        ("mlp", "hessian_trace"),
+        ("vit", "input_gradient"),
+    ],
+)
+def test_auto_trains_about_as_well_as_no_penalty(run, plain_accuracies, model, regularizer):
+    # The other pairs, and longer: benchmarks/auto_strengths.py.
+    small = [*QUICK[:3], f"model={model}", "model.width=16", "trainer.max_epochs=4", "trace.samples=16", "logger=none"]
+    small += ["model.depth=1", "trainer.max_epochs=2", "optimizer.lr=0.02"] if model == "vit" else []
+
+    def accuracy(*arguments):
+        out, err, status = run(*small, *arguments)
+        assert status == 0, err
+        return float(re.search(r"test accuracy +(\S+)", out).group(1))
+
+    if model not in plain_accuracies:
+        plain_accuracies[model] = accuracy("regularizer=none")
+    found = accuracy(f"regularizer={regularizer}", "regularizer.strength=auto")
+    assert found > plain_accuracies[model] - 0.02
+
+
+def test_auto_where_training_diverges_by_itself(run):
+    _, err, status = run(*QUICK, "regularizer.strength=auto", "optimizer.lr=1e20")
+    assert status == 3
+    assert "without a penalty: training has diverged, so no strength can be chosen" in err
+    assert "Lower optimizer.lr" in err
+
+
 def test_auto_without_a_penalty_gives_one_line(run):
     _, err, status = run(*QUICK, "regularizer=none", "regularizer.strength=auto")
     assert status == 2
@@ -192,21 +234,38 @@ def test_every_config_runs(run, arguments):
     assert status == 0, err
 
 
+@pytest.mark.parametrize("normalise", ["true", "false"])
 @pytest.mark.parametrize("robustness", ["pgd", "study"])
-def test_the_summary_tells_the_accuracy_under_attack(run, robustness):
-    small = ["model=mlp", "model.width=8", "data.normalise=false", "robustness.max_samples=8", "trainer.fast_dev_run=1"]
-    out, err, status = run(*QUICK[:3], *small, "trace.samples=16", f"robustness={robustness}")
+def test_the_summary_tells_the_accuracy_under_attack(run, robustness, normalise):
+    small = ["model=mlp", "model.width=8", f"data.normalise={normalise}", "trainer.fast_dev_run=1"]
+    out, err, status = run(
+        *QUICK[:3], *small, "robustness.max_samples=8", "trace.samples=16", f"robustness={robustness}"
+    )
     assert status == 0, err
     assert "clean/accuracy" in out
     assert "pgd_linf_0.1/accuracy" in out
     assert ("radius_estimate" in out) == (robustness == "study")
 
 
-def test_normalised_data_do_not_fit_the_bounds_of_pixels(run):
-    arguments = ["model=mlp", "model.width=8", "robustness=pgd", "trainer.fast_dev_run=1"]
-    _, err, status = run(*QUICK[:3], *arguments)
-    assert status == 2
-    assert "Perhaps x is normalised" in err
+def test_radii_mean_pixels_where_the_data_are_normalised():
+    class Net(torch.nn.Module):  # class 0 where a normalised pixel is above what 0.5 becomes
+        trainer = None
+
+        def forward(self, x):
+            above = x.mean(dim=(1, 2, 3)) - (0.5 - 0.305) / 0.376
+            return torch.stack([above, -above], dim=1)
+
+    net, data = Net(), Digits()
+    net.trainer = type("Trainer", (), {"datamodule": data})
+    attacks = PixelAdversarialAccuracy(lh.PGD(0.1, bounds=(0, 1)))
+    pixels = torch.full((3, 1, 8, 8), 0.5) + torch.tensor([0.0, 0.09, 0.11]).view(3, 1, 1, 1)
+    model, x = attacks.attacked(net, data._scaled(255 * pixels))
+    torch.testing.assert_close(x, pixels)
+    y = torch.tensor([0, 0, 0])
+    assert model(attacks.attacks[0](model, x, y)).argmax(1).tolist() == [1, 1, 0]
+    torch.testing.assert_close(lh.radius_estimate(model, x, y)[1:], torch.tensor([0.09, 0.11]) * 8)
+    data.normalise = False
+    assert attacks.attacked(net, x)[0] is net
 
 
 @pytest.mark.parametrize("experiment", [path.stem for path in (CONF / "experiment").glob("*.yaml")])
@@ -232,6 +291,14 @@ def test_every_experiment_composes(run, experiment):
         ("optimizer.lr=abc", "optimizer.lr: Value 'abc'"),
         ("optimizer.lr=-1", "optimizer.lr=-1"),
         ("seed=abc", "seed: Value 'abc'"),
+        ("seed=-5", "seed=-5 must be a whole number from 0 to 4294967295"),
+        ("seed=4294967296", "seed=4294967296 must be"),
+        (
+            "compare=hesian_trace",
+            "compare=hesian_trace is not a regularizer to compare with. Choose one of",
+        ),
+        ("hydra.run.dir=/dev/null/run", "hydra.run.dir (in a sweep hydra.sweep.dir) cannot be written"),
+        ("hydra.run.dir=/proc", "hydra.run.dir (in a sweep hydra.sweep.dir) cannot be written"),
         ("trainer.max_epochs=abc", "trainer.max_epochs='abc' is not what Trainer takes"),
         ("trainer.precision=7", "trainer: Precision 7 is invalid"),
         ("trace.probes=1", "trace.probes=1"),
@@ -249,6 +316,188 @@ def test_a_wrong_option_gives_one_line_that_names_it(run, argument, message):
     assert len(lines) == 1
     assert message in lines[0]
     assert "Traceback" not in err
+
+
+def test_a_sweep_that_cannot_be_written_gives_one_line(run):
+    _, err, status = run("-m", *QUICK, "seed=0,1", "hydra.sweep.dir=/dev/null/sweep")
+    assert status == 2
+    assert "hydra.sweep.dir) cannot be written" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("directory", ["/dev/null/png", "/proc"])
+def test_a_png_directory_that_cannot_be_written_gives_one_line(run, directory):
+    _, err, status = run(*QUICK, "monitor=curvature", f"monitor.png_directory={directory}")
+    assert status == 2
+    assert f"lightning-hessian: png_directory={directory!r} cannot be written" in err
+    assert "Traceback" not in err
+
+
+TRAINERS = "is not a checkpoint of Lightning's Trainer: "
+
+
+def foreign_zip(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.txt", "a")
+
+
+def truncated(path):
+    torch.save({"state_dict": {"weight": torch.ones(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def damaged(path):
+    torch.save({"state_dict": {"weight": torch.ones(1000)}}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:60] + bytes(400) + content[460:])
+
+
+def weights_only(path):
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, path)
+
+
+def not_a_dictionary(path):
+    torch.save([1, 2, 3], path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (foreign_zip, "is not a checkpoint that can be read"),
+        (truncated, "is not a checkpoint, or is cut off"),
+        (damaged, "is not a checkpoint that can be read"),
+        (weights_only, "it has no loops, optimizer_states, lr_schedulers, pytorch-lightning_version"),
+        (not_a_dictionary, "it has no state_dict, loops"),
+        (lambda path: path.mkdir(), "is not a checkpoint"),
+    ],
+)
+def test_what_is_no_checkpoint_gives_one_line(run, tmp_path, write, message):
+    write(tmp_path / "file.ckpt")
+    _, err, status = run(*QUICK, "resume=file.ckpt")
+    assert status == 2
+    assert f"lightning-hessian: resume=file.ckpt: {message}" in err.replace(TRAINERS, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            "model.width=8",
+            "It has 'net.1.weight' of shape (16, 64), and the model here has 'net.1.weight' of shape (8,",
+        ),
+        ("model.depth=3", "and the model here has 'net.5.weight' of shape (16, 16)"),
+        ("model.depth=1", "and the model here has 'net.3.weight' of shape (10, 16)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_gives_one_line(run, other, message):
+    run(*QUICK, "hydra.run.dir=first", "trainer.max_epochs=1")
+    _, err, status = run(*QUICK, other, "resume=first/checkpoints/last.ckpt")
+    assert status == 2
+    assert "resume=first/checkpoints/last.ckpt: the checkpoint is of another model" in err
+    assert message in err
+    assert "Traceback" not in err
+
+
+DIVERGES = "optimizer.lr=1e10"
+
+
+def test_a_run_that_diverges_says_so_and_fails(run):
+    out, err, status = run(*QUICK, DIVERGES)
+    assert status == 3
+    assert re.search(r"test loss +nan", out)
+    assert err.strip().splitlines()[-1] == (
+        "lightning-hessian: the test loss of this run is nan: training has diverged, and the numbers above are "
+        "worthless. Lower optimizer.lr or regularizer.strength, or set trainer.gradient_clip_val."
+    )
+
+
+def test_a_sweep_goes_on_after_jobs_that_fail(run):
+    jobs = "optimizer.lr=1e10,-1,0.1"
+    out, err, status = run("-m", *QUICK, jobs, "logger=none", "hydra.sweep.dir=sweep")
+    assert status == 3
+    assert out.count("test accuracy") == 2
+    told = [line for line in err.splitlines() if line.startswith("lightning-hessian: ")]
+    assert len(told) == 2
+    assert re.match(r"lightning-hessian: job 0 \(.*lr=10000000000.0.*\): the test loss of this run is nan", told[0])
+    assert re.match(r"lightning-hessian: job 1 \(.*lr=-1.*\): optimizer.lr=-1.0 must be", told[1])
+    assert "Traceback" not in err
+    # The next command of this process has failed in nothing.
+    assert run("-m", *QUICK, "logger=none", "seed=1")[2] == 0
+
+
+def test_optuna_survives_a_trial_that_diverges(run):
+    sweep = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1", "hydra.sweep.dir=sweep"]
+    out, err, status = run("-m", *sweep, *QUICK, "logger=none", "optimizer.lr=1e10,0.1")
+    assert status == 3
+    assert out.count("test accuracy") == 2
+    assert len([line for line in err.splitlines() if line.startswith("lightning-hessian: job ")]) == 1
+    best = OmegaConf.load("sweep/optimization_results.yaml")
+    assert float(best.best_params["optimizer.lr"]) == 0.1
+    assert 0 < best.best_value < 10
+
+
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+def test_a_sweep_may_be_described_in_the_settings_of_the_sweeper(run, sweeper):
+    own = [f"hydra/sweeper={sweeper}", "hydra.sweep.dir=sweep", "+hydra.sweeper.params={optimizer.lr:'0.1,0.2'}"]
+    own += ["hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"] if sweeper == "optuna" else []
+    out, err, status = run("-m", *own, *QUICK, "logger=none", "trainer.max_epochs=1")
+    assert status == 0, err
+    assert out.count("test accuracy") == 2
+
+
+def test_compare_trains_once_more_without_the_penalty_and_shows_both(run, tmp_path):
+    monitor = ["monitor=curvature", "monitor.png_directory=png"]
+    out, err, status = run(*QUICK, *monitor, "regularizer.strength=0.01", "compare=none", "hydra.run.dir=here")
+    assert status == 0, err
+    plain, _, _ = run(*QUICK, *monitor, "regularizer=none", "hydra.run.dir=plain")
+    first, table = out.split("\n\n")
+    rows = {line[:18].strip(): re.split(r"  +", line[20:]) for line in table.splitlines()}
+    assert rows[""] == ["this run", "compare=none"]
+    for column, told in ((0, first), (1, plain)):
+        for name in ("test accuracy", "test loss", "Hessian trace", "largest eigenvalue"):
+            number = re.search(rf"{name} +(\S+(?: \+- \S+)?)", told).group(1)
+            assert rows[name][column] == number
+    assert rows["test loss"][0] != rows["test loss"][1]
+    assert rows["files"][1].endswith("here/compare_none")
+    assert "train/penalty" in scalars(tmp_path / "here")
+    assert "train/penalty" not in scalars(tmp_path / "here/compare_none")
+    assert (tmp_path / "here/compare_none/checkpoints/last.ckpt").is_file()
+    assert OmegaConf.load("here/compare_none/config.yaml").regularizer == {}
+    assert sorted(path.name for path in Path("png").glob("*.png")) == sorted(
+        path.name for path in Path("png/compare_none").glob("*.png")
+    )
+
+
+def test_the_comparison_of_a_diverged_run_and_of_a_sweep(run):
+    # Of this run alone is the objective.
+    sweep = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "hydra.sweeper.n_jobs=1", "hydra.sweep.dir=sweep"]
+    quick = [*QUICK, "logger=none", "trainer.max_epochs=1"]
+    out, _, status = run("-m", *sweep, *quick, "compare=jacobian", "seed=choice(0,1)")
+    assert status == 0
+    assert "compare=jacobian" in out
+    told = float(re.search(r"test loss +(\S+)", out).group(1))
+    assert OmegaConf.load("sweep/optimization_results.yaml").best_value == pytest.approx(told, abs=1e-4)
+    out, err, status = run(*quick, "compare=none", DIVERGES)
+    assert status == 3
+    assert "the test loss of this run is nan" in err
+    assert "compare=none" in out
+
+
+def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.startswith("lightning_hessian.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    with pytest.raises(SystemExit) as stop:
+        command()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lightning-hessian: ")
+    assert 'pip install "lightning-hessian[train]"' in message
+    assert "hydra-core" in message
+    assert message.count("\n") == 1
+    with pytest.raises(ModuleNotFoundError, match=r"lightning-hessian\[train\]"):
+        importlib.import_module("lightning_hessian.training.cli")
 
 
 def test_data_that_cannot_be_had_give_one_line(run, monkeypatch):

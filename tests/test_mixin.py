@@ -1,5 +1,7 @@
 """HessianRegularizationMixin: the same penalty in a hand-written training step."""
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
@@ -117,3 +119,58 @@ def test_strength_0_is_bit_equal_to_no_penalty():
     fit(module)
     fit(plain)
     assert torch.equal(weights(module), weights(plain))
+
+
+class Forgetful(Automatic):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def test_a_regularizer_that_is_never_used_is_warned_of_once():
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
+    for given in (regularizer, [regularizer]):
+        with pytest.warns(UserWarning, match=r"without a call of `self\.regularized`") as warned:
+            fit(Forgetful(given), max_epochs=3)
+        assert len([one for one in warned if "self.regularized" in str(one.message)]) == 1
+
+
+@pytest.mark.parametrize("module", [Forgetful(None), Manual(), Automatic(lh.HessianRegularizer(lh.HessianTrace()))])
+def test_one_that_is_used_or_not_there_is_not_warned_of(module):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*self.regularized")
+        fit(module, max_epochs=2)
+
+
+def test_a_second_fit_is_looked_at_anew():
+    class Changes(Automatic):
+        forgets = False
+
+        def training_step(self, batch, batch_idx):
+            step = Forgetful.training_step if self.forgets else Automatic.training_step
+            return step(self, batch, batch_idx)
+
+    module = Changes(lh.HessianRegularizer(lh.HessianTrace()))
+    fit(module)
+    module.forgets = True
+    with pytest.warns(UserWarning, match=r"without a call of `self\.regularized`"):
+        fit(module)
+
+
+def test_the_modules_own_callbacks_stay():
+    class Own(Automatic):
+        def configure_callbacks(self):
+            return [recorder, *super().configure_callbacks()]
+
+    recorder = Recorder()
+    fit(Own(lh.HessianRegularizer(lh.HessianTrace())))
+    assert len(recorder.rows) == 6
+
+
+@pytest.mark.parametrize("kind", [Automatic, Forgetful])
+@pytest.mark.parametrize("given", [lh.HessianTrace(), [lh.HessianTrace()], lh.HessianRegularizer, 1e-3], ids=str)
+def test_a_regularizer_that_is_none_gives_an_error_that_says_what_it_must_be(kind, given):
+    module = kind(given)
+    with pytest.raises(MisconfigurationException, match=r"\.regularizer=.* must be a HessianRegularizer or a list"):
+        fit(module)
+    with pytest.raises(MisconfigurationException, match="must be a HessianRegularizer"):
+        module.regularized(lambda: torch.zeros(()))

@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -555,11 +555,74 @@ def test_what_cannot_be_measured_is_refused_before_the_first_step(settings, mess
         ({"density_runs": -1}, "density_runs=-1"),
         ({"layers": "net.*"}, "must be a list of globs"),
         ({"overlap": {"net.*": 0}}, "overlap"),
+        ({"overlap": ["net.*"]}, r"overlap=\['net\.\*'\] must be a dictionary"),
+        ({"overlap": {3: 2}}, "overlap={3: 2} must be a dictionary"),
+        ({"overlap": "net.*"}, "overlap='net.*' must be a dictionary"),
+        ({"layers": 3}, "layers=3 must be a list of globs"),
+        ({"layers": [3]}, r"layers=\[3\] must be a list of globs"),
+        ({"parameters": 3}, "parameters=3 chooses none"),
+        ({"png_directory": 3}, "png_directory=3 must be the path"),
+        ({"loss": 3}, "loss=3 must be a function"),
     ],
 )
 def test_arguments_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         lh.CurvatureMonitor(**settings)
+
+
+class Finetuned(Plain):
+    """A backbone that is unfrozen after two epochs of three."""
+
+    @property
+    def backbone(self):
+        return self.net[:3]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+def test_layers_are_measured_from_when_they_are_unfrozen():
+    module = Finetuned()
+    callback = monitor(
+        probes=200,
+        iterations=SIZE,
+        layers=["net.0.*", "net.3.*"],
+        overlap={"net.0.*": 2, "net.3.*": 2, "*": 2},
+    )
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
+    fit(module, [finetuning, callback], data(ALL), max_epochs=4)
+    steps = [one.step for one in callback.history]
+    assert steps == [0, 1, 2, 3, 4]
+    assert [sorted(one.layers) for one in callback.history] == [["net.3"]] * 3 + [["net.0", "net.3"]] * 2
+    # Compared is what has the same parameters: the head's always, the backbone's from its second measurement.
+    assert [sorted(one.overlaps) for one in callback.history] == [
+        [],
+        ["*", "net.3"],
+        ["*", "net.3"],
+        ["net.3"],
+        ["*", "net.0", "net.3"],
+    ]
+    values = torch.linalg.eigvalsh(dense(module))
+    assert callback.history[-1].largest[0][0] == pytest.approx(values[-1].item(), rel=1e-8)
+    head = torch.linalg.eigvalsh(dense(module)[-21:, -21:])
+    assert callback.history[-1].largest[0][0] > 1.01 * head[-1].item()
+
+
+def test_layers_that_are_frozen_later_are_measured_all_the_same():
+    class Freezes(Plain):
+        def on_train_epoch_start(self):
+            self.net[0].requires_grad_(self.current_epoch == 0)
+
+    callback = monitor(layers=["net.0.*"])
+    fit(Freezes(), [callback], max_epochs=2)
+    assert [list(one.layers) for one in callback.history] == [["net.0"]] * 3
+
+
+def test_parameters_that_are_all_frozen_are_refused():
+    module = Plain()
+    module.net[0].requires_grad_(False)
+    with pytest.raises(MisconfigurationException, match=r"parameters='net\.0\.\*' matches only frozen parameters"):
+        fit(module, [monitor(parameters="net.0.*")])
 
 
 def test_fewer_batches_than_asked_for_are_all_measured_and_said():

@@ -76,7 +76,8 @@ def test_differences_have_the_share_at_the_strength_that_they_are_taken_at(metho
 )
 def test_a_step_of_training_has_the_share(penalty):
     def moved(callbacks):
-        module = Classifier()  # with batch norm: the penalties on inputs take a pass of their own
+        # With batch norm: the penalties on inputs take a pass of their own.
+        module = settled(Classifier(), BATCHES[:1])
         before = parameters_to_vector(module.parameters()).detach().clone()
         fit(module, callbacks, max_steps=1)
         return parameters_to_vector(module.parameters()).detach() - before
@@ -86,6 +87,31 @@ def test_a_step_of_training_has_the_share(penalty):
         found = lh.suggest_strength(Classifier(), BATCHES[:1], one, share=0.1)
         penalised = moved([lh.HessianRegularizer(one, strength=found)])
         assert ((penalised - plain).norm() / plain.norm()).item() == pytest.approx(0.1, rel=1e-2)
+
+
+def settled(module, batches):
+    """With the running statistics of the batches, as after a long while at these weights."""
+    norm = module.net[1]
+    norm.momentum = None
+    norm.reset_running_stats()
+    for x, _ in batches:
+        module.net(x)
+    norm.momentum = 0.1
+    return module
+
+
+@pytest.mark.parametrize("penalty", [lh.InputGradientNorm(), lh.InputHessianNorm(), lh.JacobianNorm()], ids=repr)
+def test_running_statistics_settle_on_the_batches_first(penalty):
+    module = Classifier()
+    before = copy.deepcopy(module.state_dict())
+    found = lh.suggest_strength(module, iter(BATCHES[:2]), penalty)
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    # A momentum of 0 says that the statistics do not move in training: these are taken as they are.
+    still = settled(Classifier(), BATCHES[:2])
+    still.net[1].momentum = 0.0
+    assert float(found) == pytest.approx(float(lh.suggest_strength(still, BATCHES[:2], penalty)))
+    still.net[1].reset_running_stats()
+    assert float(found) != pytest.approx(float(lh.suggest_strength(still, BATCHES[:2], penalty)), rel=0.1)
 
 
 def test_kinks_make_the_share_jump_and_a_strength_is_found_between():
@@ -211,6 +237,7 @@ def squares(net, x):
         ({"share": float("nan")}, "share=nan"),
         ({"share": "0.1"}, "share='0.1'"),
         ({"penalty": [lh.HessianTrace()]}, "is not a Penalty"),
+        ({"penalty": lh.HessianTrace}, r"HessianTrace'> is not a Penalty. Pass an object such as HessianTrace\(\)"),
         ({"penalty": lh.HessianTrace(parameters="nothing")}, "matches no trainable parameter"),
         ({"loss": squares}, "linear or quadratic"),
         ({"loss": squares, "penalty": lh.HessianTrace(method="two_pass")}, "linear or quadratic"),

@@ -21,8 +21,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_hessian.checks import choice, whole_number
+from lightning_hessian.checks import choice, whole_number, writable_directory
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
+from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.curvature.spectrum import check_eigenvalues
 from lightning_hessian.measurement import Curvature, Loss, Measurement, NoLoss, Settings, fixed_batches
 
@@ -58,6 +59,10 @@ class CurvatureMonitor(Callback):
     list that it appends to, ``self.logger.experiment``) and hooks on layers see the measurements too; a step that
     changes a parameter is refused. A step that returns None later in training is not measured, with a warning.
 
+    H is with respect to all parameters that require a gradient, or have required one since training started. So layers
+    that are unfrozen later (Lightning's ``BackboneFinetuning``) are measured from then on, and layers that are frozen
+    later still are. Where the parameters of an overlap's group have changed, it is not compared with its last one.
+
     A product costs about two training steps on each batch. With several batches those of Lanczos cost nearly twice
     that, because only the graph of a single batch is kept.
 
@@ -77,7 +82,8 @@ class CurvatureMonitor(Callback):
             has parameters of its own. An empty list for none.
         overlap: the dimension of the top eigenspaces to compare, by globs on parameter names:
             ``{"net.0.*": 10}``.
-        parameters: measure with respect to these only: a glob, a list of globs, or a predicate.
+        parameters: measure with respect to these only: a glob, a list of globs, or a predicate. Globs may match frozen
+            parameters, here and in ``layers`` and ``overlap``; see above for when they are measured.
         figures: log images where the logger is TensorBoard's (needs matplotlib).
         png_directory: save the images as PNG files here.
         loss: ``loss(module, batch)`` returns the mean loss of a batch, where the training step does not return it
@@ -85,7 +91,7 @@ class CurvatureMonitor(Callback):
         seed: of the random vectors.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or ``png_directory`` cannot be written when training starts.
         MisconfigurationException: when training starts: no data, no differentiable loss, globs that match nothing, more
             eigenvalues than parameters, sharded parameters.
 
@@ -128,11 +134,30 @@ class CurvatureMonitor(Callback):
         whole_number("eigenvalues", eigenvalues, 1)
         check_eigenvalues(eigenvalues, eigenvalues, iterations)
         whole_number("density_runs", density_runs, 0)
-        if isinstance(layers, str):
-            raise ValueError(f"layers={layers!r} must be a list of globs on parameter names, such as [{layers!r}].")
+        if layers is not None and (
+            not isinstance(layers, Sequence) or isinstance(layers, str) or not all(isinstance(g, str) for g in layers)
+        ):
+            raise ValueError(
+                f"layers={layers!r} must be a list of globs on parameter names, such as ['net.0.*']; [] for none, or "
+                "None for every layer."
+            )
+        if overlap is not None and (
+            not isinstance(overlap, Mapping) or not all(isinstance(glob, str) for glob in overlap)
+        ):
+            raise ValueError(
+                f"overlap={overlap!r} must be a dictionary from globs on parameter names to the dimensions of the top "
+                "eigenspaces, such as {'net.0.*': 10}."
+            )
+        check_filter(parameters)
         for glob, dimension in (overlap or {}).items():
             whole_number(f"overlap[{glob!r}]", dimension, 1, "the dimension of the top eigenspace")
         whole_number("seed", seed)
+        if png_directory is not None and not isinstance(png_directory, str | Path):
+            raise ValueError(f"png_directory={png_directory!r} must be the path of a directory, or None.")
+        if loss is not None and not callable(loss):
+            raise ValueError(
+                f"loss={loss!r} must be a function (module, batch) -> the mean loss of the batch, or None."
+            )
         if png_directory is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("png_directory needs matplotlib, which is not installed: pip install matplotlib.")
         self.every_n_epochs = every_n_epochs
@@ -153,7 +178,7 @@ class CurvatureMonitor(Callback):
         self.seed = seed
         self.history: list[Curvature] = []
         self._measurement: Measurement | None = None
-        self._spaces: dict[str, Tensor] = {}
+        self._spaces: dict[str, tuple[Sequence[str], Tensor]] = {}
         self._overlaps_here: dict[str, float] = {}
         self._steps_seen = 0
         self._is_first = False
@@ -188,7 +213,7 @@ class CurvatureMonitor(Callback):
         if self.loss is None:
             self._refuse_step(pl_module)
         if self.png_directory is not None and trainer.is_global_zero:
-            self.png_directory.mkdir(parents=True, exist_ok=True)
+            writable_directory("png_directory", self.png_directory)
         if self.figures and self._tensorboards(trainer) and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
 
@@ -261,6 +286,14 @@ class CurvatureMonitor(Callback):
 
     def _take(self, trainer: Trainer, step: int) -> None:
         assert self._measurement is not None
+        before = self._measurement.parameters
+        self._choose(self._measurement)
+        more = len(self._measurement.parameters) - len(before)
+        if more:
+            rank_zero_info(
+                f"At step {step} CurvatureMonitor measures {more} parameter tensors more: they were unfrozen."
+            )
+        groups = self._measurement.settings.spaces
         try:
             curvature, spaces = self._measurement.take(step, max(_learning_rates(trainer), default=None))
         except NoLoss as error:
@@ -268,14 +301,15 @@ class CurvatureMonitor(Callback):
                 raise
             rank_zero_warn(f"At step {step} nothing is measured. {error}")
             return
+        now = {group: (groups[group][0], space) for group, space in spaces.items()}
         overlaps = {
-            group: subspace_overlap(self._spaces[group], space)
-            for group, space in spaces.items()
-            if group in self._spaces
+            group: subspace_overlap(self._spaces[group][1], space)
+            for group, (names, space) in now.items()
+            if group in self._spaces and self._spaces[group][0] == names
         }
         curvature = dataclasses.replace(curvature, overlaps=overlaps | self._overlaps_here)
         self._overlaps_here = {}
-        self._spaces = spaces
+        self._spaces = now
         self.history.append(curvature)
         scalars = {_key(self.batches, name): value for name, value in curvature.scalars().items()}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
@@ -284,26 +318,50 @@ class CurvatureMonitor(Callback):
         self._draw(trainer, self.history, self.batches)
 
     def _prepared(self, trainer: Trainer, module: LightningModule, stage: Stage) -> Measurement:
+        nothing = Settings(self.probes, self.eigenvalues, self.iterations, self.density_runs, {}, {}, self.seed)
+        measurement = Measurement(trainer, module, [], {}, nothing, self.mode == "train", self.loss)
         try:
-            chosen = select_parameters(dict(module.named_parameters()), self.parameters)
-            size = sum(parameter.numel() for parameter in chosen.values())
-            check_eigenvalues(self.eigenvalues, self.eigenvalues, self.iterations, size)
-            layers = _by_owner(chosen)
-            if self.layers is not None:
-                layers = {_short(glob): list(select_parameters(chosen, glob, "layers")) for glob in self.layers}
-            spaces = {
-                _short(glob): (list(select_parameters(chosen, glob, "overlap")), k) for glob, k in self.overlap.items()
-            }
-            for names, dimension in spaces.values():
-                size = sum(chosen[name].numel() for name in names)
+            self._choose(measurement)
+            for glob, dimension in self.overlap.items():
+                every = self._every(module)
+                size = sum(every[name].numel() for name in select_parameters(every, glob, "overlap", frozen=True))
                 check_eigenvalues(dimension, 0, self.iterations + dimension, size)
         except ValueError as error:
             raise MisconfigurationException(f"CurvatureMonitor cannot measure. {error}") from error
-        settings = Settings(
-            self.probes, self.eigenvalues, self.iterations, self.density_runs, layers, spaces, self.seed
+        measurement.batches = self._fixed_batches(trainer, module, stage)
+        return measurement
+
+    def _every(self, module: LightningModule) -> dict[str, Tensor]:
+        """What may be measured once it requires a gradient."""
+        return select_parameters(dict(module.named_parameters()), self.parameters, frozen=True)
+
+    def _choose(self, measurement: Measurement) -> None:
+        """Let it measure what it has measured, and what requires a gradient by now.
+
+        Raises:
+            ValueError: nothing does, globs match nothing, or there are fewer parameters than eigenvalues.
+        """
+        every = self._every(measurement.module)
+        chosen = {name: p for name, p in every.items() if p.requires_grad or name in measurement.parameters}
+        if not chosen:
+            chosen = select_parameters(dict(measurement.module.named_parameters()), self.parameters)  # says what to do
+        check_eigenvalues(
+            self.eigenvalues, self.eigenvalues, self.iterations, sum(parameter.numel() for parameter in chosen.values())
         )
-        batches = self._fixed_batches(trainer, module, stage)
-        return Measurement(trainer, module, batches, chosen, settings, self.mode == "train", self.loss)
+
+        def group(glob: str, setting: str) -> list[str]:
+            return [name for name in select_parameters(every, glob, setting, frozen=True) if name in chosen]
+
+        layers = _by_owner(chosen)
+        if self.layers is not None:
+            layers = {_short(glob): names for glob in self.layers if (names := group(glob, "layers"))}
+        spaces = {}
+        for glob, dimension in self.overlap.items():
+            names = group(glob, "overlap")
+            if dimension <= sum(chosen[name].numel() for name in names):
+                spaces[_short(glob)] = names, dimension
+        measurement.parameters = chosen
+        measurement.settings = dataclasses.replace(measurement.settings, layers=layers, spaces=spaces)
 
     def _fixed_batches(self, trainer: Trainer, module: LightningModule, stage: Stage) -> list[Any]:
         in_fit = trainer.state.fn == TrainerFn.FITTING

@@ -81,7 +81,7 @@ class HessianRegularizer(Callback):
     def __init__(
         self,
         penalty: Penalty | Sequence[Penalty],
-        strength: Strength | Sequence[Strength] = 1e-3,
+        strength: float | Sequence[float] | Strength | Sequence[Strength] = 1e-3,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
         on_nonfinite: Literal["skip", "raise"] = "skip",
@@ -305,7 +305,9 @@ class HessianRegularizer(Callback):
             )
             self._said_own_pass = True
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} uses manual optimization, where the loss never passes through the "
@@ -318,14 +320,24 @@ class HessianRegularizer(Callback):
                 f"{type(pl_module).__name__} adds a penalty by the mixin's `regularizer`, and the Trainer has a "
                 "HessianRegularizer as well: one would see the other's penalty as part of the loss. Keep one."
             )
-        self.begin(pl_module)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if callbacks.count(self) > 1:
+            raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
+        self._begun_for = None
         current = pl_module.training_step
+        if isinstance(current, _PenalisedStep) and (
+            self in current.regularizers or any(one not in callbacks for one in current.regularizers)
+        ):
+            current.restore()  # left behind by a tuner that failed
+            current = pl_module.training_step
         if not isinstance(current, _PenalisedStep):
             current = _PenalisedStep(pl_module)
             pl_module.training_step = current  # type: ignore[method-assign]
-        if self in current.regularizers:
-            raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
         current.regularizers.append(self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning's tuners train before this, with the callbacks set aside: the step is wrapped already, and begins.
+        self.begin(pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._total = loss.detach()
@@ -345,11 +357,15 @@ class HessianRegularizer(Callback):
         self._resumed_by = weakref.ref(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _restore(pl_module)
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.awaited = []
+        _restore(pl_module)  # also where a tuner has ended the fit
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._resumed_by = None
-        _restore(pl_module)
+        self.teardown(trainer, pl_module, "fit")
 
 
 def _refers(reference: weakref.ref[Trainer] | None, to: Trainer) -> bool:
@@ -395,6 +411,9 @@ class _PenalisedStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         _refuse_empty_batch((args, kwargs))
+        for regularizer in self.regularizers:
+            if not regularizer.has_begun(self.module.trainer):
+                regularizer.begin(self.module)
         # Whatever Lightning hands over, the batch in it is found: a step takes it first, or by its name.
         batch = args[0] if args else kwargs.get("batch")
 

@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_hessian import radius
-from lightning_hessian.attacks import FGSM, PGD, Attack, logits_of, undisturbed
+from lightning_hessian.attacks import FGSM, PGD, Attack, GradientAttack, logits_of, undisturbed
 from lightning_hessian.batches import InputChoice, part_of, select_inputs, tensors_in
 from lightning_hessian.checks import whole_number
 
@@ -67,7 +67,7 @@ class AdversarialAccuracy(Callback):
 
     def __init__(
         self,
-        attacks: Attack | Sequence[Attack],
+        attacks: GradientAttack | Sequence[GradientAttack] | Attack | Sequence[Attack],
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         radius_estimate: bool = False,
@@ -75,6 +75,12 @@ class AdversarialAccuracy(Callback):
         targets: TargetChoice = None,
     ) -> None:
         self.attacks = list(attacks) if isinstance(attacks, Sequence) else [attacks]
+        classes = [attack for attack in self.attacks if isinstance(attack, type)]
+        if classes:
+            raise ValueError(
+                f"attacks={attacks!r}: {classes[0].__name__} is a class. Pass an object with the radius of the attack, "
+                f"such as {classes[0].__name__}(0.1)."
+            )
         if not self.attacks or not all(isinstance(attack, Attack) for attack in self.attacks):
             raise ValueError(
                 f"attacks={attacks!r} must be an attack such as PGD(0.1), or a list of at least one of them."
@@ -126,6 +132,11 @@ class AdversarialAccuracy(Callback):
     on_test_batch_end = on_validation_batch_end
     on_test_epoch_end = on_validation_epoch_end
 
+    def attacked(self, module: LightningModule, x: Tensor) -> tuple[nn.Module, Tensor]:
+        """The model that is attacked, and its inputs, in whose units the attacks' radii and bounds are. A subclass may
+        put other units between the two."""
+        return module, x
+
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         in_fit = trainer.state.fn == TrainerFn.FITTING
         self._means = {}
@@ -150,17 +161,18 @@ class AdversarialAccuracy(Callback):
             self._left -= len(x)
         with undisturbed(module, x):
             with torch.no_grad():
-                x, y = x.clone(), y.clone()
-                logits = logits_of(module, x, y)
-                self._look_for_randomness(module, x, y, logits)
+                model, x = self.attacked(module, x.clone())
+                y = y.clone()
+                logits = logits_of(model, x, y)
+                self._look_for_randomness(module, model, x, y, logits)
             self._means[_key("clean")].update((logits.argmax(dim=1) == y).float())
             for attack, name in zip(self.attacks, self._names, strict=True):
-                adversarial = attack(module, x, y)
+                adversarial = attack(model, x, y)
                 with torch.no_grad():
-                    right = logits_of(module, adversarial, y).argmax(dim=1) == y
+                    right = logits_of(model, adversarial, y).argmax(dim=1) == y
                 self._means[_key(name)].update(right.float())
             if self.radius_estimate:
-                estimate = radius.radius_estimate(module, x, y).float()
+                estimate = radius.radius_estimate(model, x, y).float()
                 # One sample without slope and curvature would make the mean infinite.
                 self._means["robust/radius_estimate"].update(estimate[estimate.isfinite()])
 
@@ -203,11 +215,13 @@ class AdversarialAccuracy(Callback):
         except ValueError:
             return None
 
-    def _look_for_randomness(self, module: LightningModule, x: Tensor, y: Tensor, logits: Tensor) -> None:
+    def _look_for_randomness(
+        self, module: LightningModule, model: nn.Module, x: Tensor, y: Tensor, logits: Tensor
+    ) -> None:
         if self._looked_for_randomness:
             return
         self._looked_for_randomness = True
-        difference = (logits - logits_of(module, x, y)).abs().max()
+        difference = (logits - logits_of(model, x, y)).abs().max()
         # Kernels may add in another order each time; dropout moves the logits by far more.
         if difference > 1e-3 * logits.abs().max():
             rank_zero_warn(

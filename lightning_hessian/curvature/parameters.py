@@ -7,13 +7,33 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 ParameterFilter = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 """A glob on parameter names, a list of globs, a predicate ``(name, parameter) -> bool``, or None for all."""
 
 
+def check_filter(which: object, setting: str = "parameters") -> None:
+    """Refuse what is no :data:`ParameterFilter`.
+
+    Raises:
+        ValueError: it is something else, or an empty list.
+
+    Example:
+        >>> check_filter(3)
+        Traceback (most recent call last):
+        ValueError: parameters=3 chooses none. Pass a glob such as '*.weight', a list of globs, or None for all.
+    """
+    if which is None or isinstance(which, str) or (callable(which) and not isinstance(which, type)):
+        return
+    if not isinstance(which, Sequence) or not which or not all(isinstance(glob, str) for glob in which):
+        raise ValueError(
+            f"{setting}={which!r} chooses none. Pass a glob such as '*.weight', a list of globs, or None for all."
+        )
+
+
 def select_parameters(
-    named: Mapping[str, Tensor], which: ParameterFilter = None, setting: str = "parameters"
+    named: Mapping[str, Tensor], which: ParameterFilter = None, setting: str = "parameters", frozen: bool = False
 ) -> dict[str, Tensor]:
     """Return the parameters that require a gradient and that ``which`` chooses, in their own order.
 
@@ -22,9 +42,11 @@ def select_parameters(
         which: a glob (``"*.weight"``), a list of globs (one match suffices), a predicate
             ``(name, parameter) -> bool``, or None for all that require a gradient.
         setting: what errors call ``which``.
+        frozen: choose among those that require no gradient as well.
 
     Raises:
-        ValueError: nothing requires a gradient, nothing is chosen (near names are listed), or a chosen one is complex.
+        ValueError: nothing requires a gradient, or nothing is chosen (near names are listed); a chosen one is complex;
+            or a lazy layer has not made its parameters yet.
 
     Example:
         >>> from torch import nn
@@ -32,7 +54,14 @@ def select_parameters(
         >>> list(select_parameters(dict(net.named_parameters()), "*.weight"))
         ['0.weight', '1.weight']
     """
-    trainable = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    check_filter(which, setting)
+    lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"The parameter {lazy[0]!r} belongs to a lazy layer, which learns its shape from a batch, so it has "
+            "no entries. Run a batch through the model first."
+        )
+    trainable = {name: parameter for name, parameter in named.items() if frozen or parameter.requires_grad}
     if not trainable:
         raise ValueError(
             f"None of the {len(named)} parameters requires a gradient, so the loss has no curvature to measure. "
@@ -73,14 +102,12 @@ def _choose(
         return chosen
 
     globs = [which] if isinstance(which, str) else list(which)
-    if not globs:
-        raise ValueError(f"{setting}=[] chooses none. Pass a glob such as '*.weight', or None for all parameters.")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in trainable):
-            frozen = [name for name in named if name not in trainable and fnmatchcase(name, glob)]
-            if frozen:
+            others = [name for name in named if name not in trainable and fnmatchcase(name, glob)]
+            if others:
                 raise ValueError(
-                    f"{setting}={glob!r} matches only frozen parameters ({_listed(frozen)}). "
+                    f"{setting}={glob!r} matches only frozen parameters ({_listed(others)}). "
                     "Unfreeze them or choose others."
                 )
             near = difflib.get_close_matches(glob, trainable, n=3, cutoff=0.0)

@@ -18,6 +18,7 @@ from lightning_hessian.curvature import (
     select_parameters,
 )
 from lightning_hessian.curvature.directions import unit
+from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.penalties.base import Difference, Penalty, Product, StepContext, needs_own_runs
 
 Method = Literal["autograd", "central_difference"]
@@ -104,6 +105,7 @@ class HessianNorm(Penalty):
             raise ValueError(f"step={step} is that of method='central_difference', not {method!r}.")
         self.iterations = iterations
         self.method = method
+        check_filter(parameters)
         self.parameters = parameters
         self.step = step
         self._v: dict[str, Tensor] = {}

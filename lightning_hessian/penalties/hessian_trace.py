@@ -20,6 +20,7 @@ from lightning_hessian.curvature import (
 from lightning_hessian.curvature.first_order import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
 from lightning_hessian.curvature.operators import vector_jacobian_product
+from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.penalties.base import Difference, Penalty, Product, StepContext, needs_own_runs
 
 Method = Literal["autograd", "two_pass", "central_difference", "gauss_newton"]
@@ -147,6 +148,7 @@ class HessianTrace(Penalty):
         self.method = method
         self.keep = keep
         self.drop = drop
+        check_filter(parameters)
         self.parameters = parameters
         self.clamp = clamp
         self.scale = scale

@@ -74,10 +74,17 @@ class Classifier(LightningModule):
         self.log(f"{stage}/accuracy", accuracy, **in_epoch)
         return loss
 
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(
+    def optimizer(self) -> torch.optim.Optimizer:
+        """One at the learning rate of the start."""
+        return torch.optim.SGD(
             self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+        """The decay of the learning rate over so many steps."""
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer()
+        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

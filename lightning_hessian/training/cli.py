@@ -1,13 +1,21 @@
-"""The command ``lightning-hessian``: train a classifier with a curvature penalty, configured with Hydra."""
+"""The command ``lightning-hessian``: train a classifier with a curvature penalty, configured with Hydra.
+
+Its exit status is 0, or 2 after an error of the user's, or 3 where training has diverged. A sweep goes on after such a
+job, whose objective is infinite, and ends with the status of the worst job.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 import os
+import statistics
+import sys
 import warnings
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -16,19 +24,26 @@ import lightning as L
 import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
+from lightning_hessian.state import RandomState
 from lightning_hessian.suggestion import suggest_strength
+from lightning_hessian.training.checkpoint import check_checkpoint
 from lightning_hessian.training.classifier import Classifier
 from lightning_hessian.training.data import ImageData
-from lightning_hessian.training.report import Report, report
-from lightning_hessian.training.user_errors import in_one_line
+from lightning_hessian.training.report import Report, report, side_by_side
+from lightning_hessian.training.user_errors import Diverged, in_one_line, tell
 
 AUTO = "auto"
 """In place of a strength: choose one before training."""
 AUTO_BATCHES = 4
 """On how many training batches a strength is chosen."""
+AUTO_STEPS = 100
+"""After how many steps without a penalty at least, and how often."""
 
 
 @dataclass
@@ -59,6 +74,7 @@ class Config:
     trace: TraceConfig = field(default_factory=TraceConfig)
     seed: int = 0
     resume: str | None = None
+    compare: str | None = None
 
 
 def config_directory() -> Path:
@@ -70,9 +86,8 @@ def config_directory() -> Path:
 
 def train(config: DictConfig, directory: Path) -> Report:
     """One run: train, test, measure the trace; files go to the directory."""
-    if config.resume is not None and not zipfile.is_zipfile(config.resume):
-        what = "is not a checkpoint" if Path(config.resume).exists() else "there is no such checkpoint"
-        raise ValueError(f"resume={config.resume}: {what}. A run leaves one in its checkpoints/last.ckpt.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed={config.seed} must be a whole number from 0 to {2**32 - 1}.")
     for name, least in {"samples": 1, "probes": 2}.items():
         if config.trace[name] < least:
             raise ValueError(f"trace.{name}={config.trace[name]} must be at least {least}.")
@@ -84,6 +99,8 @@ def train(config: DictConfig, directory: Path) -> Report:
     data = hydra.utils.instantiate(config.data)
     net = hydra.utils.instantiate(config.model, shape=data.shape, classes=data.classes)
     module = Classifier(net, data.classes, **config.optimizer)
+    if config.resume is not None:
+        check_checkpoint(config.resume, module)
     callbacks: list[Any] = [ModelCheckpoint(directory / "checkpoints", save_last=True)]
     regularizer = _regularizer(config.regularizer) if config.regularizer else None
     others = [hydra.utils.instantiate(part) for part in (config.monitor, config.robustness) if part]
@@ -101,10 +118,7 @@ def train(config: DictConfig, directory: Path) -> Report:
     trainer.fit(module, data, ckpt_path=config.resume)
     trainer.test(module, data, verbose=False)
     data.setup("fit")  # where processes were spawned, only they have done it
-    result = report(trainer, module, data, config.trace.samples, config.trace.probes, config.seed)
-    if trainer.is_global_zero:
-        print(result)
-    return result
+    return report(trainer, module, data, config.trace.samples, config.trace.probes, config.seed)
 
 
 def _regularizer(settings: DictConfig) -> Any:
@@ -122,8 +136,10 @@ def _choose_strengths(
 ) -> None:
     """Put a number wherever ``strength`` says auto, into the callback and into the settings.
 
-    Chosen on the module as it was initialised, also where a checkpoint is loaded later: a resumed run goes on with the
-    number that the interrupted one has chosen.
+    It is the least that is suggested while a copy learns without a penalty, so that the penalty's share of the gradient
+    is not above what was asked for on the way. At the initial weights the derivatives by the inputs are a hundred to a
+    thousand times smaller than soon after (those of the vision transformer are 0), and a strength that fits there
+    destroys training. A resumed run begins with the same weights, and chooses what the interrupted one has chosen.
     """
     asked = settings.get("strength")
     each = list(asked) if isinstance(asked, ListConfig) else [asked] * len(regularizer.penalties)
@@ -133,17 +149,59 @@ def _choose_strengths(
     data.setup("fit")
     if trainer.world_size == 1:  # processes that are yet to be forked cannot share a GPU that was used before
         module.to(trainer.strategy.root_device)
-    for i, penalty in enumerate(regularizer.penalties):
-        if each[i] == AUTO:
-            found = suggest_strength(module, data.training_batches(AUTO_BATCHES), penalty)
-            each[i] = found.strength
-            if trainer.is_global_zero:
-                print(
-                    f"strength            {found.strength:.4g} ({found.low:.2g} to {found.high:.2g} over "
-                    f"{len(found.by_batch)} batches), where the gradient of {penalty.name} is "
-                    f"{100 * found.share:.3g} % of the task loss's"
-                )
+    penalties = {i: penalty for i, penalty in enumerate(regularizer.penalties) if each[i] == AUTO}
+    random = RandomState.now(module.device)
+    try:
+        found = [
+            {i: suggest_strength(twin, data.training_batches(AUTO_BATCHES), p) for i, p in penalties.items()}
+            for twin in _while_it_learns(module, data, trainer)
+        ]
+    finally:
+        random.restore()
+    for i, penalty in penalties.items():
+        least = min((here[i] for here in found), key=float)
+        each[i] = least.strength
+        if trainer.is_global_zero:
+            print(
+                f"strength            {least.strength:.4g} ({least.low:.2g} to {least.high:.2g} over "
+                f"{len(least.by_batch)} batches), where the gradient of {penalty.name} is "
+                f"{100 * least.share:.3g} % of the task loss's"
+            )
     settings.strength = regularizer.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
+
+
+def _while_it_learns(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
+    """A copy that is trained without a penalty, after each epoch of ``AUTO_STEPS`` steps at least.
+
+    It ends where the mean loss of one has halved, or the run would be over.
+    """
+    twin = copy.deepcopy(module)
+    epoch = len(data.train_dataloader())
+    part = max(AUTO_STEPS, epoch)
+    ends = [end for end in ((trainer.max_epochs or 0) * epoch, trainer.max_steps) if end > 0]
+    parts = max(1, min(ends, default=0) // part)
+    optimizer = twin.optimizer()
+    schedule = twin.schedule(optimizer, parts * part)
+    batches = data.training_batches(parts * part)
+    first: float | None = None
+    for _ in range(parts):
+        losses: list[float] = []
+        for batch in islice(batches, part):
+            optimizer.zero_grad()
+            loss = twin.loss(move_data_to_device(batch, module.device))
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise Diverged(
+                    f"the training loss is {losses[-1]} without a penalty: training has diverged, so no strength can "
+                    "be chosen. Lower optimizer.lr."
+                )
+        yield twin
+        first = losses[0] if first is None else first
+        if statistics.mean(losses) < first / 2:
+            return
 
 
 def _check_trainer(settings: DictConfig) -> None:
@@ -158,10 +216,78 @@ def _takes_words(hint: Any) -> bool:
     return hint in (str, Any) or isinstance(hint, str) or any(_takes_words(part) for part in get_args(hint))
 
 
+def _reports(config: DictConfig, directory: Path) -> dict[str, Report]:
+    """The run that the settings ask for, and the one to compare it with, if they ask for one; both are told."""
+    choices = {path.stem: path for path in sorted((config_directory() / "regularizer").glob("*.yaml"))}
+    if config.compare is not None and config.compare not in choices:
+        raise ValueError(
+            f"compare={config.compare} is not a regularizer to compare with. Choose one of {', '.join(choices)}, or "
+            "null for no comparison."
+        )
+    reports = {"this run": train(config, directory)}
+    _print(reports["this run"])
+    if config.compare is not None:
+        name = f"compare_{config.compare}"
+        other = _with_regularizer(config, OmegaConf.load(choices[config.compare]), name, directory / name)
+        reports[f"compare={config.compare}"] = train(other, directory / name)
+        _print(side_by_side(reports))
+    return reports
+
+
+@rank_zero_only
+def _print(what: object) -> None:
+    print(what)
+
+
+def _with_regularizer(config: DictConfig, regularizer: Any, name: str, directory: Path) -> DictConfig:
+    """The same settings with another regularizer, from the first step, with all files in a folder of their own."""
+    directory.mkdir(exist_ok=True)
+    other = copy.deepcopy(config)
+    other.regularizer = regularizer
+    other.resume = other.compare = None
+    if "save_dir" in other.logger:
+        other.logger.save_dir = str(directory)
+    if other.monitor.get("png_directory") is not None:
+        other.monitor.png_directory = str(Path(other.monitor.png_directory) / name)
+    return other
+
+
+def _objective(reports: dict[str, Report]) -> float:
+    """What a sweep minimizes. Sweepers take an infinite one for a bad one, and some stop at one that is no number."""
+    loss = reports["this run"].test_loss
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _refuse_divergence(reports: dict[str, Report]) -> None:
+    for name, result in reports.items():
+        if not math.isfinite(result.test_loss):
+            raise Diverged(
+                f"the test loss of {name} is {result.test_loss}: training has diverged, and the numbers above are "
+                "worthless. Lower optimizer.lr or regularizer.strength, or set trainer.gradient_clip_val."
+            )
+
+
+_statuses: list[int] = []
+"""Of the jobs of a sweep that have failed."""
+
+
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _run(config: DictConfig) -> float:
-    with in_one_line():
-        return train(config, Path(HydraConfig.get().runtime.output_dir)).test_loss
+    job = HydraConfig.get()
+    in_sweep = job.mode == RunMode.MULTIRUN
+    objective = math.inf
+    try:
+        reports = _reports(config, Path(job.runtime.output_dir))
+        objective = _objective(reports)
+        _refuse_divergence(reports)
+    except Exception as error:
+        status = tell(error, f"job {job.job.num} ({' '.join(job.overrides.task)}): " if in_sweep else "")
+        if status is None:
+            raise
+        if not in_sweep:
+            sys.exit(status)
+        _statuses.append(status)  # and the sweep goes on
+    return objective
 
 
 def main() -> None:
@@ -169,11 +295,16 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints a page of its own for each error
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, about torch's trees
+    _statuses.clear()
     with in_one_line():
         _run()
+    if _statuses:
+        sys.exit(max(_statuses))
 
 
 ConfigStore.instance().store("schema", Config)
 
 if __name__ == "__main__":
-    main()
+    from lightning_hessian.training import cli  # whose frames have the package's name, by which errors are told
+
+    cli.main()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from urllib.error import URLError
 
 import torch
@@ -54,8 +55,7 @@ class ImageData(LightningDataModule):
         validation: how many training images are kept for validation.
         train_samples: use only the first so many training images (in the fixed random order); None for all.
         augment: random crop (padding of an eighth) and, for colour images, horizontal flip.
-        normalise: to mean 0 and deviation 1 over the training images; otherwise pixels are in [0, 1], the units in
-            which the radii of attacks are told.
+        normalise: to mean 0 and deviation 1 over the training images; otherwise pixels are in [0, 1].
         root: where data sets lie or are downloaded to.
         seed: of the order of training batches, a function of seed and epoch (so a resumed run sees the same).
 
@@ -145,9 +145,15 @@ class ImageData(LightningDataModule):
         ]
 
     def training_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first ``count`` batches of the first epoch, as the training step gets them, augmented too."""
-        for batch in islice(self.train_dataloader(), count):
+        """The first ``count`` batches as the training step gets them, augmented too; of several epochs if need be."""
+        for batch in islice(self._epochs(), count):
             yield self._prepared(batch, self.augment)
+
+    def _epochs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = self.train_dataloader()
+        for epoch in itertools.count():
+            cast(DistributedSampler, loader.sampler).set_epoch(epoch)
+            yield from loader
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         return self._prepared(batch, self.augment and self.trainer is not None and self.trainer.training)

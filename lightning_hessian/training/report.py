@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,33 @@ class Report:
             ]
             + ([f"TensorBoard         {_TENSORBOARD} --logdir '{self.directory}'"] if self.tensorboard else [])
         )
+
+
+def side_by_side(reports: Mapping[str, Report]) -> str:
+    """The main numbers of several runs, one column for each.
+
+    Example:
+        >>> from lightning_hessian.curvature import Estimate
+        >>> curvature = Curvature(9, Estimate(4.0, 0.5, 10), Estimate(1.0, 0.1, 10), {}, [(2.0, 0.01)], [(0.0, 0.01)])
+        >>> print(side_by_side({"this run": Report(0.9, 0.3, curvature, 500, {}, Path("here"), False)}))
+        <BLANKLINE>
+                            this run
+        test accuracy       0.9000
+        test loss           0.3000
+        Hessian trace       4 +- 0.5
+        largest eigenvalue  2
+        files               here
+    """
+    rows = [["", *reports]]
+    rows.append(["test accuracy", *(f"{one.test_accuracy:.4f}" for one in reports.values())])
+    rows.append(["test loss", *(f"{one.test_loss:.4f}" for one in reports.values())])
+    traces = [one.curvature.trace for one in reports.values()]
+    rows.append(["Hessian trace", *(f"{trace.estimate:.4g} +- {trace.standard_error:.2g}" for trace in traces)])
+    rows.append(["largest eigenvalue", *(f"{one.curvature.largest[0][0]:.4g}" for one in reports.values())])
+    rows.append(["files", *(str(one.directory) for one in reports.values())])
+    widths = [max(len(row[i]) for row in rows[:-1]) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n" + "\n".join(lines)
 
 
 # Of this environment, which need not be on the PATH.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,36 +18,78 @@ from lightning_hessian.curvature import HigherOrderError
 from lightning_hessian.training.data import DataUnavailable
 
 
+class Diverged(RuntimeError):
+    """A loss is not finite."""
+
+
+def tell(error: Exception, where: str = "") -> int | None:
+    """Print a user's error as one line.
+
+    Args:
+        error: what was raised.
+        where: put before it.
+
+    Returns:
+        The exit status: 3 where training has diverged, 2 for any other error of the user's. None for a fault, of which
+        nothing is printed.
+    """
+    if not _is_the_users(error):
+        return None
+    print(f"lightning-hessian: {where}{_message(error)}", file=sys.stderr)
+    return 3 if isinstance(error, Diverged) else 2
+
+
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """Print a user's error inside as one line and exit with status 2."""
+    """Tell a user's error inside, and exit with its status."""
     try:
         yield
     except Exception as error:
-        if not _is_the_users(error):
+        status = tell(error)
+        if status is None:
             raise
-        print(f"lightning-hessian: {_message(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(status)
 
 
 def _is_the_users(error: Exception) -> bool:
+    if _is_about_the_folder(error):
+        return True
     if isinstance(error, ValueError):
         # A ValueError from our own or Hydra's checks; any other is a fault, to be seen whole.
-        trace = error.__traceback__
-        while trace is not None and trace.tb_next is not None:
-            trace = trace.tb_next
-        module = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
-        return module.split(".")[0] in ("lightning_hessian", "hydra", "omegaconf")
+        return _modules(error)[-1].split(".")[0] in ("lightning_hessian", "hydra", "omegaconf")
     return isinstance(
         error,
-        HydraException | OmegaConfBaseException | MisconfigurationException | HigherOrderError | DataUnavailable,
+        HydraException
+        | OmegaConfBaseException
+        | MisconfigurationException
+        | HigherOrderError
+        | DataUnavailable
+        | Diverged,
     )
+
+
+def _is_about_the_folder(error: BaseException) -> bool:
+    """Whether Hydra could not write into the folder of the run, which it makes."""
+    if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):  # logging says it by a ValueError
+        return False
+    packages = [module.split(".")[0] for module in _modules(error)]
+    return next((name for name in reversed(packages) if name in ("lightning_hessian", "hydra")), "") == "hydra"
+
+
+def _modules(error: BaseException) -> list[str]:
+    """Through which the error has passed, the one that raised it last."""
+    return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)] or [""]
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         setting = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "config"
         return f"{setting}: {_flat(error.__cause__)}"
+    if _is_about_the_folder(error):
+        return (
+            "hydra.run.dir (in a sweep hydra.sweep.dir) cannot be written, and the files of a run go there "
+            f"({_flat(error.__cause__ or error)}). Set it to a folder in which files can be made."
+        )
     at_setting = _omegaconf_error(error)
     if at_setting is None:
         return _flat(error).partition(" Config search path:")[0]

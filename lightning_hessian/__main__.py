@@ -1,0 +1,19 @@
+"""The command ``lightning-hessian``, also as ``python -m lightning_hessian``."""
+
+import sys
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        from lightning_hessian.training.cli import main as run
+    except ModuleNotFoundError as error:
+        if error.name != "lightning_hessian.training":
+            raise
+        print(f"lightning-hessian: {error}", file=sys.stderr)
+        sys.exit(2)
+    run()
+
+
+if __name__ == "__main__":
+    main()

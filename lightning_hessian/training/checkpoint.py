@@ -1,0 +1,54 @@
+"""Can a run go on from this file? Looked at before it begins."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_KEYS = ("state_dict", "loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
+
+
+def check_checkpoint(path: str, module: nn.Module) -> None:
+    """Refuse a file from which Lightning cannot resume the training of this module.
+
+    Raises:
+        ValueError: there is no such file, it is no checkpoint of Lightning's Trainer or a damaged one, or it holds the
+            weights of another module.
+    """
+    state = _read(path).get("state_dict")
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state.items()} if isinstance(state, dict) else {}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            here, there = (
+                f"has {name!r} of shape {tuple(shapes[name])}" if name in shapes else f"has no {name!r}"
+                for shapes in (expected, found)
+            )
+            raise ValueError(
+                f"resume={path}: the checkpoint is of another model. It {there}, and the model here {here}. Give the "
+                "model and data settings of the run that left it; they are in its config.yaml."
+            )
+
+
+def _read(path: str) -> dict[str, Any]:
+    if not Path(path).exists():
+        raise _refused(path, "there is no such checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise _refused(path, "is not a checkpoint, or is cut off")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True)
+    except Exception as error:  # a foreign or damaged file can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise _refused(path, f"is not a checkpoint that can be read ({reason[:100]})") from error
+    missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
+    if missing:
+        raise _refused(path, f"is not a checkpoint of Lightning's Trainer: it has no {', '.join(missing)}")
+    return checkpoint
+
+
+def _refused(path: str, what: str) -> ValueError:
+    return ValueError(f"resume={path}: {what}. A run leaves one in its checkpoints/last.ckpt.")
