@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from types import TracebackType
@@ -171,9 +171,12 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
             elif len(args) > 1 and callable(args[1]):
                 args = (args[0], _unselected(args[1]), *args[2:])
 
+            layers = context._module.modules() if context._module is not None else ()
+            modes = [(layer, layer.training) for layer in layers]
+
             # The generator calls this to recompute; the first run is the caller's own.
             def recomputed(*inputs: Any, **keywords: Any) -> Any:
-                with context._recomputing():
+                with context._recomputing(), _in_modes(modes):
                     return function(*inputs, **keywords)
 
             return generator(recomputed, *args, **kwargs)
@@ -200,6 +203,19 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
             setattr(checkpoint, name, original)
 
 
+@contextmanager
+def _in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Every layer inside in training or evaluation mode as it was in the run that is recomputed."""
+    changed = [(layer, mode) for layer, mode in modes if layer.training != mode]
+    try:
+        for layer, mode in changed:
+            layer.training = mode
+        yield
+    finally:
+        for layer, mode in changed:
+            layer.training = not mode
+
+
 def _unselected(contexts: Callable[[], Any]) -> Callable[[], Any]:
     """The contexts of a checkpoint, without the two that cache what a selective one keeps."""
 
@@ -221,15 +237,20 @@ def _plain(args: Any) -> bool:
 
 
 def _transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether vmap, jvp, grad or a level of forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+_CONTROL_FLOW = {"associative_scan", "cond", "map", "scan", "while_loop"}
 
 
 def _control_flow_in(trace: TracebackType | None) -> str | None:
     """The control-flow operator (``torch.cond``, ...) that a traceback passes through."""
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if module.startswith("torch._higher_order_ops."):
-            return module.rpartition(".")[2]
+        package, _, name = module.rpartition(".")
+        if package == "torch._higher_order_ops" and name in _CONTROL_FLOW:
+            return name
         trace = trace.tb_next
     return None
 

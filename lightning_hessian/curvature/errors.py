@@ -31,12 +31,12 @@ def missing_derivative(operator: str, layer: str | None = None, times: str = "as
     return error
 
 
-def once_differentiable_error(functions: str) -> HigherOrderError:
-    """The error of custom functions that forbid a second derivative."""
+def once_differentiable_error(functions: str, how: str = "is marked @once_differentiable") -> HigherOrderError:
+    """The error of custom functions whose backward has no derivative."""
     return HigherOrderError(
-        f"The loss passes through {functions}, whose backward is marked @once_differentiable. PyTorch would leave its "
-        "part of the Hessian out without an error. Write its backward with differentiable operations and remove the "
-        "mark. `lightning_hessian.verify` names the layer."
+        f"The loss passes through {functions}, whose backward {how}. PyTorch would leave its part of the Hessian out "
+        "without an error. Write its backward with differentiable operations, and remove the mark. "
+        "`lightning_hessian.verify` names the layer."
     )
 
 
@@ -77,6 +77,13 @@ _MISSING = (
     r"(\w+):? does not support 3rd\+ order",
     r"(\w+) is not differentiable twice",
     r"double backwards? on (\w+) (?:is )?not supported",
+    r"Trying to backward through (\S+) but no autograd formula was registered",
+)
+# Of dispatch errors the back end tells: they list all others.
+_BACKEND = re.compile(r"^Could not run '[^']*' with arguments from the '(\w+)' backend")
+_NESTED = re.compile(r"NestedTensor|_nested_\w+|both to be nested")
+_SPARSE = re.compile(
+    r"not implemented for sparse tensors|expected sparse coordinate|_sparse_\w+|Sparse(Csr|Csc)?(CPU|CUDA)"
 )
 
 
@@ -90,11 +97,18 @@ def _without_derivative(message: str) -> str | None:
 def _translated(message: str) -> HigherOrderError | None:
     if "marked with @once_differentiable" in message:
         return once_differentiable_error("a custom torch.autograd.Function")
-    if re.search("nested", message, re.IGNORECASE):
-        return nested_tensor_error(message)
-    if "sparse" in message.lower():
+    if "does not currently support double backward" in message:
         return HigherOrderError(
-            f"The loss passes through sparse tensors, which PyTorch cannot differentiate twice here ({message}). Make "
+            "The loss passes through a compiled function, which PyTorch cannot differentiate twice (pytorch#91469). "
+            f"Compute the loss inside `with higher_order():`, where it runs eagerly. {OTHERWISE}"
+        )
+    told = found.group(1) if (found := _BACKEND.search(message)) else message
+    if _NESTED.search(told):
+        return nested_tensor_error(message.splitlines()[0])
+    if _SPARSE.search(told):
+        return HigherOrderError(
+            "The loss passes through sparse tensors, which PyTorch cannot differentiate twice here "
+            f"({message.splitlines()[0]}). Make "
             f"them dense by `.to_dense()`, or compute with indices and values of your own. {OTHERWISE}"
         )
     return None

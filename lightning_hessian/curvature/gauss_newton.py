@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from lightning_hessian.curvature.probes import ProbeSource, rademacher
 
 
 def random_factors(
-    losses: watch_losses, loss: Tensor, parameters: Iterable[Tensor], probes: ProbeSource, index: int
+    losses: watch_losses, loss: Tensor, inputs: Sequence[Tensor], probes: ProbeSource, index: int
 ) -> list[tuple[Tensor, Tensor]]:
     r"""Pairs (z, S u) with E_u [J' S u (J' S u)'] = G, where J is the outputs' Jacobian by anything.
 
@@ -34,7 +34,7 @@ def random_factors(
     Args:
         losses: the calls of loss functions seen in the step.
         loss: the step's loss, with its graph.
-        parameters: all that are trained.
+        inputs: leaves of the graph that are no parameters: targets and factors may depend on them.
         probes: where u comes from.
         index: of the probe.
 
@@ -61,9 +61,9 @@ def random_factors(
             "the step: the loss comes from none of cross_entropy, binary_cross_entropy_with_logits, mse_loss or their "
             "modules. Call one of them, or use method='autograd' or method='two_pass'."
         )
-    factors, trained = [], list(parameters)
+    factors = []
     for position, call in enumerate(calls):
-        _refuse_others(call, loss, trained)
+        _refuse_others(call, loss, inputs)
         z = call.arguments["input"] - call.arguments["target"] if call.function is F.mse_loss else call.outputs
         generator = probes.generator(index * len(calls) + position, z.device)
         exact = torch.promote_types(z.dtype, torch.float32)
@@ -72,7 +72,7 @@ def random_factors(
     return factors
 
 
-def _refuse_others(call: LossCall, loss: Tensor, parameters: Sequence[Tensor]) -> None:
+def _refuse_others(call: LossCall, loss: Tensor, inputs: Sequence[Tensor]) -> None:
     """The formulas are for a loss that is linear in what the loss function returns, with constant targets, weights and
     factors."""
     name = call.function.__name__
@@ -84,7 +84,7 @@ def _refuse_others(call: LossCall, loss: Tensor, parameters: Sequence[Tensor]) -
         )
     for argument, value in call.arguments.items():
         learnable = argument == "input" or (argument == "target" and call.function is F.mse_loss)
-        if not learnable and isinstance(value, Tensor) and _learned(value, parameters):
+        if not learnable and isinstance(value, Tensor) and _learned(value, inputs):
             raise ValueError(
                 f"The {_ARGUMENTS.get(argument, argument)} of {name} depend on parameters, and the Gauss-Newton matrix "
                 f"is that of the outputs for constant ones. Detach them, if they are meant to be constant. {otherwise}"
@@ -97,7 +97,7 @@ def _refuse_others(call: LossCall, loss: Tensor, parameters: Sequence[Tensor]) -
             f"The loss is not linear in what {name} returns (a root, a logarithm, a focal factor), so its curvature in "
             f"the outputs is not the one this method knows. {otherwise}"
         )
-    if _learned(factor, parameters):
+    if _learned(factor, inputs):
         raise ValueError(
             f"The loss multiplies what {name} returns by a factor that depends on parameters (learned weights of tasks "
             "or samples, a predicted variance, a product of losses), and the Gauss-Newton matrix is that of the "
@@ -108,9 +108,10 @@ def _refuse_others(call: LossCall, loss: Tensor, parameters: Sequence[Tensor]) -
 _ARGUMENTS = {"target": "targets", "weight": "class weights", "pos_weight": "class weights (pos_weight)"}
 
 
-def _learned(tensor: Tensor, parameters: Sequence[Tensor]) -> bool:
-    trained = {id(parameter) for parameter in parameters}
-    return tensor.requires_grad and any(id(leaf) in trained for leaf in leaves(tensor))
+def _learned(tensor: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Whether a tensor depends on a leaf that is trained, chosen for the penalty or not."""
+    constant = {id(x) for x in inputs}
+    return tensor.requires_grad and any(id(leaf) not in constant for leaf in leaves(tensor))
 
 
 def _factor(call: LossCall, loss: Tensor, z: Tensor, u: Tensor) -> Tensor:

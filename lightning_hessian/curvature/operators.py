@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lightning_hessian.curvature.errors import derivatives_explained
 from lightning_hessian.curvature.graph import without_hooks
 from lightning_hessian.curvature.parameters import refuse_complex
-from lightning_hessian.curvature.refusals import refuse_delayed_errors, refuse_unsound_graph
+from lightning_hessian.curvature.refusals import refuse_unsound_graph, without_lost_derivatives
 
 
 class LinearOperator(Protocol):
@@ -100,7 +101,7 @@ class HessianOperator(_TensorOperator):
         self.custom = refuse_unsound_graph(loss, derivatives=3 if differentiable else 2)
         self.gradient = _differentiate([loss], self.tensors, custom=self.custom, create_graph=True)
         if self.custom and differentiable:  # a backward may call other custom functions
-            self.custom += refuse_unsound_graph(self.gradient, derivatives=2)
+            self.custom = refuse_unsound_graph(self.gradient, derivatives=2)
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
         products = vector_jacobian_product(self.gradient, self.tensors, self.split(v), create_graph, self.custom)
@@ -266,11 +267,11 @@ def vector_jacobian_product(
     tensors: Sequence[Tensor],
     v: Sequence[Tensor],
     create_graph: bool = False,
-    custom: Sequence[str] = (),
+    custom: Sequence[Any] = (),
 ) -> Sequence[Tensor]:
     """d(sum_k outputs_k'v_k) / d tensors, part by part; Hv where the outputs are a loss's gradient by the tensors.
 
-    ``custom`` names the custom functions in the outputs' graph.
+    ``custom`` are the nodes of custom functions in the outputs' graph.
     """
     # What has no graph is constant: of a gradient, its rows of H are zero.
     curved = [(output, part) for output, part in zip(outputs, v, strict=True) if output.requires_grad]
@@ -283,7 +284,7 @@ def _differentiate(
     outputs: Sequence[Tensor],
     tensors: Sequence[Tensor],
     seeds: Sequence[Tensor] | None = None,
-    custom: Sequence[str] = (),
+    custom: Sequence[Any] = (),
     create_graph: bool = False,
     materialize_grads: bool = True,
 ) -> list[Tensor]:
@@ -293,12 +294,13 @@ def _differentiate(
         HigherOrderError: an operator on the way has no derivative, or is marked @once_differentiable.
     """
     if custom and create_graph:
-        # A function that is marked @once_differentiable shows itself only where the seed has a gradient.
+        # A backward that cuts the graph shows itself where what it is given has one.
         seeds = [torch.ones_like(output) for output in outputs] if seeds is None else seeds
         seeds = [seed if seed.requires_grad else seed.detach().requires_grad_() for seed in seeds]
     # Hooks are for the gradient that is trained on. Never `backward(create_graph=True)`: it ties parameters and
     # gradients into a cycle that is not freed.
-    with without_hooks(tensors), derivatives_explained():
+    looking = without_lost_derivatives(custom) if create_graph else nullcontext()
+    with without_hooks(tensors), derivatives_explained(), looking:
         found = torch.autograd.grad(
             list(outputs),
             list(tensors),
@@ -308,6 +310,4 @@ def _differentiate(
             allow_unused=True,
             materialize_grads=materialize_grads,
         )
-    if custom and create_graph:
-        refuse_delayed_errors([tensor for tensor in found if tensor is not None], custom)
     return list(found)

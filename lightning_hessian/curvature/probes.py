@@ -44,7 +44,8 @@ class ProbeSource:
         """A source with other probes than any that this method has returned before.
 
         For loops without Lightning: the seed is that of ``torch.manual_seed``, the step a count of these calls, so that
-        a program that is run again draws the same probes.
+        a program that is run again draws the same probes. (Another ``torch.manual_seed`` in the same process does not
+        begin anew: pass ``ProbeSource(seed, step)`` where it must.)
         """
         return cls(torch.initial_seed(), next(_COUNT))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _embedding(
 
 def _max_unpool(dimensions: int) -> Callable[..., str | None]:
     def check(input: Any, indices: Any, *args: Any, **kwargs: Any) -> str | None:
-        if not _repeats(indices, dimensions):
+        if not (torch.is_grad_enabled() and input.requires_grad and _repeats(indices, dimensions)):
             return None
         return (
             "unpools several maxima into one place, as overlapping pooling windows give. PyTorch's gradient of it is "
@@ -84,7 +85,7 @@ _FUSED_WEIGHT_NORM = re.compile(r"WeightNorm\w*Backward", re.IGNORECASE)
 _LEARNED_SPARSE = re.compile(r"^_?Sparse\w*Tensor\w*Backward|^Sparse(SampledAddmm|Mask|Softmax|LogSoftmax)Backward")
 
 
-def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3) -> list[str]:
+def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3) -> list[Any]:
     """Look through the graph of a loss for operators whose higher derivatives are silently wrong or left out.
 
     However they got there: around ``higher_order()``, by TorchScript, by ``torch.ops``. A function marked
@@ -96,19 +97,20 @@ def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3
         derivatives: how many will be taken: 2 to measure curvature, 3 to train on it.
 
     Returns:
-        The names of the custom ``torch.autograd.Function`` that the graph passes through, but for this library's.
+        The nodes of every custom ``torch.autograd.Function`` that the graph passes through, but for this library's.
 
     Raises:
         HigherOrderError: there is one; it is named.
     """
-    custom: dict[str, None] = {}
+    custom = []
     for node in nodes(result):
         function = getattr(node, "_forward_cls", None)
         if function is None:
             _refuse_node(node, derivatives)
         elif not function.__module__.startswith("lightning_hessian."):
-            custom[_refuse_function(function)] = None
-    return list(custom)
+            _refuse_function(function)
+            custom.append(node)
+    return custom
 
 
 _NO_DERIVATIVE = "torch::autograd::Error"
@@ -168,7 +170,7 @@ def _refuse_node(node: Any, derivatives: int) -> None:
         )
 
 
-def _refuse_function(function: Any) -> str:
+def _refuse_function(function: Any) -> None:
     name: str = function.__qualname__
     if "linear_cross_entropy" in name:
         raise HigherOrderError(
@@ -180,7 +182,6 @@ def _refuse_function(function: Any) -> str:
         raise control_flow_error(operator.lower())
     if any(_is_once_differentiable(getattr(function, way, None)) for way in ("backward", "vjp")):
         raise once_differentiable_error(name)
-    return name
 
 
 def control_flow_error(operator: str, error: BaseException | None = None) -> HigherOrderError:
@@ -195,38 +196,56 @@ def control_flow_error(operator: str, error: BaseException | None = None) -> Hig
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
 
 
-def _is_once_differentiable(function: Any, depth: int = 8) -> bool:
-    """Whether the mark is on a function or on one that it wraps."""
-    if depth == 0 or not callable(function):
-        return False
-    if isinstance(function, partial):
-        return _is_once_differentiable(function.func, depth - 1)
-    code = getattr(function, "__code__", None)
-    if code is _ONCE_DIFFERENTIABLE:
-        return True
-    inside = [getattr(function, "__wrapped__", None), getattr(function, "__func__", None)]
-    for cell in getattr(function, "__closure__", None) or ():
-        try:
-            inside.append(cell.cell_contents)
-        except ValueError:  # an empty cell
-            continue
-    return any(_is_once_differentiable(part, depth - 1) for part in inside if part is not None)
+def _is_once_differentiable(function: Any) -> bool:
+    """Whether the mark is on a function, or on one that it says it wraps."""
+    while function is not None:
+        if getattr(function, "__code__", None) is _ONCE_DIFFERENTIABLE:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
-def refuse_delayed_errors(derivatives: Sequence[Tensor], custom: Sequence[str]) -> None:
-    """Refuse derivatives that a function marked ``@once_differentiable`` has computed, however it was called.
-
-    PyTorch gives its results a node that raises, and prunes that node before it could.
+@contextmanager
+def without_lost_derivatives(custom: Sequence[Any]) -> Iterator[None]:
+    """Inside, refuse a custom function whose backward cuts the graph: by a mark that is hidden somewhere in it, by
+    ``torch.no_grad()``, or by ``.detach()``.
 
     Args:
-        derivatives: computed with ``create_graph=True``, from a seed that requires a gradient.
-        custom: the names of the custom functions that may be at fault.
+        custom: the nodes of custom functions that may be passed through. What is differentiated must begin with a
+            seed that requires a gradient, so that whatever depends on it does.
 
     Raises:
-        HigherOrderError: there is such a node.
+        HigherOrderError: there is one; it is named.
     """
-    if any(node.name() == _NO_DERIVATIVE for node in nodes(derivatives)):
-        raise once_differentiable_error(" or ".join(custom))
+
+    def check(node: Any) -> Callable[..., None]:
+        def look(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+            given = any(isinstance(g, Tensor) and g.requires_grad for g in outputs)
+            found = [g for g in inputs if isinstance(g, Tensor)]
+            if not given or not found:
+                return
+            if any(g.grad_fn is not None and g.grad_fn.name() == _NO_DERIVATIVE for g in found):
+                raise once_differentiable_error(function_name(node))
+            if not any(g.requires_grad for g in found) and any(bool(g.any()) for g in found):
+                raise once_differentiable_error(
+                    function_name(node),
+                    "has no graph (torch.no_grad(), .detach() or the mark @once_differentiable in it)",
+                )
+
+        return look
+
+    handles = [node.register_hook(check(node)) for node in custom]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def function_name(node: Any) -> str:
+    """The name of the custom ``torch.autograd.Function`` that a node belongs to."""
+    name: str = node._forward_cls.__qualname__
+    return name
 
 
 def refuse_layers(module: nn.Module) -> None:

@@ -98,12 +98,16 @@ def _transposed(convolution: Callable[..., Tensor], dimensions: int) -> Callable
         input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
         groups: int = 1, dilation: Any = 1,
     ) -> Tensor:  # fmt: skip
+        paddings, extras = _numbers(padding, dimensions), _numbers(output_padding, dimensions)
+        largest = [max(pair) for pair in zip(_numbers(stride, dimensions), _numbers(dilation, dimensions), strict=True)]
+        if any(extra >= most for extra, most in zip(extras, largest, strict=True)):  # raises
+            return convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
         whole = convolution(input, weight, None, stride, 0, 0, groups, dilation)
         crop: list[int] = []
-        for p, extra in zip(_numbers(padding, dimensions), _numbers(output_padding, dimensions), strict=True):
+        for p, extra in zip(paddings, extras, strict=True):
             crop = [-p, extra - p, *crop]  # F.pad begins at the last dimension
         y = F.pad(whole, crop)
-        return y if bias is None else y + bias.view(-1, *[1] * dimensions)
+        return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * dimensions)
 
     return convolve
 

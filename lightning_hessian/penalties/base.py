@@ -20,7 +20,7 @@ from lightning_hessian.curvature import (
 )
 from lightning_hessian.curvature.first_order import dot
 from lightning_hessian.curvature.graph import depends
-from lightning_hessian.curvature.operators import input_gradients, rows
+from lightning_hessian.curvature.operators import input_gradients, rows, vector_jacobian_product
 from lightning_hessian.state import RandomState
 
 
@@ -163,11 +163,12 @@ class StepContext:
     def couples(self) -> bool:
         """Whether one sample's outputs, or its share of the loss, depend on another sample's input.
 
-        Where a loss function was seen, its arguments and its factor in the loss tell. Otherwise the step is run again.
+        Where a loss function was seen, its arguments and its factor in the loss tell. Otherwise the mixed second
+        derivatives of the loss do.
         """
         seen = self.losses.calls_in(self.loss)
         if not seen:
-            return self._couples_by_moving()
+            return self._couples_by_mixed_derivatives()
         factors = [factor for call in seen if (factor := call.factor(self.loss, create_graph=True)) is not None]
         shared = [factor for factor in factors if factor.numel() < self.samples]
         try:
@@ -179,28 +180,25 @@ class StepContext:
             self._depends(part[0].sum(), slice(1, None)) for part in parts
         )
 
-    def _couples_by_moving(self) -> bool:
-        """Move a random half of the samples, and see whether the gradients by the others stay as they are."""
-        if self.moved is None or self.samples < 2:
+    def _couples_by_mixed_derivatives(self) -> bool:
+        """Whether d^2 L / dx_i dx_j is not zero for a sample i of a random half and a sample j of the other."""
+        if self.samples < 2:
             return False
-        half = torch.rand(self.samples, generator=self.probes.generator(_COUPLING)) < 0.5
+        generator = self.probes.generator(_COUPLING)
+        half = torch.rand(self.samples, generator=generator) < 0.5
         half[0], half[1] = True, False
-        still = ~half.to(self.inputs[0].device)
-
-        def shift(x: Tensor) -> Tensor:
-            size = x.detach().square().mean().sqrt()
-            moved = torch.where(size > 0, size, 1) * _SHIFT * torch.ones_like(x)
-            return moved * half.to(x).view(-1, *[1] * (x.dim() - 1))
-
-        with torch.no_grad():
-            shifts = [shift(x) for x in self.inputs]
-        there = self.moved(shifts)
-        before, after = (rows(input_gradients(one.summed_loss, one.inputs))[still].float() for one in (self, there))
-        return bool((after - before).norm() > _COUPLED * torch.maximum(before.norm(), after.norm()))
+        gradients = input_gradients(self.summed_loss, self.inputs, derivatives=2)
+        v = [
+            torch.randn(x.shape, generator=generator).to(x) * half.to(x).view(-1, *[1] * (x.dim() - 1))
+            for x in gradients
+        ]
+        products = rows(vector_jacobian_product(gradients, self.inputs, v)).float()
+        half = half.to(products.device)
+        return bool(products[~half].norm() > _COUPLED * products[half].norm())
 
 
-_SHIFT, _COUPLED = 0.5, 1e-2
-"""How far inputs move, in units of their size, to see how much of other samples' gradients moves with them."""
+_COUPLED = 1e-3
+"""How large mixed derivatives are, in units of the samples' own, that are no rounding."""
 _COUPLING = 1 << 20
 """A stream of probes of its own."""
 

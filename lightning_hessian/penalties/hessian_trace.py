@@ -267,9 +267,8 @@ class HessianTrace(Penalty):
     def _gauss_newton(self, context: StepContext, chosen: list[Tensor], sizes: _Sizes) -> Tensor:
         squares = []
         custom = refuse_unsound_graph(context.loss, derivatives=2)
-        trained = context.parameters.values()
         for index in range(self.probes):
-            factors = random_factors(context.losses, context.loss, trained, context.probes, index)
+            factors = random_factors(context.losses, context.loss, context.inputs, context.probes, index)
             z, su = zip(*factors, strict=True)
             rows = vector_jacobian_product(z, chosen, su, True, custom)
             if sizes is not None:
