@@ -30,7 +30,15 @@ MODELS = {
     "softplus_cnn": ["trainer.max_epochs=10"],
     # At the default learning rate it trains to 84 to 92 %, by the seed, without a penalty.
     "vit": ["trainer.max_epochs=10", "optimizer.lr=0.02"],
-    "resnet18": ["trainer.max_epochs=2"],
+    # Few images, because a step takes a second on a CPU.
+    "resnet18": [
+        "trainer.max_epochs=2",
+        "optimizer.lr=0.02",
+        "data.batch_size=16",
+        "data.train_samples=640",
+        "trace.samples=16",
+        "trace.probes=2",
+    ],
 }
 """With what each is trained."""
 REGULARIZERS = [
