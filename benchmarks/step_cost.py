@@ -49,7 +49,7 @@ import lightning as L  # noqa: E402
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
 from lightning_hessian.injection import penalised  # noqa: E402
-from lightning_hessian.nonfinite import AwaitedBackward  # noqa: E402
+from lightning_hessian.nonfinite import BackwardWatch  # noqa: E402
 from lightning_hessian.training import models  # noqa: E402
 
 STRENGTH = 1e-4
@@ -292,7 +292,7 @@ def check_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) ->
     parameters = list(Case(name, arguments).to(DEVICE).parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    awaited = AwaitedBackward(torch.ones((), device=DEVICE, requires_grad=True).clone(), parameters, list)
+    awaited = BackwardWatch(torch.ones((), device=DEVICE, requires_grad=True).clone(), parameters, list)
     return statistics.median(timed(awaited.is_finite) for _ in range(rounds))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lightning_hessian.curvature import ProbeSource, padding_rows
 from lightning_hessian.curvature.first_order import GradientSum, is_sharded, local, local_part, movable
-from lightning_hessian.nonfinite import AwaitedBackward
-from lightning_hessian.passes import Passes, no_loss_again
+from lightning_hessian.nonfinite import BackwardWatch
+from lightning_hessian.passes import Passes, no_loss_again, same_loss
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def penalised(
     count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
     # Ranks draw probes of their own, but where they hold parts of one set of parameters.
     rank = 0 if any(map(is_sharded, module.parameters())) else trainer.global_rank
+    log_skipped(module, regularizers)
     acting = [
         _Acting(regularizer, penalty, strength, name, ProbeSource(regularizer.seed, now, count, rank))
         for (name, regularizer, penalty), strength in zip(by_name(regularizers), strengths, strict=True)
@@ -93,7 +94,7 @@ def penalised(
                 output = _with_differences(module, passes, by_graph, by_differences)
             except _Skipped as skipped:
                 return skipped.output
-            _await_backward(module, passes, acting, output)
+            _watch_backward(module, passes, acting, output, None)
             return output
         task = passes.task()
         if task.loss is None:
@@ -103,89 +104,93 @@ def penalised(
         if terms is None:
             return task.output
         output = _with_loss(task.output, task.loss + terms)
-        _await_backward(module, passes, acting, output)
+        _watch_backward(module, passes, acting, output, task.loss.detach())
         return output
 
 
-def _await_backward(module: LightningModule, passes: Passes, acting: Sequence[_Acting], output: Any) -> None:
-    """Have :func:`check_gradients` look at what the backward pass of this step gives."""
-    if getattr(module.trainer.precision_plugin, "scaler", None) is not None:
-        return  # which looks itself, and lowers its scale
-    loss = loss_of(output)
-    if loss is None or loss.grad_fn is None:
-        return
-    passes.forget_graphs()
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-    def task_gradient() -> Sequence[Tensor | None]:
-        run = passes.at_present(for_real=False)
-        if run.loss is None:
-            raise no_loss_again(acting[0].penalty)
-        by_backward = any(map(is_sharded, parameters)) or acting[0].regularizer.needs_backward(run.loss)
-        return GradientSum(parameters, by_backward=by_backward).differentiate(run.loss)
-
-    output_loss = output if isinstance(output, Tensor) else output["loss"]
-    awaited = AwaitedBackward(output_loss, parameters, task_gradient)
-    # Earlier ones wait only within a batch: a module may override the hook that would look at them.
-    batch = acting[0].probes.micro_batch
-    first = acting[0].regularizer
-    first.awaited = [one for one in first.awaited if one[1][0].probes.micro_batch == batch and not one[0].is_over]
-    first.awaited.append((awaited, tuple(acting)))
-
-
-def check_gradients(module: LightningModule, regularizers: Sequence[HessianRegularizer], total: Tensor) -> None:
-    """After a backward pass: where its gradients are not finite and the penalties are the cause, take them back.
+def _watch_backward(
+    module: LightningModule, passes: Passes, acting: Sequence[_Acting], output: Any, task: Tensor | None
+) -> None:
+    """See that the step's gradient is finite when its backward pass is over; otherwise train on the task loss alone.
 
     Args:
         module: the LightningModule.
-        regularizers: whose penalties acted.
-        total: the loss that was differentiated.
-
-    Raises:
-        FloatingPointError: a regularizer has ``on_nonfinite="raise"``.
+        passes: the runs of the step.
+        acting: the penalties that it has.
+        output: what it returns.
+        task: the task loss of its run for real, to see that another run has the same; None where there was none at
+            the parameters as they are.
     """
-    over = [one for regularizer in regularizers for one in regularizer.awaited if one[0].is_over]
-    if not over:
+    loss = output if isinstance(output, Tensor) else output["loss"]
+    # A scaler looks itself, and lowers its scale.
+    if getattr(module.trainer.precision_plugin, "scaler", None) is not None or loss.grad_fn is None:
         return
-    for regularizer in regularizers:
-        regularizer.awaited = [one for one in regularizer.awaited if not one[0].is_over]
-    trainer = module.trainer
-    if _on_all_ranks(over[0][0].is_finite(), module):
-        return
-    awaited, acting = over[0]
-    stops = [one.regularizer for one in acting if one.regularizer.on_nonfinite == "raise"]
-    names = " or ".join(one.name for one in acting)
-    message = f"The gradient of the penalty {names} is not finite at step {trainer.global_step}, though its value is."
-    if len(over) > 1 or not awaited.is_all_of(total):
-        # The loss had other terms, of which nothing is known here.
-        awaited.undo()
-        did = "The whole gradient of this backward pass is left out"
-    else:
-        synchronized = getattr(trainer.strategy.model, "require_backward_grad_sync", False)
-        mean = functools.partial(_mean_over_ranks, trainer) if synchronized else _itself
-        if not _on_all_ranks(awaited.use_task_loss(mean), module):
-            return  # the task loss's own gradient is not finite: training without a penalty would meet it, too
-        did = "This step trains on the task loss alone"
-    if stops:
-        awaited.undo()
-        raise FloatingPointError(
-            f"{message} It meets a point where a higher derivative does not exist (equal points in a distance, the "
-            "root or the logarithm of 0). Change the loss there, or pass on_nonfinite='skip'."
-        )
-    for one in acting:
-        if one.regularizer.nonfinite_steps == 0:
+    passes.forget_graphs()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    regularizer = acting[0].regularizer
+    regularizer.total = None
+
+    def when_over(watch: BackwardWatch) -> None:
+        if _on_all_ranks(watch.is_finite(), module):
+            return
+        names = " or ".join(dict.fromkeys(one.name for one in acting))
+        at = f"at step {module.trainer.global_step}"
+        message = f"The gradient of the penalty {names} is not finite {at}, though its value is."
+        # In manual optimization the loss may have other terms, of which nothing is known here.
+        whole = module.automatic_optimization or (regularizer.total is not None and watch.is_all_of(regularizer.total))
+        gradients = _task_gradient(passes, regularizer, parameters, task) if whole else None
+        if _on_all_ranks(gradients is not None, module):
+            assert gradients is not None
+            if not _on_all_ranks(watch.replace(gradients, _mean_if_synchronized(module)), module):
+                return  # the task loss's own gradient is not finite: training without a penalty would meet it, too
+            did = "This step trains on the task loss alone"
+        else:
+            watch.undo()
+            did = "The whole gradient of this backward pass is left out"
+        if any(one.regularizer.on_nonfinite == "raise" for one in acting):
+            watch.undo()
+            raise FloatingPointError(f"{message} {_NO_DERIVATIVE} Change the loss there, or pass on_nonfinite='skip'.")
+        first = {id(one.regularizer): one for one in reversed(acting)}
+        if all(one.regularizer.nonfinite_steps == 0 for one in acting):
             rank_zero_warn(
-                f"{message} {did}, and so does every later one like it; `train/{one.penalty.name}_skipped` counts "
-                "them. A higher derivative may not exist there (equal points in a distance, the root or the logarithm "
-                "of 0). Pass on_nonfinite='raise' to stop instead."
+                f"{message} {did}, and so does every later one like it; `train/{acting[0].penalty.name}_skipped` "
+                f"counts them. {_NO_DERIVATIVE} Pass on_nonfinite='raise' to stop instead."
             )
-        one.regularizer.nonfinite_steps += 1
-        count = float(one.regularizer.nonfinite_steps)
-        _log(module, f"train/{one.penalty.name}_skipped", count, reduce=False)
+        for one in first.values():
+            one.regularizer.nonfinite_steps += 1
+            one.regularizer.unlogged[f"train/{one.penalty.name}_skipped"] = float(one.regularizer.nonfinite_steps)
+
+    BackwardWatch(loss, parameters, when_over)
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+_NO_DERIVATIVE = "A higher derivative may not exist there (equal points in a distance, the root or the logarithm of 0)."
+
+
+def _task_gradient(
+    passes: Passes, regularizer: HessianRegularizer, parameters: Sequence[Tensor], task: Tensor | None
+) -> Sequence[Tensor | None] | None:
+    """The gradient of the task loss alone; None where the step does not give the same loss again."""
+    try:
+        run = passes.at_present(for_real=False)
+    except MisconfigurationException:
+        return None
+    if run.loss is None or (task is not None and not same_loss(run.loss, task)):
+        return None
+    by_backward = any(map(is_sharded, parameters)) or regularizer.needs_backward(run.loss)
+    return GradientSum(parameters, by_backward=by_backward).differentiate(run.loss)
+
+
+def _mean_if_synchronized(module: LightningModule) -> Callable[[Tensor], Tensor] | None:
+    synchronized = getattr(module.trainer.strategy.model, "require_backward_grad_sync", False)
+    return functools.partial(_mean_over_ranks, module.trainer) if synchronized else None
+
+
+def log_skipped(module: LightningModule, regularizers: Sequence[HessianRegularizer]) -> None:
+    """Log what was counted when logging was not allowed."""
+    for regularizer in regularizers:
+        for name, value in regularizer.unlogged.items():
+            _log(module, name, value, reduce=False)
+        regularizer.unlogged = {}
 
 
 def by_name(regularizers: Sequence[HessianRegularizer]) -> list[tuple[str, HessianRegularizer, Penalty]]:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.callbacks.regularizer import HessianRegularizer, load_states, save_states
-from lightning_hessian.injection import check_gradients, penalised
+from lightning_hessian.injection import log_skipped, penalised
 from lightning_hessian.penalties import InputPenalty
 
 Output = TypeVar("Output")
@@ -22,9 +22,10 @@ class HessianRegularizationMixin(LightningModule):
 
     Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
     as a callback as well. What its penalties keep from step to step (the vector of :class:`HessianNorm`) is in the
-    checkpoints. A module that overrides ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_before_backward`` or
-    ``on_after_backward`` must call ``super()``'s. So must one that overrides ``configure_callbacks``, by which a warning
-    comes where the first epoch has passed without a call of ``self.regularized``.
+    checkpoints. A module that overrides ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_before_backward`` (which
+    tells whether the loss has other terms) or ``on_after_backward`` must call ``super()``'s. So must one that
+    overrides ``configure_callbacks``: it brings a warning where the first epoch passes without a call of
+    ``self.regularized``.
 
     Raises:
         MisconfigurationException: when fitting starts or in ``self.regularized``: ``self.regularizer`` is something
@@ -56,12 +57,12 @@ class HessianRegularizationMixin(LightningModule):
 
     def on_before_backward(self, loss: Tensor) -> None:
         super().on_before_backward(loss)
-        self._differentiated = loss.detach()
+        for regularizer in self._regularizers():
+            regularizer.total = loss.detach()
 
     def on_after_backward(self) -> None:
         super().on_after_backward()
-        if any(regularizer.awaited for regularizer in self._regularizers()):
-            check_gradients(self, self._regularizers(), self._differentiated)
+        log_skipped(self, self._regularizers())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""A penalty can be finite and its gradient not: the gradient is looked at after the backward pass."""
+"""A penalty can be finite and its gradient not: the gradient is looked at when the backward pass is over."""
 
 from __future__ import annotations
 
@@ -11,56 +11,52 @@ from torch import Tensor
 from lightning_hessian.curvature.first_order import local
 
 
-class AwaitedBackward:
-    """What is kept from a penalized step until its backward pass is over, to take that back where it is not finite.
+class BackwardWatch:
+    """Looks at the gradients when a backward pass from a loss has ended, and can take them back.
 
-    An ordinary step pays for one pass over the gradients (and, while gradients are accumulated, one copy of them).
+    An ordinary pass pays for one look at each gradient (and, while gradients are accumulated, for one copy of them).
+    It does not matter who calls ``backward()``, and on what multiple of the loss.
 
     Args:
-        loss: what the step returned, with the penalties in it.
+        loss: what a penalized step returned, with its graph.
         parameters: those that are trained.
-        task_gradient: the gradient of the task loss alone, computed anew; None for a parameter that it leaves out.
+        when_over: called when the pass has ended and DDP has averaged the gradients.
 
     Example:
         >>> w = torch.zeros(2, requires_grad=True)
         >>> loss = w.sum() + w.norm().sqrt()
-        >>> awaited = AwaitedBackward(loss, [w], lambda: [torch.ones(2)])
+        >>> watch = BackwardWatch(loss, [w], lambda watch: print(watch.is_finite()))
         >>> loss.backward()
-        >>> awaited.is_over, awaited.is_finite()
-        (True, False)
-        >>> awaited.use_task_loss(lambda gradient: gradient)
+        False
+        >>> watch.replace([torch.ones(2)])
         True
         >>> w.grad
         tensor([1., 1.])
     """
 
-    def __init__(
-        self,
-        loss: Tensor,
-        parameters: Sequence[Tensor],
-        task_gradient: Callable[[], Sequence[Tensor | None]],
-    ) -> None:
+    def __init__(self, loss: Tensor, parameters: Sequence[Tensor], when_over: Callable[[BackwardWatch], None]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.task_gradient = task_gradient
         self._value = loss.detach()
-        self._factor: Tensor | None = None
+        self._when_over = when_over
+        self._factor = torch.ones_like(self._value)
         self._before: list[Tensor | None] = []
         loss.register_hook(self._begin)
 
     def _begin(self, factor: Tensor) -> None:
-        # Lightning divides the loss by the number of accumulated batches, and scales it in float16.
+        # Lightning divides the loss by the number of accumulated batches.
         self._factor = factor
         self._before = [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        # Twice: DDP queues its own in the pass, and averages the gradients there.
+        queue(lambda: queue(self._end))
+
+    def _end(self) -> None:
+        with torch.enable_grad():
+            self._when_over(self)
 
     def is_all_of(self, total: Tensor) -> bool:
-        """Whether a loss that was differentiated is a multiple of the step's loss, with no other terms."""
-        assert self._factor is not None
-        return torch.allclose(self._value * self._factor, total.detach(), rtol=1e-5, equal_nan=True)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether there was a backward pass from the loss."""
-        return self._factor is not None
+        """Whether a loss is a multiple of the one that is watched. Terms below a millionth of it are not seen."""
+        return torch.allclose(self._value * self._factor, total.detach(), rtol=1e-6, equal_nan=True)
 
     def is_finite(self) -> bool:
         """Whether all gradients are numbers."""
@@ -71,24 +67,28 @@ class AwaitedBackward:
         # The norm of large numbers may overflow.
         return bool(norms.isfinite().all()) or all(bool(gradient.isfinite().all()) for gradient in gradients)
 
-    def use_task_loss(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> bool:
-        """Put what the task loss alone gives in place of the gradients.
+    def replace(
+        self, gradients: Sequence[Tensor | None], mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+    ) -> bool:
+        """Put other gradients of the loss in place of what the backward pass has added.
 
         Args:
-            mean_over_ranks: the mean over the processes whose gradients the backward pass has averaged.
+            gradients: by the parameters; None for one that has no part in it.
+            mean_over_ranks: the mean over the processes, where the pass has averaged over them.
 
         Returns:
-            Whether that is finite. If not, the gradients are as the backward pass left them.
+            Whether they are finite. If not, the gradients are as the backward pass left them.
         """
-        assert self._factor is not None
-        found = []
-        for before, gradient in zip(self._before, self.task_gradient(), strict=True):
-            added = None if gradient is None else gradient * self._factor
-            total = added if before is None else before if added is None else before + added
-            found.append(None if total is None else mean_over_ranks(total))
-        if not all(bool(total.isfinite().all()) for total in found if total is not None):
+        totals = []
+        for parameter, before, gradient in zip(self.parameters, self._before, gradients, strict=True):
+            total = before if gradient is None else gradient * self._factor + (0 if before is None else before)
+            if mean_over_ranks is not None and parameter.grad is not None:
+                # On every rank, as often, also where it has no part in this one's loss.
+                total = mean_over_ranks(torch.zeros_like(parameter) if total is None else total)
+            totals.append(total)
+        if not all(bool(local(total).isfinite().all()) for total in totals if total is not None):
             return False
-        for parameter, total in zip(self.parameters, found, strict=True):
+        for parameter, total in zip(self.parameters, totals, strict=True):
             _set_gradient(parameter, total)
         return True
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import difflib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,10 +120,19 @@ class Passes:
         self.before = Snapshot(module, device)
         self._task: Pass | None = None
         self._own: Pass | None = None
+        self._has_run = False
+        self._containers = batch if isinstance(batch, Iterator) else exchanged(batch, (), ())
+        self._versions = [(x, x._version) for x in tensors_in(batch) if not x.is_inference()]
 
     def task(self) -> Pass:
         """Run the step for real."""
         self._task = self._run(self._sharing)
+        context = self._task.context
+        if context is not None and context.takes_gradients and context.derivatives < 3:
+            # Fused norms before the gradient were not replaced: what the penalties look at is a run with three.
+            with self.before.rewound(), _silent(self.module), torch.enable_grad():
+                again = self._run(self._sharing, derivatives=3)
+            self._task = replace(again, output=self._task.output)
         return self._task
 
     @property
@@ -171,22 +181,13 @@ class Passes:
         Raises:
             MisconfigurationException: it does not; attributes that have changed are named.
         """
-        before = _attributes(self.module)
+        before = attributes_of(self.module)
         with self.before.rewound(), _silent(self.module), torch.enable_grad():
             again = self._run(self._sharing if shared else []).loss
             if finish is not None and again is not None:
                 finish(again)
-        if again is not None and _same(loss, again):
-            return
-        changed = sorted(name for name, value in _attributes(self.module).items() if before.get(name) != value)
-        found = f" Attributes that the run has changed: {', '.join(changed[:8])}." if changed else ""
-        raise MisconfigurationException(
-            f"The training step gives another loss when it is run again on the same batch with the same parameters, "
-            f"buffers and random numbers, and {by} needs several runs: each would be of another function. The "
-            f"step keeps a state of its own (a hidden state, a memory bank, a random generator).{found} Register what "
-            "it keeps as a buffer (`self.register_buffer`), which is rewound, or use a penalty that runs the step "
-            "once, such as HessianTrace()."
-        )
+        if again is None or not same_loss(loss, again):
+            raise not_repeatable(by, before, attributes_of(self.module))
 
     def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
         """What the penalty is computed from."""
@@ -220,7 +221,9 @@ class Passes:
             return self._context(self._run_again([penalty], shifts), penalty, probes)
 
         parameters = dict(self.module.named_parameters())
-        inputs = run.inputs.get(id(penalty), ())
+        own = run.inputs.get(id(penalty), ())
+        everyones = {id(x): x for inputs in run.inputs.values() for x in inputs}
+        inputs = own if isinstance(penalty, InputPenalty) else tuple(everyones.values())
         return StepContext(run.loss, parameters, probes, inputs, run.losses, run.outputs(), self.mean_over_ranks, moved)
 
     def _run_again(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
@@ -228,7 +231,7 @@ class Passes:
         with independent, self.before.rewound(), _silent(self.module), torch.enable_grad():
             return self._run(penalties, shifts)
 
-    def _run(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None) -> Pass:
+    def _run(self, penalties: Sequence[Penalty], shifts: Sequence[Tensor] | None = None, derivatives: int = 1) -> Pass:
         inputs: dict[int, tuple[Tensor, ...]] = {}
         leaves: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the batch's tensor: itself, and what stands for it
         with ExitStack() as stack:
@@ -244,7 +247,7 @@ class Passes:
                         leaves[id(x)] = x, _leaf(x, None if shifts is None else shifts[index])
                 inputs[id(penalty)] = tuple(leaves[id(x)][1] for x in originals)
             batch = self._fresh_batch({key: y for key, (_, y) in leaves.items()})
-            derivatives = max((penalty.derivatives for penalty in penalties), default=1)
+            derivatives = max([derivatives, *(penalty.derivatives for penalty in penalties)])
             context = self._given_context
             if context is None and derivatives > 1:
                 context = higher_order(self.module, derivatives)
@@ -261,7 +264,12 @@ class Passes:
     def _fresh_batch(self, leaves: Mapping[int, Tensor]) -> Any:
         """The batch with the leaves in their places; copies, because a step may change what it is handed."""
         if not self._on_inputs and not self.repeated:
-            return self.batch
+            if not self._has_run:
+                self._has_run = True
+                return self.batch
+            if isinstance(self.batch, Iterator) or any(x._version != version for x, version in self._versions):
+                raise MisconfigurationException("The step has used the batch up, or changed it in place.")
+            return exchanged(self._containers, (), ())
         tensors = list(tensors_in(self.batch))
         return exchanged(self.batch, tensors, [leaves.get(id(x), x).clone() for x in tensors])
 
@@ -300,7 +308,7 @@ def layers_without_gradients(module: nn.Module, parameters: Sequence[Tensor]) ->
     wanted = {id(parameter) for parameter in parameters}
 
     def look(name: str) -> Callable[..., None]:
-        return lambda layer, args: None if torch.is_grad_enabled() else found.add(name)
+        return lambda layer, args: None if torch.is_grad_enabled() or _in_checkpoint() else found.add(name)
 
     handles = [
         layer.register_forward_pre_hook(look(name))
@@ -314,8 +322,18 @@ def layers_without_gradients(module: nn.Module, parameters: Sequence[Tensor]) ->
             handle.remove()
 
 
-def _same(loss: Tensor, again: Tensor) -> bool:
-    if loss.is_cuda:  # some kernels add in another order each time
+def _in_checkpoint() -> bool:
+    """Whether a reentrant checkpoint is on the stack, whose first run has no gradients."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def same_loss(loss: Tensor, again: Tensor) -> bool:
+    if loss.device.type != "cpu":  # some kernels add in another order each time
         return torch.allclose(loss, again, rtol=1e-3, equal_nan=True)
     return torch.equal(loss.detach().nan_to_num(), again.detach().nan_to_num())
 
@@ -323,7 +341,7 @@ def _same(loss: Tensor, again: Tensor) -> bool:
 _LIGHTNINGS = frozenset(vars(LightningModule()))
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes_of(module: nn.Module) -> dict[str, Any]:
     """What identifies the present value of each attribute of a module's layers, by the attribute's name."""
     return {
         f"{prefix}.{name}" if prefix else name: _identity(value)
@@ -334,16 +352,29 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _identity(value: Any) -> Any:
+def _identity(value: Any, depth: int = 3) -> Any:
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), None if value.is_inference() else value._version
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().tolist())
-    if isinstance(value, Mapping):
-        return {key: _identity(part) for key, part in value.items()}
-    if isinstance(value, list | tuple | deque):
-        return [_identity(part) for part in value]
+    if depth and type(value) is dict:
+        return {key: _identity(part, depth - 1) for key, part in value.items()}
+    if depth and type(value) in (list, tuple, deque):
+        return [_identity(part, depth - 1) for part in value]
     return value if isinstance(value, int | float | str | bytes) else id(value)
+
+
+def not_repeatable(by: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> MisconfigurationException:
+    """The error of a step that gives another loss when it is run again; attributes that have changed are named."""
+    changed = sorted(name for name, value in after.items() if before.get(name) != value)
+    found = f" Attributes that the run has changed: {', '.join(changed[:8])}." if changed else ""
+    return MisconfigurationException(
+        "The training step gives another loss when it is run again on the same batch with the same parameters, "
+        f"buffers and random numbers, and {by} needs several runs: each would be of another function. The step keeps "
+        f"a state of its own (a hidden state, a memory bank, a random generator).{found} Register what it keeps as a "
+        "buffer (`self.register_buffer`), which is rewound, or use a penalty that runs the step once, such as "
+        "HessianTrace()."
+    )
 
 
 def no_loss_again(penalty: Penalty) -> MisconfigurationException:

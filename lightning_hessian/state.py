@@ -83,7 +83,7 @@ class Snapshot:
             with torch.no_grad():
                 for layer, name, buffer, value in self.buffers:
                     layer._buffers[name] = buffer
-                    if not torch.equal(buffer, value):
+                    if buffer.layout != torch.strided or not torch.equal(buffer, value):
                         buffer.copy_(value)
             self.random.restore()
             raise

@@ -94,7 +94,6 @@ def test_the_step_trains_on_the_task_loss_alone(loss, accumulate):
     assert trainer.callback_metrics["train/bad_skipped"] == 2 * accumulate
     for ours, expected in zip(module.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-8)
-    assert regularizer.awaited == []
 
 
 class BadGradient(lh.HessianTrace):
@@ -141,6 +140,64 @@ def test_a_task_gradient_that_is_not_finite_is_not_put_down_to_the_penalty():
         warnings.simplefilter("ignore")
         fit(Root(None), [regularizer], max_steps=1)
     assert regularizer.nonfinite_steps <= 1
+
+
+class Pops(Model):
+    """Uses the batch up."""
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch.pop()).square().mean()
+
+
+class InPlace(Model):
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0].mul_(3).add_(1)).square().mean()
+
+
+class Hidden(Model):
+    hidden = 0.0
+
+    def training_step(self, batch, batch_idx):
+        z = self.net(batch[0]) + self.hidden
+        self.hidden = z.detach() + 1
+        return z.square().mean()
+
+
+@pytest.mark.parametrize(("kind", "alone"), [(Pops, True), (InPlace, False), (Hidden, False), (Model, True)])
+def test_a_step_that_cannot_be_run_again_is_left_out_as_a_whole(kind, alone):
+    plain, module = (kind(lambda z: z.square().mean()) for _ in range(2))
+    before = copy.deepcopy(module.state_dict())
+    fit(plain, max_steps=1)
+    did = "trains on the task loss alone" if alone else "whole gradient of this backward pass is left out"
+    with pytest.warns(UserWarning, match=did):
+        fit(module, [lh.HessianRegularizer(BadGradient(), 1e-3)], max_steps=1)
+    expected = plain.state_dict() if alone else before
+    assert all(torch.allclose(value, expected[name]) for name, value in module.state_dict().items())
+
+
+class Without(Manual):
+    """Manual optimization that goes around Lightning's hooks, or overrides one."""
+
+    def on_before_backward(self, loss):
+        pass
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.regularized(lambda: self.task(self.net(batch[0])))
+        loss.backward() if batch_idx else self.manual_backward(loss)
+        optimizer.step()
+
+
+def test_backward_by_hand_is_looked_at_too():
+    module = Without(lambda z: z.square().mean())
+    module.regularizer = lh.HessianRegularizer(BadGradient(), 1e-3)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.warns(UserWarning, match="whole gradient of this backward pass is left out"):
+        trainer = fit(module, max_steps=4, max_epochs=1)
+    assert module.regularizer.nonfinite_steps == 2
+    assert trainer.callback_metrics["train/bad_skipped"] >= 1
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("aside", [False, True])

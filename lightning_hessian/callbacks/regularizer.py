@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature.first_order import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
-from lightning_hessian.injection import by_name, check_gradients, penalised
+from lightning_hessian.injection import by_name, log_skipped, penalised
 from lightning_hessian.passes import Passes, check_layer, layers_without_gradients
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
@@ -114,13 +114,14 @@ class HessianRegularizer(Callback):
         self._looked_for_coupling: set[int] = set()
         self._found_repeatable: set[int] = set()
         self._has_reentrant_checkpoints: bool | None = None
-        self.awaited: list[Any] = []
+        self.total: Tensor | None = None
+        self.unlogged: dict[str, float] = {}
         self._begun_for: weakref.ref[Trainer] | None = None
         self._resumed_by: weakref.ref[Trainer] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, which may be for another process, has begun for no Trainer.
-        return {**self.__dict__, "_begun_for": None, "_resumed_by": None, "awaited": []}
+        return {**self.__dict__, "_begun_for": None, "_resumed_by": None, "total": None}
 
     def strengths_at(self, step: int) -> list[float]:
         """The factor of each penalty at an optimizer step; 0 where it does not act."""
@@ -162,7 +163,7 @@ class HessianRegularizer(Callback):
         self._looked_at_rounding = False
         self._looked_for_coupling = set()
         self._found_repeatable = set()
-        self.awaited = []
+        self.unlogged = {}
         self._has_reentrant_checkpoints = None
         self._begun_for = weakref.ref(module.trainer)
 
@@ -339,12 +340,8 @@ class HessianRegularizer(Callback):
         # Lightning's tuners train before this, with the callbacks set aside: the step is wrapped already, and begins.
         self.begin(pl_module)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._total = loss.detach()
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.awaited:
-            check_gradients(pl_module, [self], self._total)
+        log_skipped(pl_module, [self])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         save_states(_regularizers_of(trainer), checkpoint)
@@ -360,7 +357,6 @@ class HessianRegularizer(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.awaited = []
         _restore(pl_module)  # also where a tuner has ended the fit
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
