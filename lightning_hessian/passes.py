@@ -169,7 +169,7 @@ class Passes:
 
     def check_repeatable(
         self, loss: Tensor, by: str, shared: bool = False, finish: Callable[[Tensor], Any] | None = None
-    ) -> None:
+    ) -> list[str]:
         """See that the step gives the same loss when it is run again, as every further run must.
 
         Args:
@@ -177,6 +177,9 @@ class Passes:
             by: what needs further runs, for the error.
             shared: whether that run served penalties (:meth:`task`).
             finish: called with the loss of the further run; sharded parameters wait for its backward pass.
+
+        Returns:
+            The attributes that the run has changed all the same, but for counters.
 
         Raises:
             MisconfigurationException: it does not; attributes that have changed are named.
@@ -186,8 +189,10 @@ class Passes:
             again = self._run(self._sharing if shared else []).loss
             if finish is not None and again is not None:
                 finish(again)
+        after = attributes_of(self.module)
         if again is None or not same_loss(loss, again):
-            raise not_repeatable(by, before, attributes_of(self.module))
+            raise not_repeatable(by, before, after)
+        return sorted(name for name, value in after.items() if not isinstance(value, int) and before.get(name) != value)
 
     def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
         """What the penalty is computed from."""
@@ -352,16 +357,27 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, eq=False)
+class _Object:
+    """Equal where it is the same object, unchanged; it is held, so that no other one can take its place in memory."""
+
+    value: Any
+    version: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Object) and self.value is other.value and self.version == other.version
+
+
 def _identity(value: Any, depth: int = 3) -> Any:
     if isinstance(value, Tensor):
-        return id(value), None if value.is_inference() else value._version
+        return _Object(value, None if value.is_inference() else value._version)
     if isinstance(value, torch.Generator):
         return bytes(value.get_state().tolist())
     if depth and type(value) is dict:
         return {key: _identity(part, depth - 1) for key, part in value.items()}
     if depth and type(value) in (list, tuple, deque):
         return [_identity(part, depth - 1) for part in value]
-    return value if isinstance(value, int | float | str | bytes) else id(value)
+    return value if isinstance(value, int | float | str | bytes) else _Object(value)
 
 
 def not_repeatable(by: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> MisconfigurationException:

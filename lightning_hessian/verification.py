@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_hessian.batches import exchanged, tensors_in
 from lightning_hessian.curvature import (
     HessianOperator,
     HigherOrderError,
@@ -24,9 +25,9 @@ from lightning_hessian.curvature import (
     padding_rows,
     select_parameters,
 )
-from lightning_hessian.curvature.graph import kinked_layers, kinks
+from lightning_hessian.curvature.graph import is_kinked, kinked_layers, kinks
 from lightning_hessian.injection import loss_of
-from lightning_hessian.passes import Passes
+from lightning_hessian.passes import Passes, attributes_of, not_repeatable, same_loss
 from lightning_hessian.penalties import Penalty, StepContext
 from lightning_hessian.standalone import quiet_copy, step_of
 from lightning_hessian.state import RandomState, seed_all
@@ -123,8 +124,8 @@ def verify(
 
     Raises:
         HigherOrderError: an operator has no double backward, or no third one.
-        MisconfigurationException: the step returns no differentiable loss, or optimization is manual and there is no
-            ``loss``.
+        MisconfigurationException: the step returns no differentiable loss or another one when it is run again, or
+            optimization is manual and there is no ``loss``.
         ValueError: the penalty cannot be computed on these parameters, or has no higher derivative to verify.
 
     Example:
@@ -163,7 +164,10 @@ def verify(
 
     with _float64_by_default(), context.explained():
         check = _Check(twin, task_loss, tensors)
-        kinked = sorted({*kinks(check.evaluate()), *kinked_layers(twin)})
+        first, before = check.evaluate(), attributes_of(twin)
+        if not same_loss(first, check.evaluate()):
+            raise not_repeatable("verify", before, attributes_of(twin))
+        kinked = sorted({*kinks(first), *kinked_layers(twin)})
         try:
             # A direction that the penalty has searched for is a constant of its gradient.
             held = penalty.held(step_context())
@@ -172,19 +176,19 @@ def verify(
                 with _FullPrecision():
                     return held(step_context())
 
-            first, second, third = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
+            errors = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
         except HigherOrderError as error:
             if named := _layers_at_fault(twin, check):
                 raise HigherOrderError(f"{error} At fault: {', '.join(named)}.") from error
             raise
         value = penalty_value(check.evaluate()).item()
         faults: tuple[str, ...] = ()
-        if not all(map(_is_right, (first, second, third))):
+        if not all(map(_is_right, errors)):
             decided = check.converged or not kinked
             # A kinked layer of PyTorch's is right where it has derivatives: it is the differences that fail there.
-            found = [name for name in _layers_at_fault(twin, check) if not kinked_layers(twin.get_submodule(name))]
+            found = [name for name in _layers_at_fault(twin, check) if not is_kinked(twin.get_submodule(name))]
             faults = tuple(found) or ((OUTSIDE,) if decided else ())
-    return Verification(repr(penalty), value, first, second, third, context.replaced, faults, tuple(kinked))
+    return Verification(repr(penalty), value, *errors, context.replaced, faults, tuple(kinked))
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -359,7 +363,9 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
             check.hessian(),
             check.gradient_of(lambda value: _quadratic_form(value, tensors, v)),
         ]
-        return max(errors) if all(map(math.isfinite, errors)) else math.nan
+        worst = max(errors) if all(map(math.isfinite, errors)) else math.nan
+        undecided = not check.converged and (kinked_layers(layer) or kinks(check.evaluate()))
+        return 0.0 if undecided and not math.isnan(worst) else worst
     except RuntimeError:  # no derivative at all
         return math.inf
 
@@ -382,13 +388,16 @@ def _float64(batch: Any, device: torch.device) -> Any:
         tensor = tensor.detach().to(device)
         return tensor.double() if tensor.is_floating_point() else tensor
 
-    return _copied(apply_to_collection(batch, Tensor, convert))
+    batch = _copied(batch)
+    tensors = list(tensors_in(batch))
+    return exchanged(batch, tensors, [convert(tensor) for tensor in tensors])
 
 
 def _copied(batch: Any) -> Any:
-    """A batch with tensors and arrays of its own."""
-    batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
-    return apply_to_collection(batch, np.ndarray, lambda array: array.copy())
+    """A batch of its own, also where it is an object of the user's."""
+    tensors = list(tensors_in(batch))
+    known = {id(tensor): tensor.detach().clone() for tensor in tensors}  # what has a graph cannot be copied deeply
+    return copy.deepcopy(batch, known)
 
 
 class _FullPrecision(TorchFunctionMode):

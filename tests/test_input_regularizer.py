@@ -242,6 +242,14 @@ class UnseenMixup(Classifier):
         return soft_cross_entropy(self.net(mixed[0]), mixed[1])
 
 
+class Standardized(UnseenMixup):
+    """Adding a constant to the inputs changes nothing."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.net.insert(0, nn.LayerNorm(4).double())
+
+
 class Neighbors(Classifier):
     """Nodes of a graph, whose features are summed over their neighbors."""
 
@@ -261,7 +269,15 @@ def test_a_first_batch_of_one_sample(name):
     fit(Classifier(middle=nn.Identity()), [callback(PENALTIES[name]())], loader, max_steps=1)
 
 
-COUPLED = [(RootOfTheMean, 1), (Mixup, 1), (Classifier, 0), (UnseenMixup, 1), (Neighbors, 1), (Unseen, 0)]
+COUPLED = [
+    (RootOfTheMean, 1),
+    (Mixup, 1),
+    (Classifier, 0),
+    (UnseenMixup, 1),
+    (Standardized, 1),
+    (Neighbors, 1),
+    (Unseen, 0),
+]
 
 
 @pytest.mark.parametrize(("kind", "times"), COUPLED)

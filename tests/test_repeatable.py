@@ -134,6 +134,38 @@ def test_a_penalty_that_runs_the_step_once_takes_any_state():
     fit(HiddenState(), [lh.HessianRegularizer(lh.HessianTrace(), 1e-4)])
 
 
+class Late(HiddenState):
+    """Begins to use its state in the second step."""
+
+    def training_step(self, batch, batch_idx):
+        self.hidden = self.hidden if batch_idx else None
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_the_runs_change_is_told_where_the_loss_is_the_same():
+    with pytest.warns(UserWarning, match=r"changes hidden, and HessianTrace.*register_buffer"):
+        fit(Late(), [lh.HessianRegularizer(lh.HessianTrace(method="two_pass"), 1e-4)])
+
+
+class Strange(Net):
+    """Attributes that are not to be read."""
+
+    def __init__(self):
+        super().__init__()
+        from omegaconf import OmegaConf
+
+        self.config = OmegaConf.create({"lr": "???"})
+        self.loop = {}
+        self.loop["loop"] = self.loop
+        with torch.inference_mode():
+            self.seen = torch.ones(2)
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_attributes_of_any_kind_do_no_harm(penalty):
+    fit(Strange(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
+
+
 class Keys(Net):
     """Contrastive keys from the same network, held constant."""
 

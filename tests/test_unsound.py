@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import flat, relative_error
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -171,6 +172,16 @@ class Callable:
 marked = once(cubed)
 
 
+def under_no_grad(ctx, g):
+    with torch.no_grad():
+        return cubed(ctx, g)
+
+
+def where_it_matters(ctx, g):
+    """Marked, but only where nobody differentiates."""
+    return cubed(ctx, g) if torch.is_grad_enabled() else marked(ctx, g)
+
+
 class Inner(torch.autograd.Function):
     """The backward of another function, and marked."""
 
@@ -194,6 +205,9 @@ BACKWARDS = {
     "under a partial": functools.partial(marked),
     "in an object": Callable(marked),
     "called by name": lambda ctx, g: marked(ctx, g),
+    "under no_grad": under_no_grad,
+    "decorated with no_grad": torch.no_grad()(cubed),
+    "detached": lambda ctx, g: cubed(ctx, g).detach(),
     "another function's": lambda ctx, g: Inner.apply(ctx.saved_tensors[0], g),
 }
 
@@ -232,10 +246,60 @@ def test_gauss_newton_finds_the_mark_too(kind):
 
 
 def test_a_custom_function_with_a_differentiable_backward_is_right():
-    w, function = leaf(3), function_with(cubed)
+    w, function = leaf(3), function_with(where_it_matters)
     found, expected = (trace(lambda f=f: f(w).square().sum(), w) for f in (function.apply, lambda w: w**3))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient(found, w), gradient(expected, w))
+
+
+class Vmapped(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    backward = staticmethod(marked)
+
+
+def test_the_mark_is_found_under_vmap():
+    w = leaf(3)
+    with pytest.raises(lh.HigherOrderError, match="@once_differentiable"):
+        trace(lambda: torch.vmap(Vmapped.apply)(w).square().sum(), w).backward()
+
+
+def test_layer_norm_in_forward_mode():
+    (x, _), w = inputs(), leaf(3, 4)
+
+    def loss():
+        with forward_ad.dual_level():
+            z = forward_ad.make_dual(x, x.cos())
+            return forward_ad.unpack_dual(F.layer_norm(z @ w, (4,)).tanh().square().sum()).tangent.square()
+
+    v = torch.randn(12, generator=torch.Generator().manual_seed(2))
+    products = []
+    for derivatives in (2, 3):
+        with lh.higher_order(derivatives=derivatives):
+            task = loss()
+        products.append(HessianOperator(task, [w]).matvec(v))
+    torch.testing.assert_close(*products)
+
+
+def test_transposed_convolutions_keep_the_type_of_autocast():
+    layer = nn.ConvTranspose1d(3, 3, 2, stride=2, output_padding=1).float()
+    x = torch.randn(2, 3, 5).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        with lh.higher_order():
+            found = layer(x)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    with lh.higher_order(), pytest.raises(RuntimeError, match="output padding must be smaller"):
+        F.conv_transpose1d(x, layer.weight, stride=2, output_padding=2)
 
 
 def test_complex_parameters_are_refused_and_the_way_out_is_right():

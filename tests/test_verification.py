@@ -3,6 +3,7 @@
 import copy
 import random
 from contextlib import suppress
+from dataclasses import dataclass
 
 import lightning as L
 import numpy as np
@@ -211,3 +212,61 @@ def test_a_detached_penalty_is_wrong_on_a_network_with_kinks_too():
     report = lh.verify(Net(odd=nn.ReLU()), BATCH, Detached())
     assert report.faults == (OUTSIDE,)
     assert "WRONG" in str(report)
+
+
+def test_a_step_with_a_state_is_refused():
+    class Remembers(Net):
+        generator = torch.Generator().manual_seed(0)
+
+        def training_step(self, batch, batch_idx):
+            x, y = batch
+            return super().training_step((x + torch.randn(x.shape, generator=self.generator), y), batch_idx)
+
+    with pytest.raises(MisconfigurationException, match="another loss when it is run again"):
+        lh.verify(Remembers(), BATCH, lh.HessianTrace())
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Plain:
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+@pytest.mark.parametrize("kind", [Frozen, Plain])
+def test_a_batch_of_the_users_own_class_is_copied(kind):
+    class Takes(Net):
+        def training_step(self, batch, batch_idx):
+            batch.x.mul_(1.1)
+            return super().training_step((batch.x.double(), batch.y), batch_idx)
+
+    batch = kind(BATCH[0].double(), BATCH[1])
+    before = batch.x.clone()
+    assert lh.verify(Takes(), batch, lh.HessianTrace()).ok
+    assert torch.equal(batch.x, before)
+
+
+def test_a_faulty_layer_beside_a_kinked_one_in_a_block_is_named():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.ReLU()
+
+        def forward(self, x):
+            return Odd.Function.apply(self.relu(x) + x)
+
+    assert lh.verify(Net(odd=Block()), BATCH, lh.HessianTrace()).faults == ("body.2",)
+
+
+def test_errors_of_the_users_own_are_not_translated():
+    class Fails(Net):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("the config file has nested keys and sparse labels")
+
+    with pytest.raises(RuntimeError, match="nested keys") as error:
+        lh.verify(Fails(), BATCH, lh.HessianTrace())
+    assert not isinstance(error.value, lh.HigherOrderError)

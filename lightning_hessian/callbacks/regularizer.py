@@ -287,7 +287,13 @@ class HessianRegularizer(Callback):
             return
         self._found_repeatable.add(id(penalty))
         with layers_without_gradients(passes.module, moved) as found:
-            passes.check_repeatable(loss, repr(penalty), shared, finish)
+            changed = passes.check_repeatable(loss, repr(penalty), shared, finish)
+        if changed:
+            rank_zero_warn(
+                f"Each run of the training step changes {', '.join(changed[:8])}, and {penalty!r} runs it several "
+                "times. On this batch the loss is the same in all. If a later loss depends on what is kept there, register it "
+                "as a buffer (`self.register_buffer`), which is rewound."
+            )
         if found:
             rank_zero_warn(
                 f"The training step calls the layers {', '.join(map(repr, sorted(found)[:4]))} under torch.no_grad() "

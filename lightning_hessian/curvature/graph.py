@@ -71,7 +71,12 @@ _KINKED_LAYERS = (
 
 def kinked_layers(module: nn.Module) -> list[str]:
     """The classes of a module's layers whose first derivative jumps."""
-    return sorted({type(layer).__name__ for layer in module.modules() if isinstance(layer, _KINKED_LAYERS)})
+    return sorted({type(layer).__name__ for layer in module.modules() if is_kinked(layer)})
+
+
+def is_kinked(layer: nn.Module) -> bool:
+    """Whether the layer is one of PyTorch's whose first derivative jumps."""
+    return isinstance(layer, _KINKED_LAYERS)
 
 
 def kinks(result: Tensor) -> list[str]:
