@@ -32,7 +32,7 @@ MODELS = {
     "vit": ["trainer.max_epochs=10", "optimizer.lr=0.02"],
     # Few images, because a step takes a second on a CPU.
     "resnet18": [
-        "trainer.max_epochs=2",
+        "trainer.max_epochs=5",
         "optimizer.lr=0.02",
         "data.batch_size=16",
         "data.train_samples=640",
