@@ -291,8 +291,8 @@ class HessianRegularizer(Callback):
         if changed:
             rank_zero_warn(
                 f"Each run of the training step changes {', '.join(changed[:8])}, and {penalty!r} runs it several "
-                "times. On this batch the loss is the same in all. If a later loss depends on what is kept there, register it "
-                "as a buffer (`self.register_buffer`), which is rewound."
+                "times. On this batch the loss is the same in all. If a later loss depends on what is kept there, "
+                "register it as a buffer (`self.register_buffer`), which is rewound."
             )
         if found:
             rank_zero_warn(
