@@ -448,7 +448,8 @@ def test_a_sweep_may_be_described_in_the_settings_of_the_sweeper(run, sweeper):
 
 def test_compare_trains_once_more_without_the_penalty_and_shows_both(run, tmp_path):
     monitor = ["monitor=curvature", "monitor.png_directory=png"]
-    out, err, status = run(*QUICK, *monitor, "regularizer.strength=0.01", "compare=none", "hydra.run.dir=here")
+    strong = ["regularizer.strength=1", "regularizer.warmup_steps=0"]
+    out, err, status = run(*QUICK, *monitor, *strong, "compare=none", "hydra.run.dir=here")
     assert status == 0, err
     plain, _, _ = run(*QUICK, *monitor, "regularizer=none", "hydra.run.dir=plain")
     first, table = out.split("\n\n")
