@@ -15,7 +15,7 @@ train: .venv/installed
 	$(BIN)/lightning-hessian $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -78,14 +78,16 @@ def composed(model: str, overrides: list[str], seed: int = 0) -> DictConfig:
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
-    """What the run differs in from others: the regularizer's resolved settings, flat, and other than None."""
+    """What the run differs in from others: the regularizer's resolved settings, flat, and other than None; and the
+    learning rate, where it is not 0.1."""
     plain = OmegaConf.to_container(config.regularizer, resolve=True)
     parts = plain.pop("penalty", [])
     name = "+".join(part["_target_"].rpartition(".")[2] for part in (parts if isinstance(parts, list) else [parts]))
     found = {"penalty": name or "none"}
     if isinstance(parts, dict):
         found |= {key: value for key, value in parts.items() if key != "_target_" and value is not None}
-    return found | {key: value for key, value in plain.items() if key not in ("_target_", "seed", "on_nonfinite")}
+    found |= {key: value for key, value in plain.items() if key not in ("_target_", "seed", "on_nonfinite")}
+    return found | ({} if config.optimizer.lr == 0.1 else {"lr": config.optimizer.lr})
 
 
 def key_of(row: dict) -> str:
