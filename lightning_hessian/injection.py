@@ -163,7 +163,10 @@ def _watch_backward(
     BackwardWatch(loss, parameters, when_over)
 
 
-_NO_DERIVATIVE = "A higher derivative may not exist there (equal points in a distance, the root or the logarithm of 0)."
+_NO_DERIVATIVE = (
+    "A higher derivative may not exist there (equal points in a distance, the root or the logarithm of 0), or overflow "
+    "because training diverges (a high learning rate or strength)."
+)
 
 
 def _task_gradient(

@@ -555,3 +555,14 @@ def test_fashion_mnist_on_the_command_line(run):
     quick = ["trainer.fast_dev_run=1", "trace.samples=16", "trace.probes=2", "model.width=8"]
     _, err, status = run(*QUICK[:3], "experiment=fmnist_cnn", *quick)
     assert status == 0, err
+
+
+@pytest.mark.parametrize("group", ["data", "model", "regularizer", "monitor", "robustness", "trainer", "logger"])
+def test_an_unknown_choice_of_a_group_is_said_with_those_that_there_are(run, group):
+    _, err, status = run(f"{group}=foo")
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    assert f"Could not find '{group}/foo'" in err
+    assert "Available options" in err
+    assert "cannot be written" not in err
+    assert "search path" not in err

@@ -472,5 +472,6 @@ def _check_strength(strength: SupportsFloat) -> None:
     if not is_number(strength) or not 0 <= float(strength) < math.inf:
         raise ValueError(
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
-            "A negative one would reward curvature."
+            "A negative one would reward curvature. (The word 'auto' is for the command line; in Python pass what "
+            "suggest_strength() returns.)"
         )

@@ -70,6 +70,8 @@ def _is_the_users(error: Exception) -> bool:
 
 def _is_about_the_folder(error: BaseException) -> bool:
     """Whether Hydra could not write into the folder of the run, which it makes."""
+    if isinstance(error, HydraException):  # one of a missing config is an OSError, too
+        return False
     if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):  # logging says it by a ValueError
         return False
     packages = [module.split(".")[0] for module in _modules(error)]
