@@ -29,7 +29,7 @@ MODELS = {
     "cnn": ["trainer.max_epochs=5"],
     "softplus_cnn": ["trainer.max_epochs=10"],
     # At the default learning rate it trains to 84 to 92 %, by the seed, without a penalty.
-    "vit": ["trainer.max_epochs=10", "optimizer.lr=0.02"],
+    "vit": ["trainer.max_epochs=10"],
     # Few images, because a step takes a second on a CPU.
     "resnet18": [
         "trainer.max_epochs=5",
