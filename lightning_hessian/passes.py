@@ -273,7 +273,10 @@ class Passes:
                 self._has_run = True
                 return self.batch
             if isinstance(self.batch, Iterator) or any(x._version != version for x, version in self._versions):
-                raise MisconfigurationException("The step has used the batch up, or changed it in place.")
+                raise MisconfigurationException(
+                    "The training step takes the dataloader's iterator or changes its batch in place, and has to be run "
+                    "a second time, which would see another batch. Change a copy of the batch."
+                )
             return exchanged(self._containers, (), ())
         tensors = list(tensors_in(self.batch))
         return exchanged(self.batch, tensors, [leaves.get(id(x), x).clone() for x in tensors])

@@ -54,9 +54,11 @@ class HessianRegularizer(Callback):
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (In manual optimization,
             where several optimizers may step, batches are counted.)
         warmup_steps: raise the strength linearly from 0 over this many steps.
-        on_nonfinite: what to do where the penalty's value is NaN or infinite: ``"skip"`` trains that step on the task
-            loss alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``) and warns once;
-            ``"raise"`` stops.
+        on_nonfinite: what to do where the penalty's value or its gradient is NaN or infinite: ``"skip"`` trains that
+            step on the task loss alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``) and
+            warns once; ``"raise"`` stops. (Where the gradient is not finite, the step is run again for the task loss.
+            If that gives another loss, or the loss has other terms in manual optimization, the whole gradient of this
+            backward pass is left out.)
         seed: of the probes, a whole number. They depend on it, the step, the micro-batch and the rank, and never on
             global state.
         allow_fp16: accept float16 precision, where the penalty's inner gradients are not loss-scaled and may vanish
