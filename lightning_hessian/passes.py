@@ -274,8 +274,8 @@ class Passes:
                 return self.batch
             if isinstance(self.batch, Iterator) or any(x._version != version for x, version in self._versions):
                 raise MisconfigurationException(
-                    "The training step takes the dataloader's iterator or changes its batch in place, and has to be run "
-                    "a second time, which would see another batch. Change a copy of the batch."
+                    "The training step takes the dataloader's iterator or changes its batch in place, and has to be "
+                    "run a second time, which would see another batch. Change a copy of the batch."
                 )
             return exchanged(self._containers, (), ())
         tensors = list(tensors_in(self.batch))
