@@ -244,7 +244,7 @@ class Measurement:
             def loss(index: int) -> Tensor:
                 knew = context.takes_gradients
                 found = passes[index].at_present(for_real=False).loss
-                if context.takes_gradients and not knew:  # it has replaced too little
+                if context.takes_gradients and not knew:  # the next run replaces the fused norms, too
                     found = passes[index].at_present(for_real=False).loss
                 if found is None:
                     raise no_loss

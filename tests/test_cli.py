@@ -566,3 +566,11 @@ def test_an_unknown_choice_of_a_group_is_said_with_those_that_there_are(run, gro
     assert "Available options" in err
     assert "cannot be written" not in err
     assert "search path" not in err
+
+
+def test_a_model_has_its_own_strength_in_comparisons_too(run):
+    vit = ["model=vit", "model.width=8", "model.depth=1", "model.heads=2", "trainer.fast_dev_run=1", "trace.samples=16"]
+    _, err, status = run(*vit, "trace.probes=2", "regularizer=none", "compare=hessian_trace", "hydra.run.dir=here")
+    assert status == 0, err
+    assert OmegaConf.load("here/compare_hessian_trace/config.yaml").regularizer.strength == 3e-3
+    assert OmegaConf.load("here/config.yaml").optimizer.lr == 0.05

@@ -228,10 +228,17 @@ def _reports(config: DictConfig, directory: Path) -> dict[str, Report]:
     _print(reports["this run"])
     if config.compare is not None:
         name = f"compare_{config.compare}"
-        other = _with_regularizer(config, OmegaConf.load(choices[config.compare]), name, directory / name)
+        other = _with_regularizer(config, _defaults_of(choices[config.compare]), name, directory / name)
         reports[f"compare={config.compare}"] = train(other, directory / name)
         _print(side_by_side(reports))
     return reports
+
+
+def _defaults_of(regularizer: Path) -> Any:
+    """A regularizer's settings, with those that this run's model needs."""
+    settings = OmegaConf.load(regularizer)
+    tuned = config_directory() / "tuned" / f"{HydraConfig.get().runtime.choices['model']}_{regularizer.name}"
+    return OmegaConf.merge(settings, OmegaConf.load(tuned).regularizer) if tuned.exists() else settings
 
 
 @rank_zero_only
