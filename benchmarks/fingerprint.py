@@ -3,7 +3,8 @@
     python benchmarks/fingerprint.py > before.txt     # then, on the other version, > after.txt, and diff the two
 
 Each run is twelve steps of the command line's classifier on digits with a small network, one thread and a fixed seed;
-every method of every penalty, with accumulation, a warm-up and batch norm among them.
+every method of every penalty, with accumulation, a warm-up and batch norm among them. Then the command line itself with
+every regularizer of `conf/`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
+import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +25,10 @@ warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 import lightning as L  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
-from lightning_hessian.training import data, models  # noqa: E402
+from lightning_hessian.training import cli, data, models  # noqa: E402
 from lightning_hessian.training.classifier import Classifier  # noqa: E402
 
 PENALTIES = {
@@ -55,7 +59,19 @@ def weights_of(penalties: tuple[lh.Penalty, ...], model: str, accumulate: int) -
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(module, source)
-    flat = torch.cat([value.double().flatten() for value in module.state_dict().values()])
+    return fingerprint(module.state_dict())
+
+
+def weights_of_command_line(regularizer: str) -> str:
+    few = ["model=cnn", "logger=none", "+trainer.max_steps=12", "trainer.enable_progress_bar=false", "trace.probes=2"]
+    config = compose("config", [f"regularizer={regularizer}", "regularizer.warmup_steps=3", *few])
+    with tempfile.TemporaryDirectory() as directory:
+        cli.train(config, Path(directory))
+        return fingerprint(torch.load(Path(directory) / "checkpoints" / "last.ckpt")["state_dict"])
+
+
+def fingerprint(state: dict[str, Any]) -> str:
+    flat = torch.cat([value.double().flatten() for value in state.values()])
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -64,6 +80,10 @@ def main() -> None:
     for name, penalties in PENALTIES.items():
         for model, accumulate in (("cnn", 1), ("mlp", 2)):
             print(f"{name:<34}{model:<6}{weights_of(penalties, model, accumulate)}", flush=True)
+    with initialize_config_dir(str(cli.config_directory()), version_base="1.3"):
+        for path in sorted((cli.config_directory() / "regularizer").glob("*.yaml")):
+            if path.stem != "none":
+                print(f"{'lightning-hessian':<20}{path.stem:<26}{weights_of_command_line(path.stem)}", flush=True)
 
 
 if __name__ == "__main__":

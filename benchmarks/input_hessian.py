@@ -45,7 +45,7 @@ def trained(name: str, epochs: int = 2, samples: int = 10000) -> tuple[nn.Module
     """A model trained on Fashion-MNIST, and 64 images that it has not seen, with their labels."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    source = data.FashionMNIST(validation=5000, normalise=False)
+    source = data.FashionMNIST(validation=5000, normalize=False)
     source.prepare_data()
     source.setup("fit")
     images, labels = (torch.cat(parts) for parts in zip(*source.training_samples(samples), strict=True))
@@ -99,15 +99,15 @@ class Case:
         self.methods = {
             "plain": self.plain,
             "hand-written": self.hand_written,
-            "InputHessianNorm()": lambda: self.penalised(lh.InputHessianNorm()),
-            "iterations=0": lambda: self.penalised(lh.InputHessianNorm(0)),
-            "iterations=2, lanczos": lambda: self.penalised(lh.InputHessianNorm(2, "lanczos")),
-            "finite_difference": lambda: self.penalised(lh.InputHessianNorm(method="finite_difference")),
-            "finite_difference, iterations=0": lambda: self.penalised(
+            "InputHessianNorm()": lambda: self.penalized(lh.InputHessianNorm()),
+            "iterations=0": lambda: self.penalized(lh.InputHessianNorm(0)),
+            "iterations=2, lanczos": lambda: self.penalized(lh.InputHessianNorm(2, "lanczos")),
+            "finite_difference": lambda: self.penalized(lh.InputHessianNorm(method="finite_difference")),
+            "finite_difference, iterations=0": lambda: self.penalized(
                 lh.InputHessianNorm(0, method="finite_difference")
             ),
-            "InputGradientNorm()": lambda: self.penalised(lh.InputGradientNorm()),
-            "JacobianNorm()": lambda: self.penalised(lh.JacobianNorm()),
+            "InputGradientNorm()": lambda: self.penalized(lh.InputGradientNorm()),
+            "JacobianNorm()": lambda: self.penalized(lh.JacobianNorm()),
         }
 
     def plain(self) -> None:
@@ -129,7 +129,7 @@ class Case:
         (loss + 1e-3 * product.flatten(1).norm(dim=1).mean()).backward()
         self.net.train()
 
-    def penalised(self, penalty: lh.Penalty) -> None:
+    def penalized(self, penalty: lh.Penalty) -> None:
         self.net.zero_grad()
         self.step += 1
 

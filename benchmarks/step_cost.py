@@ -48,7 +48,7 @@ import lightning as L  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
-from lightning_hessian.injection import penalised  # noqa: E402
+from lightning_hessian.injection import penalized  # noqa: E402
 from lightning_hessian.nonfinite import BackwardWatch  # noqa: E402
 from lightning_hessian.training import models  # noqa: E402
 
@@ -118,15 +118,15 @@ class Case(L.LightningModule):
             "plain": self.plain,
             "SAM": self.sam,
             "hand-written": self.hand_written,
-            "autograd": self.penalised(lh.HessianTrace()),
-            "keep 0.5": self.penalised(lh.HessianTrace(keep=0.5)),
-            "keep 0.1": self.penalised(lh.HessianTrace(keep=0.1)),
-            "gauss_newton": self.penalised(lh.HessianTrace(method="gauss_newton")),
-            "central_difference": self.penalised(lh.HessianTrace(method="central_difference")),
-            "two_pass": self.penalised(lh.HessianTrace(method="two_pass")),
+            "autograd": self.penalized(lh.HessianTrace()),
+            "keep 0.5": self.penalized(lh.HessianTrace(keep=0.5)),
+            "keep 0.1": self.penalized(lh.HessianTrace(keep=0.1)),
+            "gauss_newton": self.penalized(lh.HessianTrace(method="gauss_newton")),
+            "central_difference": self.penalized(lh.HessianTrace(method="central_difference")),
+            "two_pass": self.penalized(lh.HessianTrace(method="two_pass")),
             "two_pass / 4": self.every_fourth(),
-            "norm": self.penalised(lh.HessianNorm()),
-            "norm, central_difference": self.penalised(lh.HessianNorm(method="central_difference")),
+            "norm": self.penalized(lh.HessianNorm()),
+            "norm, central_difference": self.penalized(lh.HessianNorm(method="central_difference")),
         }
         self.methods = {label: step for label, step in every.items() if label in arguments.methods}
 
@@ -188,18 +188,18 @@ class Case(L.LightningModule):
         hv = torch.autograd.grad(product, self.all, create_graph=True)
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
-    def penalised(self, penalty: lh.Penalty) -> Callable[[], None]:
+    def penalized(self, penalty: lh.Penalty) -> Callable[[], None]:
         regularizer = lh.HessianRegularizer(penalty, STRENGTH)
 
         def step() -> None:
             if not regularizer.has_begun(self.trainer):
                 regularizer.begin(self)
-            self.update(penalised(self, [regularizer], lambda _: self.loss()))
+            self.update(penalized(self, [regularizer], lambda _: self.loss()))
 
         return step
 
     def every_fourth(self) -> Callable[[], None]:
-        acting = self.penalised(lh.HessianTrace(method="two_pass"))
+        acting = self.penalized(lh.HessianTrace(method="two_pass"))
 
         def four() -> None:
             acting()

@@ -1,4 +1,4 @@
-"""Where does the time of a penalised step go? In units of a plain step's whole time.
+"""Where does the time of a penalized step go? In units of a plain step's whole time.
 
     python benchmarks/step_profile.py [--models mlp cnn ...] [--methods plain two_pass gauss_newton ...] [--rounds 5]
 

@@ -1,4 +1,4 @@
-"""Does a penalty on the Hessian's trace generalise better, and is the cheap one as good? On Fashion-MNIST.
+"""Does a penalty on the Hessian's trace generalize better, and is the cheap one as good? On Fashion-MNIST.
 
     python benchmarks/trace_study.py run [--methods none SAM two_pass ...] [--seeds 0 1 2]
     python benchmarks/trace_study.py report    # the table of docs/trace.md

@@ -61,7 +61,7 @@ class FGSM(GradientAttack):
     .. math:: x' = x + r \, \mathrm{sign}(g), \qquad x' = x + r \, g / \lVert g \rVert_2, \qquad g = \nabla_x L
 
     Args:
-        radius: r, in the units of x (0.03 of images in [0, 1] is not 0.03 of normalised ones).
+        radius: r, in the units of x (0.03 of images in [0, 1] is not 0.03 of normalized ones).
         norm: ``"linf"``, the largest change of any entry, or ``"l2"``, the length of a sample's change.
         loss: what is increased: ``"cross_entropy"``; ``"cw"``, max_{k != y} z_k - z_y; ``"dlr"``, the same divided
             by z_(1) - z_(3), which no rescaling of the logits z can hide (at least 3 classes).
@@ -373,12 +373,12 @@ def _bounds_of(x: Tensor, bounds: Bounds, eps: float) -> tuple[Tensor | None, Te
             f"bounds of the shapes {shapes} do not broadcast to x of shape {tuple(x.shape)}. For one bound per channel "
             "of an image, give tensors of shape (channels, 1, 1)."
         ) from error
-    # Normalising the data and the bounds may round them differently.
+    # Normalizing the data and the bounds may round them differently.
     slack = max(1e-4, eps)
     if bool(((x < low - slack * (1 + low.abs())) | (x > high + slack * (1 + high.abs()))).any()):
         raise ValueError(
             f"x goes from {float(x.min()):.4g} to {float(x.max()):.4g} and leaves the bounds, which go from "
-            f"{float(low.min()):.4g} to {float(high.max()):.4g}. Perhaps x is normalised and the bounds are not: give "
+            f"{float(low.min()):.4g} to {float(high.max()):.4g}. Perhaps x is normalized and the bounds are not: give "
             "bounds (and the radius) in the units of x, such as ((0 - mean) / std, (1 - mean) / std)."
         )
     return low, high

@@ -92,7 +92,7 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
             found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in everything) or "none"
             raise ValueError(
                 f"The batch has no floating-point tensor to be the input (its tensors: {found}), and whole numbers "
-                "such as token ids have no derivatives. Penalise the embeddings instead: pass layer='<name of the "
+                "such as token ids have no derivatives. Penalize the embeddings instead: pass layer='<name of the "
                 "embedding layer>' to the penalty. Where the batch is an object of your own, pass "
                 "inputs=lambda batch: ..., or use the mixin's self.regularized(loss, inputs=...)."
             )
@@ -109,7 +109,7 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
             what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
                 f"inputs={which!r} chooses {what}, which has no derivatives by sample: an input is a floating-point "
-                "tensor of shape (samples, ...). For token ids, penalise the embeddings: pass "
+                "tensor of shape (samples, ...). For token ids, penalize the embeddings: pass "
                 "layer='<name of the embedding layer>' to the penalty."
             )
         if not any(tensor is other for other in everything):

@@ -19,12 +19,12 @@ _UNITS = "loss / parameter²"
 def eigenvalues_over_training(history: Sequence[Curvature]) -> Figure:
     """The ends of the spectrum against the optimizer step, with 2 / learning rate where there is one."""
     figure, axes = _figure()
-    for name, colour, label in (("largest", "C3", "largest"), ("smallest", "C0", "smallest")):
+    for name, color, label in (("largest", "C3", "largest"), ("smallest", "C0", "smallest")):
         for rank in range(len(getattr(history[-1], name))):
             # A run that goes on may ask for more eigenvalues than before.
             pairs = [(one.step, getattr(one, name)[rank][0]) for one in history if rank < len(getattr(one, name))]
             axes.plot(
-                *zip(*pairs, strict=True), "o-", color=colour, markersize=3, linewidth=1, label=None if rank else label
+                *zip(*pairs, strict=True), "o-", color=color, markersize=3, linewidth=1, label=None if rank else label
             )
     edges = [(one.step, 2 / one.learning_rate) for one in history if one.learning_rate]
     # A decaying learning rate sends the edge out of sight.

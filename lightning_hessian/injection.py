@@ -39,7 +39,7 @@ def without_penalties() -> Iterator[None]:
         _switched_off.reset(token)
 
 
-def penalised(
+def penalized(
     module: LightningModule,
     regularizers: Sequence[HessianRegularizer],
     step: Callable[[Any], Any],

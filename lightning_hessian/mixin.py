@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.callbacks.regularizer import HessianRegularizer, load_states, save_states
-from lightning_hessian.injection import log_skipped, penalised
+from lightning_hessian.injection import log_skipped, penalized
 from lightning_hessian.penalties import InputPenalty
 
 Output = TypeVar("Output")
@@ -124,9 +124,9 @@ class HessianRegularizationMixin(LightningModule):
                     f"The penalty {on_inputs[0].name} differentiates by the inputs, which the mixin does not see. Hand "
                     "them over: `self.regularized(lambda x: loss(x), inputs=x)`."
                 )
-            return penalised(self, regularizers, lambda _: loss())
+            return penalized(self, regularizers, lambda _: loss())
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        return penalised(self, regularizers, lambda tensors: loss(*tensors), given, all_inputs=True)
+        return penalized(self, regularizers, lambda tensors: loss(*tensors), given, all_inputs=True)
 
 
 class _Watch(Callback):

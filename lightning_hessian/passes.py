@@ -295,7 +295,7 @@ class Passes:
         for name, layer in self.coupling.items():
             if layer.running_mean is None:
                 raise MisconfigurationException(
-                    f"The layer {name!r} has no running statistics, so it normalises by the batch in evaluation mode "
+                    f"The layer {name!r} has no running statistics, so it normalizes by the batch in evaluation mode "
                     "as well and couples the samples: a sample's own derivatives by its input do not exist. Pass "
                     "track_running_stats=True to it, or use GroupNorm."
                 )

@@ -105,7 +105,7 @@ def suggest_strength(
     Args:
         module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
         batches: an iterable of batches as the training step gets them, a DataLoader for example. All are used, and
-            each costs a penalised step (by differences a few): of a long loader pass a part, such as
+            each costs a penalized step (by differences a few): of a long loader pass a part, such as
             ``itertools.islice(loader, 8)``; a single batch as ``[batch]``. A batch is left out where the step returns
             None, the loss or the penalty has no gradient, or no strength gives the share.
         penalty: for example ``HessianTrace()``. For several penalties ask for each.

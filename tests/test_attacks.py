@@ -153,7 +153,7 @@ def test_the_result_is_in_the_ball_and_of_the_same_shape_and_type(kind, norm, dt
 
 
 def test_a_half_precision_input_moves_by_steps_smaller_than_its_spacing():
-    # 0.001 steps from 1.0, where neighbouring bfloat16 numbers are 0.0078 apart.
+    # 0.001 steps from 1.0, where neighboring bfloat16 numbers are 0.0078 apart.
     net = nn.Linear(4, 2).to(torch.bfloat16)
     x = torch.ones(1, 4, dtype=torch.bfloat16)
     result = PGD(0.03, steps=100, step_size=0.001)(net, x, net(x).argmax(1))
@@ -220,7 +220,7 @@ def test_the_same_seed_gives_the_same_points_and_another_seed_others():
 
 
 class Odd(nn.Module):
-    """Draws random numbers, normalises by batch statistics in training, and may break."""
+    """Draws random numbers, normalizes by batch statistics in training, and may break."""
 
     def __init__(self):
         super().__init__()
@@ -343,7 +343,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("x", "bounds", "message"),
     [
-        (torch.full((3, 4), 2.0), (0, 1), "x goes from 2 to 2 and leaves the bounds.*Perhaps x is normalised"),
+        (torch.full((3, 4), 2.0), (0, 1), "x goes from 2 to 2 and leaves the bounds.*Perhaps x is normalized"),
         (torch.zeros(3, 4), (torch.zeros(3, 1, 1), torch.ones(3, 1, 1)), "do not broadcast to x of shape"),
         (torch.zeros(3, 4, dtype=torch.long), None, "x is of type torch.int64.*token ids"),
     ],

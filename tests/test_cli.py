@@ -234,10 +234,10 @@ def test_every_config_runs(run, arguments):
     assert status == 0, err
 
 
-@pytest.mark.parametrize("normalise", ["true", "false"])
+@pytest.mark.parametrize("normalize", ["true", "false"])
 @pytest.mark.parametrize("robustness", ["pgd", "study"])
-def test_the_summary_tells_the_accuracy_under_attack(run, robustness, normalise):
-    small = ["model=mlp", "model.width=8", f"data.normalise={normalise}", "trainer.fast_dev_run=1"]
+def test_the_summary_tells_the_accuracy_under_attack(run, robustness, normalize):
+    small = ["model=mlp", "model.width=8", f"data.normalize={normalize}", "trainer.fast_dev_run=1"]
     out, err, status = run(
         *QUICK[:3], *small, "robustness.max_samples=8", "trace.samples=16", f"robustness={robustness}"
     )
@@ -247,8 +247,8 @@ def test_the_summary_tells_the_accuracy_under_attack(run, robustness, normalise)
     assert ("radius_estimate" in out) == (robustness == "study")
 
 
-def test_radii_mean_pixels_where_the_data_are_normalised():
-    class Net(torch.nn.Module):  # class 0 where a normalised pixel is above what 0.5 becomes
+def test_radii_mean_pixels_where_the_data_are_normalized():
+    class Net(torch.nn.Module):  # class 0 where a normalized pixel is above what 0.5 becomes
         trainer = None
 
         def forward(self, x):
@@ -264,7 +264,7 @@ def test_radii_mean_pixels_where_the_data_are_normalised():
     y = torch.tensor([0, 0, 0])
     assert model(attacks.attacks[0](model, x, y)).argmax(1).tolist() == [1, 1, 0]
     torch.testing.assert_close(lh.radius_estimate(model, x, y)[1:], torch.tensor([0.09, 0.11]) * 8)
-    data.normalise = False
+    data.normalize = False
     assert attacks.attacked(net, x)[0] is net
 
 
@@ -524,9 +524,9 @@ def test_digits_are_split_without_overlap_and_in_the_same_way_for_every_seed():
     assert torch.equal(parts[0]["train"].images, parts[1]["train"].images)
     images, _ = next(iter(data.val_dataloader()))
     assert images.shape[1:] == (1, 8, 8)
-    normalised = torch.cat([batch for batch, _ in data.training_samples(1247)])
-    assert abs(normalised.mean()) < 0.02
-    assert abs(normalised.std() - 1) < 0.02
+    normalized = torch.cat([batch for batch, _ in data.training_samples(1247)])
+    assert abs(normalized.mean()) < 0.02
+    assert abs(normalized.std() - 1) < 0.02
 
 
 def test_random_crop_shifts_each_image_by_itself():
@@ -546,8 +546,8 @@ def test_fashion_mnist_from_debians_package(tmp_path):
     data.setup("fit")
     assert [len(data._sets[part]) for part in ("train", "val", "test")] == [100, 5000, 10000]
     assert data._sets["test"].images.shape[1:] == (1, 28, 28)
-    normalised = torch.cat([batch for batch, _ in data.training_samples(100)])
-    assert abs(normalised.mean()) < 0.1
+    normalized = torch.cat([batch for batch, _ in data.training_samples(100)])
+    assert abs(normalized.mean()) < 0.1
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's package dataset-fashion-mnist")

@@ -239,7 +239,7 @@ def test_batch_norm_takes_its_second_pass_on_two_ranks(tmp_path):
     penalty, loader = lh.InputHessianNorm(), data(8)
 
     def of_one(module, x, y, step):
-        """Each rank normalises by its own half, and begins with the buffers of rank 0, as DDP has it."""
+        """Each rank normalizes by its own half, and begins with the buffers of rank 0, as DDP has it."""
         before, after, total = dict(module.net.named_buffers()), [], 0
 
         def run(inputs, training):

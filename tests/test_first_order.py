@@ -248,7 +248,7 @@ def test_the_loss_can_be_differentiated_once():
         loss.backward()
 
 
-def penalised_step(module, method, **settings):
+def penalized_step(module, method, **settings):
     fit(module, [callback(method, 1e-3)] if method else [], max_steps=1, limit_train_batches=1, **settings)
     return module
 
@@ -278,7 +278,7 @@ def test_random_numbers_of_numpy_and_python_are_the_same_in_every_pass(method):
     for regularized in (None, method):
         np.random.seed(0)
         random.seed(0)
-        module = penalised_step(Mixup(middle=nn.LayerNorm(6)), regularized)
+        module = penalized_step(Mixup(middle=nn.LayerNorm(6)), regularized)
         assert len(set(module.shares)) == 1
         after.append((np.random.rand(), random.random()))
     assert after[0] == after[1]
@@ -296,7 +296,7 @@ def test_a_step_that_changes_parameters_is_refused():
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
     with pytest.raises(MisconfigurationException, match=r"changes the parameter 'teacher.weight'.*on_train_batch_end"):
-        penalised_step(MovingAverage(), "two_pass")
+        penalized_step(MovingAverage(), "two_pass")
 
 
 def test_a_metric_that_is_computed_and_reset_inside_the_step():
@@ -307,7 +307,7 @@ def test_a_metric_that_is_computed_and_reset_inside_the_step():
             self.accuracy.reset()
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-    module = penalised_step(Computes(), "two_pass")
+    module = penalized_step(Computes(), "two_pass")
     assert len(module.values) == 3  # one to see that the step can be run again
     assert module.values[0] >= 0  # of the run for real
 
@@ -353,7 +353,7 @@ def test_sparse_gradients_are_refused_by_name():
             self.embedding = nn.Embedding(3, 3, sparse=True)
 
     with pytest.raises(MisconfigurationException, match="'embedding' has sparse gradients"):
-        penalised_step(Sparse(), "two_pass")
+        penalized_step(Sparse(), "two_pass")
 
 
 def warnings_of(module, regularizer, **settings):

@@ -164,7 +164,7 @@ def test_losses_without_a_formula_are_refused(x):
 
 
 @pytest.mark.parametrize("method", ["autograd", "gauss_newton"])
-def test_scaled_by_parameter_the_trace_does_not_see_the_scale_of_a_normalised_layer(method, x):
+def test_scaled_by_parameter_the_trace_does_not_see_the_scale_of_a_normalized_layer(method, x):
     values = []
     for factor in (1, 10):
         module = net(middle=lambda: nn.BatchNorm1d(5, track_running_stats=False, eps=0))

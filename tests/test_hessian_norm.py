@@ -46,8 +46,8 @@ class Written(nn.LayerNorm):
     """In primitives: torch.func's second derivative of the fused one is wrong (its Hessian is not even symmetric)."""
 
     def forward(self, x):
-        centred = x - x.mean(-1, keepdim=True)
-        return self.weight * centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() + self.bias
+        centered = x - x.mean(-1, keepdim=True)
+        return self.weight * centered / (centered.square().mean(-1, keepdim=True) + self.eps).sqrt() + self.bias
 
 
 def dense(module, names=None):

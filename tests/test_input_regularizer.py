@@ -303,7 +303,7 @@ def test_a_sum_is_understood_in_bfloat16():
 
 
 @pytest.mark.parametrize("name", [name for name in PENALTIES if name != "finite differences"])
-def test_embeddings_are_penalised_by_naming_their_layer(name):
+def test_embeddings_are_penalized_by_naming_their_layer(name):
     module = Tokens()
     fit(module, [callback(PENALTIES[name](layer="embedding"))], tokens(), max_steps=1)
     reference = Tokens()
@@ -326,7 +326,7 @@ def test_embeddings_are_penalised_by_naming_their_layer(name):
     torch.testing.assert_close(weights(module), weights(reference), rtol=1e-8, atol=1e-9)
 
 
-def test_embeddings_are_penalised_by_finite_differences():
+def test_embeddings_are_penalized_by_finite_differences():
     by = {}
     for method in ("autograd", "finite_difference"):
         by[method] = Tokens()

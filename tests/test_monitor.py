@@ -662,7 +662,7 @@ def test_two_ranks_equal_one(tmp_path):
             history = [one.state_dict() for one in trainer.callbacks[0].history]
             torch.save(history, tmp_path / f"{trainer.global_rank}.pt")
 
-    def normalised():
+    def normalized():
         return Plain(middle=nn.LayerNorm(6))
 
     loader = data(8)
@@ -675,11 +675,11 @@ def test_two_ranks_equal_one(tmp_path):
         use_distributed_sampler=False,
         strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
     )
-    trainer.fit(normalised(), dealt)
+    trainer.fit(normalized(), dealt)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     one = monitor(**settings)
     joined = DataLoader(loader.dataset, 16)
-    fit(normalised(), [one], joined, max_epochs=2)
+    fit(normalized(), [one], joined, max_epochs=2)
     for mine, theirs, expected in zip(first, second, one.history, strict=True):
         assert mine["trace"] == theirs["trace"]
         assert mine["largest"] == theirs["largest"]

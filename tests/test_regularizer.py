@@ -261,7 +261,7 @@ def test_the_same_callback_again_and_with_averaged_weights():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_a_copy_made_during_fit_is_not_penalised(copied):
+def test_a_copy_made_during_fit_is_not_penalized(copied):
     class Copy(L.Callback):
         def on_train_start(self, trainer, pl_module):
             self.copy = copied(pl_module)

@@ -85,8 +85,8 @@ def test_a_step_of_training_has_the_share(penalty):
     plain = moved([])
     for one in penalty if isinstance(penalty, list) else [penalty]:
         found = lh.suggest_strength(Classifier(), BATCHES[:1], one, share=0.1)
-        penalised = moved([lh.HessianRegularizer(one, strength=found)])
-        assert ((penalised - plain).norm() / plain.norm()).item() == pytest.approx(0.1, rel=1e-2)
+        penalized = moved([lh.HessianRegularizer(one, strength=found)])
+        assert ((penalized - plain).norm() / plain.norm()).item() == pytest.approx(0.1, rel=1e-2)
 
 
 def settled(module, batches):

@@ -43,9 +43,9 @@ def losses(callbacks, tmp_path):
 
 def test_lr_find_minimizes_the_loss_with_the_penalty(tmp_path):
     plain, none = losses([], tmp_path), losses([lh.HessianRegularizer(lh.HessianTrace(), strength=0.0)], tmp_path)
-    penalised = losses([lh.HessianRegularizer(lh.HessianTrace(), strength=0.1)], tmp_path)
+    penalized = losses([lh.HessianRegularizer(lh.HessianTrace(), strength=0.1)], tmp_path)
     assert torch.equal(plain, none)
-    assert not torch.allclose(plain, penalised)
+    assert not torch.allclose(plain, penalized)
     # What the finder records is the loss that is minimized: the task loss and the penalty.
     module = Tuned()
     penalty = Counting()

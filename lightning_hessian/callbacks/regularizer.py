@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lightning_hessian.checks import choice, is_number, whole_number
 from lightning_hessian.curvature.first_order import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
-from lightning_hessian.injection import by_name, log_skipped, penalised
+from lightning_hessian.injection import by_name, log_skipped, penalized
 from lightning_hessian.passes import Passes, check_layer, layers_without_gradients
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
 
@@ -334,13 +334,13 @@ class HessianRegularizer(Callback):
             raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
         self._begun_for = None
         current = pl_module.training_step
-        if isinstance(current, _PenalisedStep) and (
+        if isinstance(current, _PenalizedStep) and (
             self in current.regularizers or any(one not in callbacks for one in current.regularizers)
         ):
             current.restore()  # left behind by a tuner that failed
             current = pl_module.training_step
-        if not isinstance(current, _PenalisedStep):
-            current = _PenalisedStep(pl_module)
+        if not isinstance(current, _PenalizedStep):
+            current = _PenalizedStep(pl_module)
             pl_module.training_step = current  # type: ignore[method-assign]
         current.regularizers.append(self)
 
@@ -402,7 +402,7 @@ def _regularizers_of(trainer: Trainer) -> list[HessianRegularizer]:
     return [callback for callback in callbacks if isinstance(callback, HessianRegularizer)]
 
 
-class _PenalisedStep:
+class _PenalizedStep:
     """A module's ``training_step`` with the penalties of its regularizers added."""
 
     def __init__(self, module: LightningModule) -> None:
@@ -426,7 +426,7 @@ class _PenalisedStep:
                 return self.original(batch, *args[1:], **kwargs)
             return self.original(**{**kwargs, "batch": batch} if "batch" in kwargs else kwargs)
 
-        return penalised(self.module, self.regularizers, step, batch)
+        return penalized(self.module, self.regularizers, step, batch)
 
     def __reduce__(self) -> Any:
         # A copy of the module made in the middle of a fit has its own, plain training step.
@@ -450,7 +450,7 @@ def _itself(step: Any) -> Any:
 
 
 def _restore(module: LightningModule) -> None:
-    if isinstance(current := module.training_step, _PenalisedStep):
+    if isinstance(current := module.training_step, _PenalizedStep):
         current.restore()
 
 

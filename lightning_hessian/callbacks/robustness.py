@@ -226,7 +226,7 @@ class AdversarialAccuracy(Callback):
         if difference > 1e-3 * logits.abs().max():
             rank_zero_warn(
                 f"The predictions of {type(module).__name__} are random in evaluation mode: two passes over one batch "
-                "differ. Attacks on a randomised model mislead, because each gradient belongs to another model. Look "
+                "differ. Attacks on a randomized model mislead, because each gradient belongs to another model. Look "
                 "for F.dropout without training=self.training, or noise that is added in evaluation."
             )
 

@@ -43,7 +43,7 @@ def power_iteration(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Te
 
 
 def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
-    """A times the Ritz vector of largest |Ritz value| in span(v, Av, ..., A^(k-1) v), normalised.
+    """A times the Ritz vector of largest |Ritz value| in span(v, Av, ..., A^(k-1) v), normalized.
 
     The products with the basis are known, so this last power step is free, and one iteration is a power iteration.
 

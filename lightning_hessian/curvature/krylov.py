@@ -46,7 +46,7 @@ def unit(v: Tensor) -> Tensor:
 def krylov(
     matvec: BatchedMatvec, start: Tensor, iterations: int, restart: Callable[[], Tensor] | None = None
 ) -> Krylov:
-    """The bases of span(v, Av, ..., A^(m-1) v) by the Lanczos recurrence with full reorthogonalisation, done twice.
+    """The bases of span(v, Av, ..., A^(m-1) v) by the Lanczos recurrence with full reorthogonalization, done twice.
 
     Args:
         matvec: the products A_i v_i.

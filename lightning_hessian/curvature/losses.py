@@ -98,7 +98,7 @@ class watch_losses(TorchFunctionMode):
     Attributes:
         calls: the calls whose result has a graph.
         was_entered: whether a loss was computed inside at all.
-        batch_statistics: whether batch norm normalised by the statistics of the batch.
+        batch_statistics: whether batch norm normalized by the statistics of the batch.
 
     Example:
         >>> logits = torch.zeros(2, 3, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Normalisation layers written with primitives, so that autograd differentiates them as often as it is asked.
+"""Normalization layers written with primitives, so that autograd differentiates them as often as it is asked.
 
 PyTorch's fused kernels treat the saved mean and inverse deviation as constants in the third derivative
 (pytorch#175754, #186256), and the fused weight norm already in the second. Here every statistic is a node of the graph.

@@ -52,7 +52,7 @@ class ExtremeEigenvalues:
 def extreme_eigenvalues(
     operator: LinearOperator, largest: int = 1, smallest: int = 1, iterations: int = 20, seed: int = 0
 ) -> ExtremeEigenvalues:
-    """The largest and the smallest (most negative) eigenvalues by Lanczos with full reorthogonalisation.
+    """The largest and the smallest (most negative) eigenvalues by Lanczos with full reorthogonalization.
 
     Outlying eigenvalues converge first; the residuals tell how far. With as many iterations as the matrix has rows all
     are exact. The basis takes ``iterations`` vectors of memory.

@@ -375,11 +375,11 @@ class InputPenalty(Penalty):
                 f"The outputs do not depend on the inputs that {type(self).__name__} takes ({chosen}). They may be "
                 "the targets, where the real inputs are whole numbers, which have no derivatives; or the step "
                 "detaches them. Choose with `inputs=`; convert images to floating point before the step; for token ids "
-                "penalise the embeddings, by layer='<name of the embedding layer>'."
+                "penalize the embeddings, by layer='<name of the embedding layer>'."
             )
         if context.losses.batch_statistics:
             raise ValueError(
-                "Batch norm normalised by the batch's own statistics, which couples the samples, and "
+                "Batch norm normalized by the batch's own statistics, which couples the samples, and "
                 f"{type(self).__name__} is made of each sample's own derivatives. Put the batch norm layers in "
                 "evaluation mode (the callback and the mixin do this for nn.BatchNorm layers), or use GroupNorm."
             )

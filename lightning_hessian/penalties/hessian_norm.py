@@ -40,7 +40,7 @@ class HessianNorm(Penalty):
     bound of the norm, and right also where +lambda and -lambda tie.
 
     Each batch has a Hessian of its own, so v follows a moving target, and lags where the top eigenvalue has rivals of
-    nearly its size. With accumulation of gradients the iteration goes on over the micro-batches, and what is penalised
+    nearly its size. With accumulation of gradients the iteration goes on over the micro-batches, and what is penalized
     is the mean of their norms; it also goes on over the calls of an optimizer's closure. The first step of a run
     searches with 5 iterations more, from a random vector. So does one after the chosen parameters have changed (layers
     unfrozen, a checkpoint of another model), with a warning. A step that fails leaves v alone, and so does one whose
@@ -215,7 +215,7 @@ class HessianNorm(Penalty):
         if self._v:
             changed = sorted(set(_shapes(self._v).items()) ^ set(_shapes(chosen).items()))
             warnings.warn(
-                f"HessianNorm's vector belongs to other parameters than those it is to penalise (the first that "
+                f"HessianNorm's vector belongs to other parameters than those it is to penalize (the first that "
                 f"differs: {changed[0][0]!r}): it is searched for anew.",
                 stacklevel=2,
             )

@@ -40,7 +40,7 @@ class HessianTrace(Penalty):
         \mathrm{Var}[v'Hv] = 2 \sum_{i \ne j} H_{ij}^2 .
 
     It is the Hessian of the loss that the step computes, in the mode the model is in (so in training mode batch norm
-    normalises by the batch, and dropout is active). The trace can be negative; see ``clamp``.
+    normalizes by the batch, and dropout is active). The trace can be negative; see ``clamp``.
 
     The methods, and what they cost in plain steps by operation count:
 

@@ -41,7 +41,7 @@ class InputHessianNorm(InputPenalty):
         method: ``"autograd"``, or ``"finite_difference"``: |v'Hv| from the losses at x - hv, x and x + hv, and the
             search from gradients there. That needs ordinary backward passes only, so fused and compiled operators
             work; the step is run again for each, with the same dropout masks.
-        squared: penalise the mean of the squares, which is smooth at 0.
+        squared: penalize the mean of the squares, which is smooth at 0.
         step: of the finite differences: h = ``step`` times the length of the sample's input.
         inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
         layer: the layer whose output is the input, see :class:`InputPenalty`.

@@ -1,4 +1,4 @@
-"""Data modules: images held in memory as bytes, normalised on the device, a batch at a time."""
+"""Data modules: images held in memory as bytes, normalized on the device, a batch at a time."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class ImageData(LightningDataModule):
         batch_size: images in a batch, on each device.
         validation: how many training images are kept for validation.
         train_samples: use only the first so many training images (in the fixed random order); None for all.
-        augment: random crop (padding of an eighth) and, for colour images, horizontal flip.
-        normalise: to mean 0 and deviation 1 over the training images; otherwise pixels are in [0, 1].
+        augment: random crop (padding of an eighth) and, for color images, horizontal flip.
+        normalize: to mean 0 and deviation 1 over the training images; otherwise pixels are in [0, 1].
         root: where data sets lie or are downloaded to.
         seed: of the order of training batches, a function of seed and epoch (so a resumed run sees the same).
 
@@ -75,7 +75,7 @@ class ImageData(LightningDataModule):
         validation: int = 200,
         train_samples: int | None = None,
         augment: bool = False,
-        normalise: bool = True,
+        normalize: bool = True,
         root: str = "data",
         seed: int = 0,
     ) -> None:
@@ -83,14 +83,14 @@ class ImageData(LightningDataModule):
         for name, value in {"batch_size": batch_size, "validation": validation, "train_samples": train_samples}.items():
             if value is not None:
                 whole_number(name, value, least=1)
-        for name, switch in {"augment": augment, "normalise": normalise}.items():
+        for name, switch in {"augment": augment, "normalize": normalize}.items():
             if not isinstance(switch, bool):
                 raise ValueError(f"{name}={switch!r} must be true or false.")
         self.batch_size = batch_size
         self.validation = validation
         self.train_samples = train_samples
         self.augment = augment
-        self.normalise = normalise
+        self.normalize = normalize
         self.root = Path(root)
         self.seed = seed
         self._sets: dict[str, TensorBatches] = {}
@@ -135,7 +135,7 @@ class ImageData(LightningDataModule):
         return self._loader("test")
 
     def training_samples(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``count`` training images in batches, normalised and not augmented, to measure curvature on."""
+        """The first ``count`` training images in batches, normalized and not augmented, to measure curvature on."""
         part = self._sets["train"]
         count = min(count, len(part))
         size = min(self.batch_size, count)
@@ -168,7 +168,7 @@ class ImageData(LightningDataModule):
         return self._scaled(images), labels
 
     def _scaled(self, images: Tensor) -> Tensor:
-        if not self.normalise:
+        if not self.normalize:
             return images.float() / 255
         mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
@@ -264,7 +264,7 @@ class FashionMNIST(_Torchvision):
 
 
 class CIFAR10(_Torchvision):
-    """50,000 + 10,000 colour photographs of 10 classes, 32 x 32 (Krizhevsky 2009)."""
+    """50,000 + 10,000 color photographs of 10 classes, 32 x 32 (Krizhevsky 2009)."""
 
     shape = (3, 32, 32)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -272,7 +272,7 @@ class CIFAR10(_Torchvision):
 
 
 class CIFAR100(CIFAR10):
-    """50,000 + 10,000 colour photographs of 100 classes, 32 x 32 (Krizhevsky 2009)."""
+    """50,000 + 10,000 color photographs of 100 classes, 32 x 32 (Krizhevsky 2009)."""
 
     classes = 100
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)

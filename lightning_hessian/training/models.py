@@ -58,7 +58,7 @@ def cnn(shape: Shape, classes: int, width: int = 32) -> nn.Sequential:
 
 
 def softplus_cnn(shape: Shape, classes: int, width: int = 16, beta: float = 8.0) -> nn.Sequential:
-    """Two 3 x 3 convolutions and a hidden layer, with softplus and no normalisation.
+    """Two 3 x 3 convolutions and a hidden layer, with softplus and no normalization.
 
     Smooth and without batch statistics: each sample has an input Hessian of its own. The image is halved by moving
     2 x 2 pixels into channels, not by strides, whose derivatives by the input are slow on a CPU.

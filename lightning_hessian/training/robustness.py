@@ -1,4 +1,4 @@
-"""Accuracy under attack for the command line, whose data may be normalised."""
+"""Accuracy under attack for the command line, whose data may be normalized."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_hessian.training.data import ImageData
 
 class PixelAdversarialAccuracy(AdversarialAccuracy):
     """:class:`AdversarialAccuracy` in pixels: radii, bounds and the radius estimate mean pixels in [0, 1], also where
-    the data are normalised.
+    the data are normalized.
 
     Args:
         attacks: and all others as there.
@@ -20,14 +20,14 @@ class PixelAdversarialAccuracy(AdversarialAccuracy):
 
     def attacked(self, module: LightningModule, x: Tensor) -> tuple[nn.Module, Tensor]:
         data = getattr(module.trainer, "datamodule", None)
-        if not isinstance(data, ImageData) or not data.normalise:
+        if not isinstance(data, ImageData) or not data.normalize:
             return module, x
         model = _OfPixels(module, data.mean, data.std).to(x.device)
         return model, model.pixels_of(x)
 
 
 class _OfPixels(nn.Module):
-    """A model of normalised images as one of pixels."""
+    """A model of normalized images as one of pixels."""
 
     mean: Tensor
     std: Tensor
