@@ -56,7 +56,7 @@ def run(model: str, regularizer: str, overrides: list[str]) -> tuple[float, floa
     """The test accuracy and loss, and the strengths."""
     import hydra
 
-    from lightning_hessian.training.cli import train
+    from lightning_hessian.cli.command import train
 
     settings = [f"model={model}", f"regularizer={regularizer}", "logger=none", *MODELS[model]]
     settings += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]

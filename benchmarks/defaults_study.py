@@ -45,12 +45,12 @@ import lightning as L  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
+from lightning_hessian.cli.classifier import Classifier  # noqa: E402
+from lightning_hessian.cli.command import config_directory  # noqa: E402
+from lightning_hessian.cli.data import ImageData  # noqa: E402
+from lightning_hessian.cli.report import LANCZOS  # noqa: E402
 from lightning_hessian.curvature import select_parameters  # noqa: E402
-from lightning_hessian.measurement import Measurement, Settings  # noqa: E402
-from lightning_hessian.training.classifier import Classifier  # noqa: E402
-from lightning_hessian.training.cli import config_directory  # noqa: E402
-from lightning_hessian.training.data import ImageData  # noqa: E402
-from lightning_hessian.training.report import LANCZOS  # noqa: E402
+from lightning_hessian.monitoring.measurement import Measurement, Settings  # noqa: E402
 
 REGULARIZERS = (
     "none",
@@ -96,7 +96,7 @@ def key_of(row: dict) -> str:
 
 
 def train(config: DictConfig, along: bool) -> dict:
-    """One run, as `lightning_hessian.training.cli.train` makes it."""
+    """One run, as `lightning_hessian.cli.command.train` makes it."""
     torch.set_flush_denormal(True)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = hydra.utils.instantiate(config.data)

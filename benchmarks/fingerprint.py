@@ -28,8 +28,8 @@ import lightning as L  # noqa: E402
 from hydra import compose, initialize_config_dir  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
-from lightning_hessian.training import cli, data, models  # noqa: E402
-from lightning_hessian.training.classifier import Classifier  # noqa: E402
+from lightning_hessian.cli import command, data, models  # noqa: E402
+from lightning_hessian.cli.classifier import Classifier  # noqa: E402
 
 PENALTIES = {
     "none": (),
@@ -66,7 +66,7 @@ def weights_of_command_line(regularizer: str) -> str:
     few = ["model=cnn", "logger=none", "+trainer.max_steps=12", "trainer.enable_progress_bar=false", "trace.probes=2"]
     config = compose("config", [f"regularizer={regularizer}", "regularizer.warmup_steps=3", *few])
     with tempfile.TemporaryDirectory() as directory:
-        cli.train(config, Path(directory))
+        command.train(config, Path(directory))
         return fingerprint(torch.load(Path(directory) / "checkpoints" / "last.ckpt")["state_dict"])
 
 
@@ -80,8 +80,8 @@ def main() -> None:
     for name, penalties in PENALTIES.items():
         for model, accumulate in (("cnn", 1), ("mlp", 2)):
             print(f"{name:<34}{model:<6}{weights_of(penalties, model, accumulate)}", flush=True)
-    with initialize_config_dir(str(cli.config_directory()), version_base="1.3"):
-        for path in sorted((cli.config_directory() / "regularizer").glob("*.yaml")):
+    with initialize_config_dir(str(command.config_directory()), version_base="1.3"):
+        for path in sorted((command.config_directory() / "regularizer").glob("*.yaml")):
             if path.stem != "none":
                 print(f"{'lightning-hessian':<20}{path.stem:<26}{weights_of_command_line(path.stem)}", flush=True)
 

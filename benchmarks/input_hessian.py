@@ -32,10 +32,10 @@ warnings.filterwarnings("ignore")
 from step_cost import timed  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
+from lightning_hessian.cli import data, models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource, SampleHessians, lanczos, power_iteration  # noqa: E402
-from lightning_hessian.injection import loss_of  # noqa: E402
-from lightning_hessian.passes import Passes  # noqa: E402
-from lightning_hessian.training import data, models  # noqa: E402
+from lightning_hessian.regularization.injection import loss_of  # noqa: E402
+from lightning_hessian.step.passes import Passes  # noqa: E402
 
 MODELS = {"softplus_cnn": {"width": 16}, "cnn": {"width": 32}}
 PRODUCTS = (1, 2, 3, 5)

@@ -28,8 +28,8 @@ import curvlinops  # noqa: E402
 import hessian_eigenthings  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
+from lightning_hessian.cli import models  # noqa: E402
 from lightning_hessian.curvature import BatchedHessianOperator  # noqa: E402
-from lightning_hessian.training import models  # noqa: E402
 
 SHAPE, CLASSES, BATCH = (3, 32, 32), 10, 32
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {

@@ -25,8 +25,8 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 import lightning as L  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
-from lightning_hessian.training import data, models  # noqa: E402
-from lightning_hessian.training.classifier import Classifier  # noqa: E402
+from lightning_hessian.cli import data, models  # noqa: E402
+from lightning_hessian.cli.classifier import Classifier  # noqa: E402
 
 SETTINGS: dict[str, dict] = {
     "CurvatureMonitor()": {},

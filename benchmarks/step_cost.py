@@ -47,10 +47,10 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 import lightning as L  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
+from lightning_hessian.cli import models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
-from lightning_hessian.injection import penalized  # noqa: E402
-from lightning_hessian.nonfinite import BackwardWatch  # noqa: E402
-from lightning_hessian.training import models  # noqa: E402
+from lightning_hessian.regularization.injection import penalized  # noqa: E402
+from lightning_hessian.regularization.nonfinite import BackwardWatch  # noqa: E402
 
 STRENGTH = 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -35,10 +35,10 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 import lightning as L  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
+from lightning_hessian.cli import data, models  # noqa: E402
+from lightning_hessian.cli.classifier import Classifier  # noqa: E402
 from lightning_hessian.curvature import BatchedHessianOperator, hutchinson_trace, lanczos  # noqa: E402
-from lightning_hessian.state import evaluation_mode  # noqa: E402
-from lightning_hessian.training import data, models  # noqa: E402
-from lightning_hessian.training.classifier import Classifier  # noqa: E402
+from lightning_hessian.step.isolation import evaluation_mode  # noqa: E402
 
 STRENGTHS: dict[str, list[float]] = {
     "none": [0.0],

@@ -1,9 +1,7 @@
 """Curvature regularization for PyTorch Lightning."""
 
-from lightning_hessian.attacks import FGSM, PGD
-from lightning_hessian.callbacks import AdversarialAccuracy, CurvatureMonitor, HessianRegularizer
 from lightning_hessian.curvature import HigherOrderError, ProbeSource, higher_order, watch_losses
-from lightning_hessian.mixin import HessianRegularizationMixin
+from lightning_hessian.monitoring.callback import CurvatureMonitor
 from lightning_hessian.penalties import (
     HessianNorm,
     HessianTrace,
@@ -14,9 +12,13 @@ from lightning_hessian.penalties import (
     Penalty,
     StepContext,
 )
-from lightning_hessian.radius import radius_estimate
-from lightning_hessian.suggestion import StrengthSuggestion, suggest_strength
-from lightning_hessian.verification import Verification, verify
+from lightning_hessian.regularization.callback import HessianRegularizer
+from lightning_hessian.regularization.mixin import HessianRegularizationMixin
+from lightning_hessian.regularization.suggest import StrengthSuggestion, suggest_strength
+from lightning_hessian.regularization.verify import Verification, verify
+from lightning_hessian.robustness.attacks import FGSM, PGD
+from lightning_hessian.robustness.callback import AdversarialAccuracy
+from lightning_hessian.robustness.radius import radius_estimate
 
 __all__ = [
     "AdversarialAccuracy",

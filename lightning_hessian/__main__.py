@@ -6,9 +6,9 @@ import sys
 def main() -> None:
     """Entry point of the command."""
     try:
-        from lightning_hessian.training.cli import main as run
+        from lightning_hessian.cli.command import main as run
     except ModuleNotFoundError as error:
-        if error.name != "lightning_hessian.training":
+        if error.name != "lightning_hessian.cli":
             raise
         print(f"lightning-hessian: {error}", file=sys.stderr)
         sys.exit(2)

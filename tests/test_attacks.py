@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_hessian.attacks import FGSM, PGD, Attack
-from lightning_hessian.radius import radius_estimate
+from lightning_hessian.robustness.attacks import FGSM, PGD, Attack
+from lightning_hessian.robustness.radius import radius_estimate
 
 
 def linear(dtype=torch.float64):

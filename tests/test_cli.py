@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_hessian as lh
-from lightning_hessian.__main__ import main as command
-from lightning_hessian.training import cli
-from lightning_hessian.training.data import DEBIAN_FASHION_MNIST, Digits, FashionMNIST, _random_crop
-from lightning_hessian.training.robustness import PixelAdversarialAccuracy
+from lightning_hessian.__main__ import main as entry_point
+from lightning_hessian.cli import command
+from lightning_hessian.cli.data import DEBIAN_FASHION_MNIST, Digits, FashionMNIST, _random_crop
+from lightning_hessian.cli.robustness import PixelAdversarialAccuracy
 
 QUICK = [
     "trainer.accelerator=cpu",
@@ -36,17 +36,17 @@ def run(tmp_path, monkeypatch, capsys):
     """Run the command in an empty folder; give back what it printed and its exit status."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*arguments):
+    def run_it(*arguments):
         monkeypatch.setattr(sys, "argv", ["lightning-hessian", *arguments])
         status = 0
         try:
-            cli.main()
+            command.main()
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
         return out, err, status
 
-    return command
+    return run_it
 
 
 def scalars(directory):
@@ -107,7 +107,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch):
             raise ConnectionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli.Classifier, "on_train_epoch_start", interrupt)
+        patch.setattr(command.Classifier, "on_train_epoch_start", interrupt)
         with pytest.raises(ConnectionError):
             run(*QUICK, "hydra.run.dir=part")
     resumed, _, status = run(*QUICK, "hydra.run.dir=rest", "resume=part/checkpoints/last.ckpt")
@@ -486,11 +486,11 @@ def test_the_comparison_of_a_diverged_run_and_of_a_sweep(run):
 
 
 def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.startswith("lightning_hessian.training")]:
+    for name in [name for name in sys.modules if name.startswith("lightning_hessian.cli")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "hydra", None)
     with pytest.raises(SystemExit) as stop:
-        command()
+        entry_point()
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("lightning-hessian: ")
@@ -498,7 +498,7 @@ def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
     assert "hydra-core" in message
     assert message.count("\n") == 1
     with pytest.raises(ModuleNotFoundError, match=r"lightning-hessian\[train\]"):
-        importlib.import_module("lightning_hessian.training.cli")
+        importlib.import_module("lightning_hessian.cli.command")
 
 
 def test_data_that_cannot_be_had_give_one_line(run, monkeypatch):

@@ -18,7 +18,7 @@ from torchmetrics import Accuracy
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.curvature.first_order import GradientSum
+from lightning_hessian.curvature.displacement import GradientSum
 
 STRENGTH = 1e-2
 DIFFERENCES = ("two_pass", "central_difference")

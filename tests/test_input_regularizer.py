@@ -20,8 +20,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_hessian as lh
-from lightning_hessian.injection import loss_of
-from lightning_hessian.passes import Passes
+from lightning_hessian.regularization.injection import loss_of
+from lightning_hessian.step.passes import Passes
 
 PENALTIES = {
     "hessian": lambda **place: lh.InputHessianNorm(**place),

@@ -683,6 +683,6 @@ def test_two_ranks_equal_one(tmp_path):
     for mine, theirs, expected in zip(first, second, one.history, strict=True):
         assert mine["trace"] == theirs["trace"]
         assert mine["largest"] == theirs["largest"]
-        found = lh.callbacks.monitor.Curvature.from_state_dict(mine)
+        found = lh.monitoring.measurement.Curvature.from_state_dict(mine)
         assert found.scalars() == pytest.approx(expected.scalars(), rel=1e-6, abs=1e-9)
         torch.testing.assert_close(found.density.nodes, expected.density.nodes)

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_hessian.attacks import FGSM, PGD
-from lightning_hessian.callbacks.robustness import AdversarialAccuracy
-from lightning_hessian.radius import radius_estimate
+from lightning_hessian.robustness.attacks import FGSM, PGD
+from lightning_hessian.robustness.callback import AdversarialAccuracy
+from lightning_hessian.robustness.radius import radius_estimate
 
 CLEAN, FGSM_KEY, PGD_KEY = (f"robust/{name}/accuracy" for name in ("clean", "fgsm_linf_0.2", "pgd_l2_0.3"))
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_hessian as lh
-from lightning_hessian.verification import OUTSIDE
+from lightning_hessian.regularization.verify import OUTSIDE
 
 
 class Odd(nn.Module):

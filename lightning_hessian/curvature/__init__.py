@@ -1,8 +1,9 @@
 """Matrix-free curvature in pure torch: operators, probes, estimators, and ``higher_order()``."""
 
-from lightning_hessian.curvature.context import higher_order
-from lightning_hessian.curvature.directions import lanczos, power_iteration
+from lightning_hessian.curvature.eigenvectors import lanczos, power_iteration
 from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.higher_order import higher_order
+from lightning_hessian.curvature.hutchinson import Estimate, Moments, hutchinson_trace, moments
 from lightning_hessian.curvature.losses import watch_losses
 from lightning_hessian.curvature.operators import (
     BatchedHessianOperator,
@@ -22,7 +23,6 @@ from lightning_hessian.curvature.spectrum import (
     spectral_density,
     subspace_overlap,
 )
-from lightning_hessian.curvature.trace import Estimate, Moments, hutchinson_trace, moments
 
 __all__ = [
     "BatchedHessianOperator",

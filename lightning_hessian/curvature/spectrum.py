@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_hessian.checks import whole_number
+from lightning_hessian.arguments import whole_number
 from lightning_hessian.curvature.krylov import krylov
 from lightning_hessian.curvature.operators import LinearOperator, matmat
 from lightning_hessian.curvature.probes import ProbeSource

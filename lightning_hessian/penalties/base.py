@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_hessian.batches import InputChoice
 from lightning_hessian.curvature import (
     ProbeSource,
     higher_order,
     select_parameters,
     watch_losses,
 )
-from lightning_hessian.curvature.first_order import dot
+from lightning_hessian.curvature.displacement import dot
 from lightning_hessian.curvature.graph import depends
 from lightning_hessian.curvature.operators import input_gradients, rows, vector_jacobian_product
-from lightning_hessian.state import RandomState
+from lightning_hessian.step.batches import InputChoice
+from lightning_hessian.step.isolation import RandomState
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hessian.checks import choice, positive_or_none, whole_number
+from lightning_hessian.arguments import choice, positive_or_none, whole_number
 from lightning_hessian.curvature import (
     HessianOperator,
     ParameterFilter,
@@ -17,7 +17,7 @@ from lightning_hessian.curvature import (
     power_iteration,
     select_parameters,
 )
-from lightning_hessian.curvature.directions import unit
+from lightning_hessian.curvature.eigenvectors import unit
 from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.penalties.base import Difference, Penalty, Product, StepContext, needs_own_runs
 

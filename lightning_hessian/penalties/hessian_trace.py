@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hessian.checks import choice, count_or_all, is_number, positive_or_none
+from lightning_hessian.arguments import choice, count_or_all, is_number, positive_or_none
 from lightning_hessian.curvature import (
     HessianOperator,
     ParameterFilter,
@@ -17,7 +17,7 @@ from lightning_hessian.curvature import (
     refuse_unsound_graph,
     select_parameters,
 )
-from lightning_hessian.curvature.first_order import local, local_part, over_shards
+from lightning_hessian.curvature.displacement import local, local_part, over_shards
 from lightning_hessian.curvature.gauss_newton import random_factors
 from lightning_hessian.curvature.operators import vector_jacobian_product
 from lightning_hessian.curvature.parameters import check_filter

@@ -9,12 +9,12 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_hessian.batches import InputChoice
-from lightning_hessian.checks import choice, is_number, whole_number
+from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.curvature import SampleHessians, lanczos, power_iteration
-from lightning_hessian.curvature.directions import SEARCHES, Search
+from lightning_hessian.curvature.eigenvectors import SEARCHES, Search
 from lightning_hessian.curvature.operators import input_gradients, rows, split_rows
 from lightning_hessian.penalties.base import InputPenalty, StepContext
+from lightning_hessian.step.batches import InputChoice
 
 Method = Literal["autograd", "finite_difference"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_hessian.batches import InputChoice
-from lightning_hessian.checks import count_or_all
-from lightning_hessian.curvature.directions import unit
+from lightning_hessian.arguments import count_or_all
+from lightning_hessian.curvature.eigenvectors import unit
 from lightning_hessian.curvature.operators import input_gradients, rows
 from lightning_hessian.penalties.base import InputPenalty, StepContext
+from lightning_hessian.step.batches import InputChoice
 
 
 class JacobianNorm(InputPenalty):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_hessian.mixin import HessianRegularizationMixin
+from lightning_hessian.regularization.mixin import HessianRegularizationMixin
 
 Step = Callable[[Any, Any, int], Any]
 """(module, batch, index of the batch) -> what the training step returns."""

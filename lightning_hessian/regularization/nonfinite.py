@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_hessian.curvature.first_order import local
+from lightning_hessian.curvature.displacement import local
 
 
 class BackwardWatch:

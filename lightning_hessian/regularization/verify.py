@@ -16,7 +16,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_hessian.batches import exchanged, tensors_in
 from lightning_hessian.curvature import (
     HessianOperator,
     HigherOrderError,
@@ -26,11 +25,12 @@ from lightning_hessian.curvature import (
     select_parameters,
 )
 from lightning_hessian.curvature.graph import is_kinked, kinked_layers, kinks
-from lightning_hessian.injection import loss_of
-from lightning_hessian.passes import Passes, attributes_of, not_repeatable, same_loss
 from lightning_hessian.penalties import Penalty, StepContext
-from lightning_hessian.standalone import quiet_copy, step_of
-from lightning_hessian.state import RandomState, seed_all
+from lightning_hessian.regularization.injection import loss_of
+from lightning_hessian.regularization.standalone import quiet_copy, step_of
+from lightning_hessian.step.batches import exchanged, tensors_in
+from lightning_hessian.step.isolation import RandomState, seed_all
+from lightning_hessian.step.passes import Passes, attributes_of, not_repeatable, same_loss
 
 TOLERANCE = 1e-4
 """The relative error above which a derivative is called wrong. Sound ones are nearer to 1e-8."""

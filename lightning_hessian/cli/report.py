@@ -11,10 +11,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_hessian.cli.classifier import Classifier
+from lightning_hessian.cli.data import ImageData
 from lightning_hessian.curvature import select_parameters
-from lightning_hessian.measurement import Curvature, Measurement, Settings
-from lightning_hessian.training.classifier import Classifier
-from lightning_hessian.training.data import ImageData
+from lightning_hessian.monitoring.measurement import Curvature, Measurement, Settings
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import torchvision
 from torch import nn
 
-from lightning_hessian.checks import whole_number
+from lightning_hessian.arguments import whole_number
 
 Shape = tuple[int, int, int]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_hessian.curvature import SpectralDensity
-from lightning_hessian.measurement import Curvature
+from lightning_hessian.monitoring.measurement import Curvature
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

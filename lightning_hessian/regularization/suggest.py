@@ -15,14 +15,14 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_hessian.checks import is_number
+from lightning_hessian.arguments import is_number
 from lightning_hessian.curvature import ProbeSource, select_parameters
-from lightning_hessian.curvature.first_order import movable
-from lightning_hessian.injection import loss_of, without_padding
-from lightning_hessian.passes import Passes, no_loss_again
+from lightning_hessian.curvature.displacement import movable
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty
-from lightning_hessian.standalone import Step, quiet_copy, step_of
-from lightning_hessian.state import RandomState
+from lightning_hessian.regularization.injection import loss_of, without_padding
+from lightning_hessian.regularization.standalone import Step, quiet_copy, step_of
+from lightning_hessian.step.isolation import RandomState
+from lightning_hessian.step.passes import Passes, no_loss_again
 
 _FIRST = 1e-4
 """Where the search begins for penalties by differences: ``two_pass`` moves each weight by 0.014 there."""

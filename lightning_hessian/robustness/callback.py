@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_hessian import radius
-from lightning_hessian.attacks import FGSM, PGD, Attack, GradientAttack, logits_of, undisturbed
-from lightning_hessian.batches import InputChoice, part_of, select_inputs, tensors_in
-from lightning_hessian.checks import whole_number
+from lightning_hessian.arguments import whole_number
+from lightning_hessian.robustness import radius
+from lightning_hessian.robustness.attacks import FGSM, PGD, Attack, GradientAttack, logits_of, undisturbed
+from lightning_hessian.step.batches import InputChoice, part_of, select_inputs, tensors_in
 
 TargetChoice = str | int | Callable[[Any], Tensor] | None
 """Which tensor of a batch holds the classes: a key or an attribute's name, an index, a function of the batch, or None
@@ -46,7 +46,7 @@ class AdversarialAccuracy(Callback):
             ``trainer.test`` always measure.
         max_samples: measure the first ones only, this many on all ranks together. None: all. (Each PGD step costs a
             forward and a backward pass.)
-        radius_estimate: log the mean of :func:`~lightning_hessian.radius.radius_estimate` too, a local second-order
+        radius_estimate: log the mean of :func:`~lightning_hessian.radius_estimate` too, a local second-order
             estimate and no certificate, over the samples where it is finite.
         inputs: which tensor of the batch is x: a key, an index, or a function of the batch; by default the first
             floating-point one.
@@ -58,7 +58,7 @@ class AdversarialAccuracy(Callback):
 
     Example:
         >>> import lightning as L
-        >>> from lightning_hessian.attacks import FGSM, PGD
+        >>> from lightning_hessian.robustness.attacks import FGSM, PGD
         >>> trainer = L.Trainer(
         ...     callbacks=[AdversarialAccuracy([FGSM(0.1), PGD(0.1, steps=10)], max_samples=1000)],
         ...     logger=False, enable_checkpointing=False,

@@ -17,13 +17,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_hessian.curvature import ProbeSource, padding_rows
-from lightning_hessian.curvature.first_order import GradientSum, is_sharded, local, local_part, movable
-from lightning_hessian.nonfinite import BackwardWatch
-from lightning_hessian.passes import Passes, no_loss_again, same_loss
+from lightning_hessian.curvature.displacement import GradientSum, is_sharded, local, local_part, movable
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty
+from lightning_hessian.regularization.nonfinite import BackwardWatch
+from lightning_hessian.step.passes import Passes, no_loss_again, same_loss
 
 if TYPE_CHECKING:
-    from lightning_hessian.callbacks.regularizer import HessianRegularizer
+    from lightning_hessian.regularization.callback import HessianRegularizer
 
 
 _switched_off = ContextVar("_switched_off", default=False)

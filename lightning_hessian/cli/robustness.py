@@ -6,8 +6,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_hessian.callbacks import AdversarialAccuracy
-from lightning_hessian.training.data import ImageData
+from lightning_hessian.cli.data import ImageData
+from lightning_hessian.robustness.callback import AdversarialAccuracy
 
 
 class PixelAdversarialAccuracy(AdversarialAccuracy):

@@ -30,13 +30,13 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
-from lightning_hessian.state import RandomState
-from lightning_hessian.suggestion import suggest_strength
-from lightning_hessian.training.checkpoint import check_checkpoint
-from lightning_hessian.training.classifier import Classifier
-from lightning_hessian.training.data import ImageData
-from lightning_hessian.training.report import Report, report, side_by_side
-from lightning_hessian.training.user_errors import Diverged, in_one_line, tell
+from lightning_hessian.cli.checkpoint import check_checkpoint
+from lightning_hessian.cli.classifier import Classifier
+from lightning_hessian.cli.data import ImageData
+from lightning_hessian.cli.report import Report, report, side_by_side
+from lightning_hessian.cli.user_errors import Diverged, in_one_line, tell
+from lightning_hessian.regularization.suggest import suggest_strength
+from lightning_hessian.step.isolation import RandomState
 
 AUTO = "auto"
 """In place of a strength: choose one before training."""
@@ -312,6 +312,6 @@ def main() -> None:
 ConfigStore.instance().store("schema", Config)
 
 if __name__ == "__main__":
-    from lightning_hessian.training import cli  # whose frames have the package's name, by which errors are told
+    from lightning_hessian.cli import command  # whose frames have the package's name, by which errors are told
 
-    cli.main()
+    command.main()

@@ -20,7 +20,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_hessian.batches import tensors_in
 from lightning_hessian.curvature import (
     BatchedHessianOperator,
     Eigenpairs,
@@ -31,10 +30,11 @@ from lightning_hessian.curvature import (
     moments,
     spectral_density,
 )
-from lightning_hessian.injection import loss_of, without_penalties
-from lightning_hessian.passes import Passes
-from lightning_hessian.standalone import training_step
-from lightning_hessian.state import RandomState, evaluation_mode, seed_all
+from lightning_hessian.regularization.injection import loss_of, without_penalties
+from lightning_hessian.regularization.standalone import training_step
+from lightning_hessian.step.batches import tensors_in
+from lightning_hessian.step.isolation import RandomState, evaluation_mode, seed_all
+from lightning_hessian.step.passes import Passes
 
 Loss = Callable[[LightningModule, Any], Tensor]
 """``loss(module, batch)``: the mean loss of a batch."""

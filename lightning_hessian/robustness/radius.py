@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_hessian.attacks import Model, logits_of, runner_up, undisturbed
-from lightning_hessian.checks import whole_number
+from lightning_hessian.arguments import whole_number
 from lightning_hessian.curvature import ProbeSource, SampleHessians, higher_order
-from lightning_hessian.curvature.directions import lanczos, unit
+from lightning_hessian.curvature.eigenvectors import lanczos, unit
+from lightning_hessian.robustness.attacks import Model, logits_of, runner_up, undisturbed
 
 
 def radius_estimate(model: Model, x: Tensor, y: Tensor, iterations: int = 5) -> Tensor:

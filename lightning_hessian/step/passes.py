@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
-from lightning_hessian.batches import exchanged, select_inputs, tensors_in
 from lightning_hessian.curvature import ProbeSource, higher_order, watch_losses
 from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
-from lightning_hessian.state import Snapshot, evaluation_mode
+from lightning_hessian.step.batches import exchanged, select_inputs, tensors_in
+from lightning_hessian.step.isolation import Snapshot, evaluation_mode
 
 
 @dataclass(frozen=True)

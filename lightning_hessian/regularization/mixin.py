@@ -10,9 +10,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_hessian.callbacks.regularizer import HessianRegularizer, load_states, save_states
-from lightning_hessian.injection import log_skipped, penalized
 from lightning_hessian.penalties import InputPenalty
+from lightning_hessian.regularization.callback import HessianRegularizer, load_states, save_states
+from lightning_hessian.regularization.injection import log_skipped, penalized
 
 Output = TypeVar("Output")
 

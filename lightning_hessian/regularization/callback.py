@@ -18,12 +18,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_hessian.checks import choice, is_number, whole_number
-from lightning_hessian.curvature.first_order import local
+from lightning_hessian.arguments import choice, is_number, whole_number
+from lightning_hessian.curvature.displacement import local
 from lightning_hessian.curvature.graph import kinked_layers, kinks, nodes, without_hooks
-from lightning_hessian.injection import by_name, log_skipped, penalized
-from lightning_hessian.passes import Passes, check_layer, layers_without_gradients
 from lightning_hessian.penalties import Difference, InputPenalty, Penalty, StepContext
+from lightning_hessian.regularization.injection import by_name, log_skipped, penalized
+from lightning_hessian.step.passes import Passes, check_layer, layers_without_gradients
 
 Strength = float | SupportsFloat | Callable[[int], float]
 """The factor of a penalty in the loss, or a function from the optimizer step to it. (A float is a SupportsFloat as

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_hessian.checks import choice, is_number, whole_number
+from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.state import Snapshot, evaluation_mode
+from lightning_hessian.step.isolation import Snapshot, evaluation_mode
 
 Model = Callable[[Tensor], Tensor]
 """x -> logits of shape (samples, classes); usually an nn.Module."""

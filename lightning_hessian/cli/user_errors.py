@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_hessian.cli.data import DataUnavailable
 from lightning_hessian.curvature import HigherOrderError
-from lightning_hessian.training.data import DataUnavailable
 
 
 class Diverged(RuntimeError):

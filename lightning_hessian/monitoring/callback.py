@@ -21,11 +21,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
-from lightning_hessian.checks import choice, whole_number, writable_directory
+from lightning_hessian.arguments import choice, whole_number, writable_directory
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
 from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.curvature.spectrum import check_eigenvalues
-from lightning_hessian.measurement import Curvature, Loss, Measurement, NoLoss, Settings, fixed_batches
+from lightning_hessian.monitoring.measurement import Curvature, Loss, Measurement, NoLoss, Settings, fixed_batches
 
 Stage = Literal["train", "val", "test"]
 _LOADERS = {"train": "train_dataloader", "val": "val_dataloaders", "test": "test_dataloaders"}
@@ -413,7 +413,7 @@ class CurvatureMonitor(Callback):
         boards = self._tensorboards(trainer) if self.figures else []
         if not (boards or self.png_directory) or importlib.util.find_spec("matplotlib") is None:
             return
-        from lightning_hessian import figures
+        from lightning_hessian.monitoring import figures
 
         now = history[-1]
         if not all(math.isfinite(value) for value in now.scalars().values()):

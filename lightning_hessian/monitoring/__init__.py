@@ -1,0 +1,1 @@
+"""Curvature measured while a model trains."""

@@ -1,0 +1,1 @@
+"""Penalties added to the loss of a LightningModule."""

@@ -1,0 +1,1 @@
+"""One training step as a thing that can be run again."""
