@@ -9,8 +9,10 @@ from lightning_hessian.penalties import (
     InputHessianNorm,
     InputPenalty,
     JacobianNorm,
+    Needs,
     Penalty,
     StepContext,
+    WeightPenalty,
 )
 from lightning_hessian.regularization.callback import HessianRegularizer
 from lightning_hessian.regularization.mixin import HessianRegularizationMixin
@@ -33,12 +35,14 @@ __all__ = [
     "InputHessianNorm",
     "InputPenalty",
     "JacobianNorm",
+    "Needs",
     "PGD",
     "Penalty",
     "ProbeSource",
     "StepContext",
     "StrengthSuggestion",
     "Verification",
+    "WeightPenalty",
     "higher_order",
     "radius_estimate",
     "suggest_strength",

@@ -36,7 +36,7 @@ from lightning_hessian.cli.data import ImageData
 from lightning_hessian.cli.report import Report, report, side_by_side
 from lightning_hessian.cli.user_errors import Diverged, in_one_line, tell
 from lightning_hessian.regularization.suggest import suggest_strength
-from lightning_hessian.step.isolation import RandomState
+from lightning_hessian.step.isolation import random_state_kept
 
 AUTO = "auto"
 """In place of a strength: choose one before training."""
@@ -150,14 +150,11 @@ def _choose_strengths(
     if trainer.world_size == 1:  # processes that are yet to be forked cannot share a GPU that was used before
         module.to(trainer.strategy.root_device)
     penalties = {i: penalty for i, penalty in enumerate(regularizer.penalties) if each[i] == AUTO}
-    random = RandomState.now(module.device)
-    try:
+    with random_state_kept(module.device):
         found = [
             {i: suggest_strength(twin, data.training_batches(AUTO_BATCHES), p) for i, p in penalties.items()}
             for twin in _while_it_learns(module, data, trainer)
         ]
-    finally:
-        random.restore()
     for i, penalty in penalties.items():
         least = min((here[i] for here in found), key=float)
         each[i] = least.strength

@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.data import ImageData
 from lightning_hessian.curvature import select_parameters
-from lightning_hessian.monitoring.measurement import Curvature, Measurement, Settings
+from lightning_hessian.monitoring.measurement import Curvature, Measurement, MeasurementConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The end of a run.
 
@@ -63,8 +63,14 @@ def side_by_side(reports: Mapping[str, Report]) -> str:
 
     Example:
         >>> from lightning_hessian.curvature import Estimate
-        >>> curvature = Curvature(9, Estimate(4.0, 0.5, 10), Estimate(1.0, 0.1, 10), {}, [(2.0, 0.01)], [(0.0, 0.01)])
-        >>> print(side_by_side({"this run": Report(0.9, 0.3, curvature, 500, {}, Path("here"), False)}))
+        >>> trace, norm = Estimate(4.0, 0.5, 10), Estimate(1.0, 0.1, 10)
+        >>> ends = {"largest": [(2.0, 0.01)], "smallest": [(0.0, 0.01)]}
+        >>> curvature = Curvature(step=9, trace=trace, frobenius_norm=norm, layers={}, **ends)
+        >>> run = Report(
+        ...     test_accuracy=0.9, test_loss=0.3, curvature=curvature, images=500, robustness={},
+        ...     directory=Path("here"), tensorboard=False,
+        ... )
+        >>> print(side_by_side({"this run": run}))
         <BLANKLINE>
                             this run
         test accuracy       0.9000
@@ -100,17 +106,19 @@ def report(trainer: Trainer, module: Classifier, data: ImageData, samples: int, 
         (images.to(module.device), labels.to(module.device)) for images, labels in data.training_samples(samples)
     ]
     parameters = select_parameters(dict(module.named_parameters()))
-    settings = Settings(probes, 1, LANCZOS, 0, {}, {}, seed)
-    measurement = Measurement(
-        trainer, module, batches, parameters, settings, training_mode=False, loss=lambda _, batch: module.loss(batch)
+    config = MeasurementConfig(
+        probes=probes, eigenvalues=1, iterations=LANCZOS, density_runs=0, layers={}, spaces={}, seed=seed
     )
-    curvature, _ = measurement.take(trainer.global_step, module.lr)
+    measurement = Measurement(
+        trainer, module, batches, parameters, config, training_mode=False, loss=lambda _, batch: module.loss(batch)
+    )
+    curvature, _ = measurement.measure(trainer.global_step, module.lr)
     return Report(
-        float(metrics["test/accuracy"]),
-        float(metrics["test/loss"]),
-        curvature,
-        sum(len(labels) for _, labels in batches),
-        {name: float(value) for name, value in metrics.items() if name.startswith("robust/")},
-        Path(trainer.default_root_dir),
-        isinstance(trainer.logger, TensorBoardLogger),
+        test_accuracy=float(metrics["test/accuracy"]),
+        test_loss=float(metrics["test/loss"]),
+        curvature=curvature,
+        images=sum(len(labels) for _, labels in batches),
+        robustness={name: float(value) for name, value in metrics.items() if name.startswith("robust/")},
+        directory=Path(trainer.default_root_dir),
+        tensorboard=isinstance(trainer.logger, TensorBoardLogger),
     )

@@ -3,7 +3,7 @@
 from lightning_hessian.curvature.eigenvectors import lanczos, power_iteration
 from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.higher_order import higher_order
-from lightning_hessian.curvature.hutchinson import Estimate, Moments, hutchinson_trace, moments
+from lightning_hessian.curvature.hutchinson import Estimate, Moments, hutchinson_moments, hutchinson_trace
 from lightning_hessian.curvature.losses import watch_losses
 from lightning_hessian.curvature.operators import (
     BatchedHessianOperator,
@@ -13,7 +13,7 @@ from lightning_hessian.curvature.operators import (
     SampleHessians,
 )
 from lightning_hessian.curvature.parameters import ParameterFilter, padding_rows, select_parameters
-from lightning_hessian.curvature.probes import ProbeSource
+from lightning_hessian.curvature.probes import Distribution, ProbeSource, gaussian, rademacher
 from lightning_hessian.curvature.refusals import refuse_unsound_graph
 from lightning_hessian.curvature.spectrum import (
     Eigenpairs,
@@ -26,6 +26,7 @@ from lightning_hessian.curvature.spectrum import (
 
 __all__ = [
     "BatchedHessianOperator",
+    "Distribution",
     "Eigenpairs",
     "Estimate",
     "ExtremeEigenvalues",
@@ -39,12 +40,14 @@ __all__ = [
     "SampleHessians",
     "SpectralDensity",
     "extreme_eigenvalues",
+    "gaussian",
     "higher_order",
+    "hutchinson_moments",
     "hutchinson_trace",
     "lanczos",
-    "moments",
     "padding_rows",
     "power_iteration",
+    "rademacher",
     "refuse_unsound_graph",
     "select_parameters",
     "spectral_density",

@@ -1,23 +1,26 @@
-"""Curvature from ordinary gradients: parameters moved for a while, gradients summed, a loss that has their sum."""
+"""Losses at displaced parameters: theta moved for a while, gradients summed, a loss that has their sum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_hessian.curvature.graph import without_hooks
+from lightning_hessian.curvature.sharding import local
 
 Move = Callable[[Sequence[Tensor], float], None]
-"""(v, step) -> None: put the tensors at theta + step v."""
+"""(v, distance) -> None: put the tensors at theta + distance v."""
+
+T = TypeVar("T")
 
 
 @contextmanager
-def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
+def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
     """Inside, leaf tensors can be moved in place; afterwards they are what they were, bit for bit.
 
     (theta + s v - 2 s v + s v is not theta in floating point, so one copy is kept.) Of sharded tensors each process
@@ -25,7 +28,7 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
 
     Example:
         >>> w = torch.tensor([0.1, 0.2], requires_grad=True)
-        >>> with movable([w]) as move:
+        >>> with displaced([w]) as move:
         ...     move([torch.tensor([1.0, -1.0])], 0.5)
         ...     w.tolist()
         [0.6000000238418579, -0.30000001192092896]
@@ -36,10 +39,10 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
         parts = [local(tensor) for tensor in tensors]
         before = [part.clone() for part in parts]
 
-    def move(v: Sequence[Tensor], step: float) -> None:
+    def move(v: Sequence[Tensor], distance: float) -> None:
         with _writable(parts):
             for part, old, towards in zip(parts, before, v, strict=True):
-                torch.add(old, towards, alpha=step, out=part)
+                torch.add(old, towards, alpha=distance, out=part)
         torch.clear_autocast_cache()  # it holds weights as they were
 
     try:
@@ -48,6 +51,24 @@ def movable(tensors: Sequence[Tensor]) -> Iterator[Move]:
         with _writable(parts):
             torch._foreach_copy_(parts, before)
         torch.clear_autocast_cache()
+
+
+def at_both_ends(
+    tensors: Sequence[Tensor], v: Sequence[Tensor], distance: float, evaluate: Callable[[], T]
+) -> tuple[T, T]:
+    """What ``evaluate()`` gives at theta + distance v, and then at theta - distance v.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> at_both_ends([w], [torch.ones(2)], 0.5, lambda: w.square().sum().item())
+        (8.5, 2.5)
+    """
+    with displaced(tensors) as move:
+        move(v, distance)
+        ahead = evaluate()
+        move(v, -distance)
+        behind = evaluate()
+    return ahead, behind
 
 
 @contextmanager
@@ -59,97 +80,100 @@ def _writable(parts: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
+def loss_gradient(
+    loss: Tensor, tensors: Sequence[Tensor], scale: float = 1.0, by_backward: bool = False
+) -> list[Tensor | None]:
+    """The gradient of a loss, whose graph is freed; None for a tensor that has no part in it.
+
+    Args:
+        loss: a scalar with its graph.
+        tensors: leaves that require a gradient.
+        scale: multiply the loss by this before it is differentiated, and divide the gradient by it (float16).
+        by_backward: differentiate by ``backward()``, not ``torch.autograd.grad``: reentrant checkpoints and sharded
+            parameters need it. The tensors' own gradients are left alone all the same.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> loss_gradient(w.square().sum(), [w])
+        [tensor([2., 4.])]
+    """
+    scaled = loss if scale == 1 else loss * scale
+    with without_hooks(tensors):  # hooks are for the gradient that is trained on
+        if by_backward:
+            found = _gradient_by_backward(scaled, tensors)
+        else:
+            found = list(torch.autograd.grad(scaled, list(tensors), allow_unused=True))
+    return found if scale == 1 else [None if gradient is None else gradient / scale for gradient in found]
+
+
+def _gradient_by_backward(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    before = [tensor.grad for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.grad = None
+        loss.backward()
+        return [tensor.grad for tensor in tensors]
+    finally:
+        for tensor, gradient in zip(tensors, before, strict=True):
+            tensor.grad = gradient
+
+
 class GradientSum:
     """sum_k w_k L_k and its gradient, of losses that are seen one after the other; no loss's graph is kept.
 
     Args:
-        tensors: leaves, with respect to which.
-        scale: multiply each loss by this before it is differentiated, and divide its gradient by it (float16).
-        by_backward: differentiate by ``backward()``, not ``torch.autograd.grad``: reentrant checkpoints and sharded
-            parameters need it.
-
-    Attributes:
-        value: the sum.
+        tensors: leaves that require a gradient.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> total = GradientSum([w])
         >>> for weight in (0.5, -0.25):
-        ...     total.add((w**2).sum(), weight)
+        ...     loss = (w**2).sum()
+        ...     total.add(weight, loss.detach(), loss_gradient(loss, [w]))
         >>> loss = total.loss()
         >>> loss.backward()
         >>> loss.item(), w.grad
         (1.25, tensor([0.5000, 1.0000]))
     """
 
-    def __init__(self, tensors: Sequence[Tensor], scale: float = 1.0, by_backward: bool = False) -> None:
-        self.tensors = [tensor for tensor in tensors if tensor.requires_grad]
-        self.scale = scale
-        self.by_backward = by_backward
-        self.value: Tensor | None = None
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._value: Tensor | None = None
         self._gradients: list[Tensor | None] = [None] * len(self.tensors)
         self._unit = 1.0  # the gradients are summed in units of this, so that the first need not be multiplied
 
-    def add(self, loss: Tensor, weight: float, look: Callable[[Mapping[Tensor, Tensor]], Any] | None = None) -> Any:
-        """Add ``weight * loss``, whose graph is freed.
+    def add(self, weight: float, value: Tensor, gradient: list[Tensor | None]) -> None:
+        """Add ``weight`` times a loss.
 
         Args:
-            loss: a scalar with its graph.
             weight: its weight.
-            look: called with the loss's own gradient, by tensor; what it returns is returned.
+            value: its value, without a graph.
+            gradient: its gradient, tensor by tensor. The list is emptied: each part is freed as soon as it is summed.
         """
-        found = self.differentiate(loss)
-        named = {tensor: gradient for tensor, gradient in zip(self.tensors, found, strict=True) if gradient is not None}
-        seen = look(named) if look is not None else None
-        del named
-        if self.value is None:
-            self._unit, self.value = weight, torch.zeros_like(loss)
+        if self._value is None:
+            self._unit, self._value = weight, torch.zeros_like(value)
         share = weight / self._unit
-        for i in range(len(found)):
-            gradient, found[i] = found[i], None  # freed one after the other
+        for i in range(len(gradient)):
+            part, gradient[i] = gradient[i], None
             summed = self._gradients[i]
-            if gradient is not None:
+            if part is not None:
                 # Not in place: autograd may hand out one tensor as several gradients.
                 if summed is not None:
-                    self._gradients[i] = torch.add(summed, gradient, alpha=share)
+                    self._gradients[i] = torch.add(summed, part, alpha=share)
                 else:
-                    self._gradients[i] = gradient if share == 1 else gradient * share
-        self.value = self.value + weight * loss.detach()
-        return seen
-
-    def differentiate(self, loss: Tensor) -> list[Tensor | None]:
-        """The gradient of a loss, whose graph is freed, without adding it."""
-        scaled = loss if self.scale == 1 else loss * self.scale
-        with without_hooks(self.tensors):  # they see the sum, once
-            found = self._by_backward(scaled) if self.by_backward else self._by_grad(scaled)
-        if self.scale != 1:
-            found = [None if gradient is None else gradient / self.scale for gradient in found]
-        return found
+                    self._gradients[i] = part if share == 1 else part * share
+        self._value = self._value + weight * value
 
     def loss(self) -> Tensor:
         """A scalar of this value that has this gradient; it can be differentiated once."""
-        assert self.value is not None
+        assert self._value is not None
         used = [(t, g) for t, g in zip(self.tensors, self._gradients, strict=True) if g is not None]
         self._gradients = []
-        return _Known.apply(self.value, [g for _, g in used], self._unit, *(t for t, _ in used))
-
-    def _by_grad(self, loss: Tensor) -> list[Tensor | None]:
-        return list(torch.autograd.grad(loss, self.tensors, allow_unused=True))
-
-    def _by_backward(self, loss: Tensor) -> list[Tensor | None]:
-        before = [tensor.grad for tensor in self.tensors]
-        try:
-            for tensor in self.tensors:
-                tensor.grad = None
-            loss.backward()
-            return [tensor.grad for tensor in self.tensors]
-        finally:
-            for tensor, gradient in zip(self.tensors, before, strict=True):
-                tensor.grad = gradient
+        return _PrecomputedGradient.apply(self._value, [g for _, g in used], self._unit, *(t for t, _ in used))
 
 
-class _Known(torch.autograd.Function):
-    """A value whose gradient is known."""
+class _PrecomputedGradient(torch.autograd.Function):
+    """A value whose gradient was computed before."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], unit: float, *tensors: Tensor) -> Tensor:
@@ -164,46 +188,3 @@ class _Known(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         factor = factor * ctx.unit
         return None, None, None, *(gradients.pop(0) * factor for _ in range(len(gradients)))
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, as the parameters are under FSDP2."""
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that this process holds; any other tensor itself, without its graph."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
-    return part.detach()
-
-
-def local_part(whole: Tensor, like: Any) -> Tensor:
-    """What this process holds of a tensor that is sharded as ``like`` is."""
-    if not is_sharded(like):
-        return whole
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = [Replicate()] * like.device_mesh.ndim
-    part: Tensor = (
-        DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
-        .redistribute(placements=like.placements)
-        .to_local()
-    )
-    return part
-
-
-def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:
-    """v'g over all parts, those of other processes included where the tensors are sharded (as ``like`` is)."""
-    exact = torch.promote_types(like.dtype, torch.float32)
-    flat = [(a.reshape(-1).to(exact), local(g).reshape(-1).to(exact)) for a, g in zip(v, gradients, strict=True)]
-    total = torch.stack([torch.dot(a, g) for a, g in flat]).sum() if flat else like.new_zeros((), dtype=exact)
-    return over_shards(total, like)
-
-
-def over_shards(value: Tensor, like: Any) -> Tensor:
-    """The sum of a value over the processes among which a tensor is sharded."""
-    if is_sharded(like):
-        for dimension, placement in enumerate(like.placements):
-            if placement.is_shard():
-                torch.distributed.all_reduce(value, group=like.device_mesh.get_group(dimension))
-    return value

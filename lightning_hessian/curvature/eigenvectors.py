@@ -10,7 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_hessian.curvature.krylov import BatchedMatvec, krylov, unit
+from lightning_hessian.curvature.krylov import BatchedMatvec, krylov
+from lightning_hessian.curvature.vectors import normalize_rows
 
 Search = Literal["power", "lanczos"]
 SEARCHES = get_args(Search)
@@ -34,11 +35,11 @@ def power_iteration(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Te
         >>> power_iteration(lambda v: scale * v, torch.ones(1, 2), 20).abs().round(decimals=3)
         tensor([[0., 1.]])
     """
-    v = unit(start)
+    v = normalize_rows(start)
     for _ in range(iterations):
         product = matvec(v)
         # Where A v = 0 there is no better direction to be had from it.
-        v = torch.where(product.any(dim=1, keepdim=True), unit(product), v)
+        v = torch.where(product.any(dim=1, keepdim=True), normalize_rows(product), v)
     return v
 
 
@@ -64,11 +65,11 @@ def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
         tensor([[0., 1., 0.]])
     """
     if iterations == 0:
-        return unit(start)
+        return normalize_rows(start)
     space = krylov(matvec, start, iterations)
     ritz_values, ritz_vectors = space.ritz()
     largest = ritz_values.abs().argmax(dim=1)
     chosen = ritz_vectors.gather(2, largest[:, None, None].expand(-1, ritz_vectors.size(1), 1)).squeeze(2).to(start)
     product = torch.einsum("skn,sk->sn", space.basis, torch.einsum("sij,sj->si", space.projected, chosen))
-    product = product + space.rest * chosen[:, -1:]
-    return torch.where(product.any(dim=1, keepdim=True), unit(product), space.basis[:, 0])
+    product = product + space.residual * chosen[:, -1:]
+    return torch.where(product.any(dim=1, keepdim=True), normalize_rows(product), space.basis[:, 0])

@@ -11,15 +11,20 @@ from torch.nn import functional as F
 
 from lightning_hessian.curvature.graph import depends, leaves
 from lightning_hessian.curvature.losses import LossCall, watch_losses
-from lightning_hessian.curvature.probes import ProbeSource, rademacher
+from lightning_hessian.curvature.probes import Distribution, ProbeSource, rademacher
 
 
 def random_factors(
-    losses: watch_losses, loss: Tensor, inputs: Sequence[Tensor], probes: ProbeSource, index: int
+    losses: watch_losses,
+    loss: Tensor,
+    inputs: Sequence[Tensor],
+    probes: ProbeSource,
+    index: int,
+    distribution: Distribution = rademacher,
 ) -> list[tuple[Tensor, Tensor]]:
     r"""Pairs (z, S u) with E_u [J' S u (J' S u)'] = G, where J is the outputs' Jacobian by anything.
 
-    .. math:: G = \sum_e J_e' S_e S_e' J_e, \qquad S_e S_e' = \frac{\partial^2 L}{\partial z_e^2}, \qquad u = \pm 1
+    .. math:: G = \sum_e J_e' S_e S_e' J_e, \qquad S_e S_e' = \frac{\partial^2 L}{\partial z_e^2}, \qquad E[u u'] = I
 
     e counts the elements of the loss (samples, or pixels, or tokens). With a the element's weight in L and p the
     predicted probabilities,
@@ -37,6 +42,7 @@ def random_factors(
         inputs: leaves of the graph that are no parameters: targets and factors may depend on them.
         probes: where u comes from.
         index: of the probe.
+        distribution: of the entries of u.
 
     Returns:
         For each call the outputs z and S u, of z's shape and with their graph.
@@ -65,10 +71,9 @@ def random_factors(
     for position, call in enumerate(calls):
         _refuse_others(call, loss, inputs)
         z = call.arguments["input"] - call.arguments["target"] if call.function is F.mse_loss else call.outputs
-        generator = probes.generator(index * len(calls) + position, z.device)
-        exact = torch.promote_types(z.dtype, torch.float32)
-        u = rademacher(z.numel(), generator, exact).view_as(z)
-        factors.append((z, _factor(call, loss, z.to(exact), u).to(z.dtype)))
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        u = probes.draw(z.numel(), index * len(calls) + position, z.device, dtype, distribution).view_as(z)
+        factors.append((z, _factor(call, loss, z.to(dtype), u).to(z.dtype)))
     return factors
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from types import TracebackType
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import activations, norms, refusals
 from lightning_hessian.curvature.errors import OTHERWISE, HigherOrderError, derivatives_explained, nested_tensor_error
+from lightning_hessian.curvature.modes import in_modes
 from lightning_hessian.curvature.replacements import replacement
 
 # Right as they are, and slow when differentiated three times.
@@ -176,7 +177,7 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
 
             # The generator calls this to recompute; the first run is the caller's own.
             def recomputed(*inputs: Any, **keywords: Any) -> Any:
-                with context._recomputing(), _in_modes(modes):
+                with context._recomputing(), in_modes(modes):
                     return function(*inputs, **keywords)
 
             return generator(recomputed, *args, **kwargs)
@@ -201,19 +202,6 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(checkpoint, name, original)
-
-
-@contextmanager
-def _in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Every layer inside in training or evaluation mode as it was in the run that is recomputed."""
-    changed = [(layer, mode) for layer, mode in modes if layer.training != mode]
-    try:
-        for layer, mode in changed:
-            layer.training = mode
-        yield
-    finally:
-        for layer, mode in changed:
-            layer.training = not mode
 
 
 def _unselected(contexts: Callable[[], Any]) -> Callable[[], Any]:

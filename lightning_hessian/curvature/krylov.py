@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_hessian.curvature.vectors import normalize_rows
+
 BatchedMatvec = Callable[[Tensor], Tensor]
 """Vectors of shape (samples, n) -> A_i v_i, row by row."""
 
@@ -19,28 +21,22 @@ class Krylov:
     Args:
         basis: Q, of shape (samples, m, n). Where a sample's Krylov space is exhausted its further rows are zero.
         projected: T = Q A Q', of shape (samples, m, m), symmetric and tridiagonal.
-        rest: r, of shape (samples, n).
+        residual: r, of shape (samples, n).
     """
 
     basis: Tensor
     projected: Tensor
-    rest: Tensor
+    residual: Tensor
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """The eigenvalues of T, ascending, of shape (samples, m), and its eigenvectors, in columns.
 
         NaN where T is not finite, as where weights have diverged.
         """
-        exact = torch.promote_types(self.projected.dtype, torch.float32)  # there is no eigh for half precision
+        dtype = torch.promote_types(self.projected.dtype, torch.float32)  # there is no eigh for half precision
         finite = self.projected.isfinite().all()
-        values, vectors = torch.linalg.eigh(torch.where(finite, self.projected, 0).to(exact))
+        values, vectors = torch.linalg.eigh(torch.where(finite, self.projected, 0).to(dtype))
         return torch.where(finite, values, torch.nan), torch.where(finite, vectors, torch.nan)
-
-
-def unit(v: Tensor) -> Tensor:
-    """Each row divided by its length; a row of zeros stays one."""
-    length = torch.linalg.vector_norm(v, dim=1, keepdim=True)
-    return v / torch.where(length > 0, length, 1)
 
 
 def krylov(
@@ -57,7 +53,7 @@ def krylov(
     Source:
         Lanczos 1950; Golub and Van Loan, Matrix Computations, chapter 10.
     """
-    q = unit(start)
+    q = normalize_rows(start)
     samples, n = q.shape
     m = min(iterations, n)
     basis, projected = q.new_zeros(samples, m, n), q.new_zeros(samples, m, m)
@@ -65,17 +61,17 @@ def krylov(
         basis[:, k] = q
         product = matvec(q)
         projected[:, k, k] = torch.einsum("sn,sn->s", q, product)
-        rest = _orthogonal(product, basis[:, : k + 1])
+        residual = _orthogonal(product, basis[:, : k + 1])
         if k + 1 == m:
             break
-        size, before = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (rest, product))
+        size, before = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (residual, product))
         # What is left of a product inside the span is rounding.
         left = size > 100 * torch.finfo(q.dtype).eps * before
         projected[:, k, k + 1] = projected[:, k + 1, k] = torch.where(left, size, 0).squeeze(1)
-        q = unit(torch.where(left, rest, 0))
+        q = normalize_rows(torch.where(left, residual, 0))
         if restart is not None and not left.all():
-            q = torch.where(left, q, unit(_orthogonal(restart(), basis[:, : k + 1])))
-    return Krylov(basis, projected, rest)
+            q = torch.where(left, q, normalize_rows(_orthogonal(restart(), basis[:, : k + 1])))
+    return Krylov(basis, projected, residual)
 
 
 def _orthogonal(v: Tensor, basis: Tensor) -> Tensor:

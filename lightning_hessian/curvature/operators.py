@@ -13,6 +13,7 @@ from lightning_hessian.curvature.errors import derivatives_explained
 from lightning_hessian.curvature.graph import without_hooks
 from lightning_hessian.curvature.parameters import refuse_complex
 from lightning_hessian.curvature.refusals import refuse_unsound_graph, without_lost_derivatives
+from lightning_hessian.curvature.vectors import pack, pack_rows, unpack, unpack_rows
 
 
 class LinearOperator(Protocol):
@@ -57,15 +58,13 @@ class _TensorOperator:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
-        self.sizes = [tensor.numel() for tensor in self.tensors]
-        self.size = sum(self.sizes)
+        self.size = sum(tensor.numel() for tensor in self.tensors)
         self.device = self.tensors[0].device
         self.dtype = self.tensors[0].dtype
 
     def split(self, v: Tensor) -> list[Tensor]:
         """Cut a flat vector into views of the tensors' shapes."""
-        parts = zip(v.split(self.sizes), self.tensors, strict=True)
-        return [part.view_as(tensor).to(tensor.dtype) for part, tensor in parts]
+        return unpack(v, self.tensors)
 
 
 class HessianOperator(_TensorOperator):
@@ -105,7 +104,7 @@ class HessianOperator(_TensorOperator):
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
         products = vector_jacobian_product(self.gradient, self.tensors, self.split(v), create_graph, self.custom)
-        return torch.cat([part.reshape(-1).to(self.dtype) for part in products])
+        return pack(products, self.dtype)
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
         """v'Hv as a scalar that can be differentiated.
@@ -116,11 +115,9 @@ class HessianOperator(_TensorOperator):
         """
         kept = range(len(self.tensors)) if only is None else only
         tensors = [self.tensors[i] for i in kept]
-        # A model may mix types: each part of the probe takes its tensor's.
-        flat = [part.to(t.dtype) for part, t in zip(v.split([t.numel() for t in tensors]), tensors, strict=True)]
-        parts = [part.view_as(tensor) for part, tensor in zip(flat, tensors, strict=True)]
+        parts = unpack(v, tensors)
         products = vector_jacobian_product([self.gradient[i] for i in kept], tensors, parts, True, self.custom)
-        dots = [torch.dot(a.reshape(-1), b).to(self.dtype) for a, b in zip(products, flat, strict=True)]
+        dots = [torch.dot(a.reshape(-1), b.reshape(-1)).to(self.dtype) for a, b in zip(products, parts, strict=True)]
         return torch.stack(dots).sum()
 
 
@@ -224,12 +221,12 @@ class SampleHessians:
     @property
     def gradient(self) -> Tensor:
         """Of each sample's loss by its input, of shape (samples, n), with its graph."""
-        return rows(self._gradients)
+        return pack_rows(self._gradients)
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
         """H_i v_i, of shape (samples, n)."""
-        parts = split_rows(v, self.inputs)
-        return rows(vector_jacobian_product(self._gradients, self.inputs, parts, create_graph, self._custom))
+        parts = unpack_rows(v, self.inputs)
+        return pack_rows(vector_jacobian_product(self._gradients, self.inputs, parts, create_graph, self._custom))
 
 
 def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 1) -> list[Tensor]:
@@ -249,17 +246,6 @@ def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 
             "Choose the right one with `inputs=`, or a layer behind which gradients flow with `layer=`."
         )
     return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, inputs, strict=True)]
-
-
-def rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of shape (samples, ...) as one of shape (samples, n), side by side."""
-    return torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
-
-
-def split_rows(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo :func:`rows`: parts of the shapes and types of the tensors ``like``."""
-    parts = v.split([tensor[0].numel() for tensor in like], dim=1)
-    return [part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
 
 
 def vector_jacobian_product(

@@ -83,7 +83,7 @@ def extreme_eigenvalues(
     space = krylov(partial(matmat, operator), draw(), iterations, restart=draw)
     values, vectors = space.ritz()
     # A y - theta y = (last entry of the eigenvector of T) r.
-    residuals = vectors[0, -1].abs() * torch.linalg.vector_norm(space.rest).to(values)
+    residuals = vectors[0, -1].abs() * torch.linalg.vector_norm(space.residual).to(values)
     residuals = residuals.clamp(min=_ROUNDING * torch.finfo(operator.dtype).eps * values.abs().max().item())
 
     def pairs(chosen: Tensor) -> Eigenpairs:
@@ -166,7 +166,7 @@ def spectral_density(operator: LinearOperator, runs: int = 4, iterations: int = 
     whole_number("runs", runs, 1)
     whole_number("iterations", iterations, 1)
     source = ProbeSource(seed)
-    starts = [source.rademacher(operator.size, run, operator.device, operator.dtype) for run in range(runs)]
+    starts = [source.draw(operator.size, run, operator.device, operator.dtype) for run in range(runs)]
     space = krylov(partial(matmat, operator), torch.stack(starts), iterations)
     nodes, vectors = space.ritz()
     return SpectralDensity(nodes, vectors[:, 0].square(), nodes.numel())

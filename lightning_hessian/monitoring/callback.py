@@ -25,7 +25,8 @@ from lightning_hessian.arguments import choice, whole_number, writable_directory
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
 from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.curvature.spectrum import check_eigenvalues
-from lightning_hessian.monitoring.measurement import Curvature, Loss, Measurement, NoLoss, Settings, fixed_batches
+from lightning_hessian.monitoring.measurement import Curvature, Loss, Measurement, MeasurementConfig, fixed_batches
+from lightning_hessian.step.repeatable import BatchSkipped
 
 Stage = Literal["train", "val", "test"]
 _LOADERS = {"train": "train_dataloader", "val": "val_dataloaders", "test": "test_dataloaders"}
@@ -107,6 +108,7 @@ class CurvatureMonitor(Callback):
 
     def __init__(
         self,
+        *,
         every_n_epochs: int = 1,
         every_n_steps: int | None = None,
         batches: Literal["train", "val"] = "train",
@@ -245,7 +247,7 @@ class CurvatureMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._is_first:  # not in `on_train_start`, which the module's own hooks follow
-            self._take(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._measure(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
             self._is_first = False
 
     def on_train_batch_end(
@@ -257,11 +259,11 @@ class CurvatureMonitor(Callback):
         # Lightning counts this batch later: loggers then have the curvature at the step of the next loss.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         if step % self.every_n_steps == 0:
-            self._take(trainer, step)
+            self._measure(trainer, step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._take(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._measure(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measurement = None
@@ -272,19 +274,22 @@ class CurvatureMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._take_alone(trainer, pl_module, "val")
+            self._measure_alone(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._take_alone(trainer, pl_module, "test")
+        self._measure_alone(trainer, pl_module, "test")
 
-    def _take_alone(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
+    def _measure_alone(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
         measurement = self._prepared(trainer, module, stage)
-        curvature, _ = measurement.take(trainer.global_step, None)
+        try:
+            curvature, _ = measurement.measure(trainer.global_step, None)
+        except BatchSkipped as skipped:
+            raise MisconfigurationException(_NO_LOSS) from skipped
         # Equal on all ranks already: reducing only tells Lightning so.
         module.log_dict({_key(stage, name): value for name, value in curvature.scalars().items()}, sync_dist=True)
         self._draw(trainer, [curvature], stage)
 
-    def _take(self, trainer: Trainer, step: int) -> None:
+    def _measure(self, trainer: Trainer, step: int) -> None:
         assert self._measurement is not None
         before = self._measurement.parameters
         self._choose(self._measurement)
@@ -293,13 +298,13 @@ class CurvatureMonitor(Callback):
             rank_zero_info(
                 f"At step {step} CurvatureMonitor measures {more} parameter tensors more: they were unfrozen."
             )
-        groups = self._measurement.settings.spaces
+        groups = self._measurement.config.spaces
         try:
-            curvature, spaces = self._measurement.take(step, max(_learning_rates(trainer), default=None))
-        except NoLoss as error:
+            curvature, spaces = self._measurement.measure(step, max(_learning_rates(trainer), default=None))
+        except BatchSkipped as skipped:
             if self._is_first:
-                raise
-            rank_zero_warn(f"At step {step} nothing is measured. {error}")
+                raise MisconfigurationException(_NO_LOSS) from skipped
+            rank_zero_warn(f"At step {step} nothing is measured. {_NO_LOSS}")
             return
         now = {group: (groups[group][0], space) for group, space in spaces.items()}
         overlaps = {
@@ -318,8 +323,16 @@ class CurvatureMonitor(Callback):
         self._draw(trainer, self.history, self.batches)
 
     def _prepared(self, trainer: Trainer, module: LightningModule, stage: Stage) -> Measurement:
-        nothing = Settings(self.probes, self.eigenvalues, self.iterations, self.density_runs, {}, {}, self.seed)
-        measurement = Measurement(trainer, module, [], {}, nothing, self.mode == "train", self.loss)
+        config = MeasurementConfig(
+            probes=self.probes,
+            eigenvalues=self.eigenvalues,
+            iterations=self.iterations,
+            density_runs=self.density_runs,
+            layers={},
+            spaces={},
+            seed=self.seed,
+        )
+        measurement = Measurement(trainer, module, [], {}, config, self.mode == "train", self.loss)
         try:
             self._choose(measurement)
             for glob, dimension in self.overlap.items():
@@ -361,7 +374,7 @@ class CurvatureMonitor(Callback):
             if dimension <= sum(chosen[name].numel() for name in names):
                 spaces[_short(glob)] = names, dimension
         measurement.parameters = chosen
-        measurement.settings = dataclasses.replace(measurement.settings, layers=layers, spaces=spaces)
+        measurement.config = dataclasses.replace(measurement.config, layers=layers, spaces=spaces)
 
     def _fixed_batches(self, trainer: Trainer, module: LightningModule, stage: Stage) -> list[Any]:
         in_fit = trainer.state.fn == TrainerFn.FITTING
@@ -432,6 +445,12 @@ class CurvatureMonitor(Callback):
             if self.png_directory is not None:
                 prefix = "" if stage == "train" else f"{stage}_"
                 figure.savefig(self.png_directory / f"{prefix}{name}_step={now.step}.png")
+
+
+_NO_LOSS = (
+    "The training step returned None for a batch that CurvatureMonitor measures on, so there is no loss. Pass "
+    "loss=lambda module, batch: ... to it."
+)
 
 
 def _learning_rates(trainer: Trainer) -> list[float]:

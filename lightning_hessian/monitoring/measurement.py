@@ -27,25 +27,22 @@ from lightning_hessian.curvature import (
     SpectralDensity,
     extreme_eigenvalues,
     higher_order,
-    moments,
+    hutchinson_moments,
     spectral_density,
 )
-from lightning_hessian.regularization.injection import loss_of, without_penalties
-from lightning_hessian.regularization.standalone import training_step
-from lightning_hessian.step.batches import tensors_in
-from lightning_hessian.step.isolation import RandomState, evaluation_mode, seed_all
-from lightning_hessian.step.passes import Passes
+from lightning_hessian.curvature.modes import evaluation_mode
+from lightning_hessian.step.batches import samples_in
+from lightning_hessian.step.isolation import random_state_kept, seed_all, without_penalties
+from lightning_hessian.step.repeatability import check_repeatable
+from lightning_hessian.step.repeatable import BatchSkipped, RepeatableStep
+from lightning_hessian.step.training_step import training_step
 
 Loss = Callable[[LightningModule, Any], Tensor]
 """``loss(module, batch)``: the mean loss of a batch."""
 
 
-class NoLoss(MisconfigurationException):
-    """The step skips a batch that was to be measured."""
-
-
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class MeasurementConfig:
     """What is measured, and how well.
 
     Args:
@@ -67,7 +64,7 @@ class Settings:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Curvature:
     """One measurement of the Hessian H of a mean loss with respect to the parameters.
 
@@ -141,7 +138,7 @@ class Measurement:
         module: the module.
         batches: this process's batches, on the module's device.
         parameters: with respect to which, by name.
-        settings: what to measure.
+        config: what to measure.
         training_mode: the layers as they are (in training mode, with the dropout masks of the seed) instead of all in
             evaluation mode.
         loss: by default the module's training step.
@@ -153,7 +150,7 @@ class Measurement:
         module: LightningModule,
         batches: Sequence[Any],
         parameters: Mapping[str, Tensor],
-        settings: Settings,
+        config: MeasurementConfig,
         training_mode: bool,
         loss: Loss | None,
     ) -> None:
@@ -161,47 +158,48 @@ class Measurement:
         self.module = module
         self.batches = batches
         self.parameters = parameters
-        self.settings = settings
+        self.config = config
         self.training_mode = training_mode
         self.loss = loss
         self._is_repeatable = False
 
-    def take(self, step: int, learning_rate: float | None) -> tuple[Curvature, dict[str, Tensor]]:
+    def measure(self, step: int, learning_rate: float | None) -> tuple[Curvature, dict[str, Tensor]]:
         """Measure now.
 
         Returns:
-            The measurement, and the top eigenvectors of the groups in ``settings.spaces``, as rows.
+            The measurement, and the top eigenvectors of the groups in ``config.spaces``, as rows.
 
         Raises:
-            MisconfigurationException: the step gives no differentiable loss.
+            BatchSkipped: the step has no loss for a batch.
+            MisconfigurationException: the step's loss cannot be differentiated.
             HigherOrderError: an operator of the model cannot be differentiated twice.
         """
-        settings, seed = self.settings, self.settings.seed
+        config, seed = self.config, self.config.seed
         with self._operator_of() as operator_of:
             operator = operator_of(list(self.parameters))
-            found = moments(operator, settings.probes, seed, self._rows(settings.layers))
-            ends = extreme_eigenvalues(operator, settings.eigenvalues, settings.eigenvalues, settings.iterations, seed)
-            density, matvecs = None, settings.probes + ends.matvecs
-            if settings.density_runs:
-                density = spectral_density(operator, settings.density_runs, settings.iterations, seed)
+            found = hutchinson_moments(operator, config.probes, seed, self._rows(config.layers))
+            ends = extreme_eigenvalues(operator, config.eigenvalues, config.eigenvalues, config.iterations, seed)
+            density, matvecs = None, config.probes + ends.matvecs
+            if config.density_runs:
+                density = spectral_density(operator, config.density_runs, config.iterations, seed)
                 matvecs += density.matvecs
             spaces = {}
-            for group, (names, dimension) in settings.spaces.items():
+            for group, (names, dimension) in config.spaces.items():
                 # More products than for single eigenvalues: the last of a space converges last.
-                top = extreme_eigenvalues(operator_of(names), dimension, 0, settings.iterations + dimension, seed)
+                top = extreme_eigenvalues(operator_of(names), dimension, 0, config.iterations + dimension, seed)
                 spaces[group] = top.largest.vectors
                 matvecs += top.matvecs
         largest = _listed(ends.largest)
         stability = None if learning_rate is None else learning_rate * largest[0][0] / 2
         curvature = Curvature(
-            step,
-            found.trace,
-            found.frobenius_norm,
-            found.blocks,
-            largest,
-            _listed(ends.smallest),
-            stability,
-            learning_rate,
+            step=step,
+            trace=found.trace,
+            frobenius_norm=found.frobenius_norm,
+            layers=found.blocks,
+            largest=largest,
+            smallest=_listed(ends.smallest),
+            stability=stability,
+            learning_rate=learning_rate,
             density=density,
             matvecs=matvecs,
         )
@@ -218,10 +216,9 @@ class Measurement:
         module, trainer = self.module, self.trainer
         # After a fit by spawned processes there is one again.
         several = trainer.world_size > 1 and torch.distributed.is_initialized()
-        state = RandomState.now(module.device)
         context = higher_order(module, derivatives=2)
         with ExitStack() as stack:
-            stack.callback(state.restore)
+            stack.enter_context(random_state_kept(module.device))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_penalties())
@@ -230,34 +227,23 @@ class Measurement:
             stack.enter_context(torch.autocast(module.device.type, enabled=False))
             stack.enter_context(evaluation_mode(() if self.training_mode else module.modules()))
             stack.enter_context(_unfrozen(self.parameters.values()))
-            passes = []
+            steps = []
             for index, batch in enumerate(self.batches):
-                seed_all(self.settings.seed + index, module.device)  # the same dropout masks in every measurement
+                seed_all(self.config.seed + index, module.device)  # the same dropout masks in every measurement
                 step = partial(self._step, index)
-                passes.append(Passes(module, step, batch, [], loss_of, repeated=True, context=context))
+                steps.append(RepeatableStep(module, step, batch, copies_batch=True, context=context))
             stack.enter_context(context.explained())
 
-            if not self._is_repeatable and (first := passes[0].at_present(for_real=False).loss) is not None:
-                passes[0].check_repeatable(first, "CurvatureMonitor")
-                self._is_repeatable = True
-
             def loss(index: int) -> Tensor:
-                knew = context.takes_gradients
-                found = passes[index].at_present(for_real=False).loss
-                if context.takes_gradients and not knew:  # the next run replaces the fused norms, too
-                    found = passes[index].at_present(for_real=False).loss
-                if found is None:
-                    raise no_loss
-                return found
+                return steps[index].rerun().loss
 
-            no_loss = NoLoss(
-                "The training step returned None for a batch that CurvatureMonitor measures on, so there is no loss. "
-                "Pass loss=lambda module, batch: ... to it."
-            )
             if several:  # products are collective: all ranks measure or none
-                complete = all(one.at_present(for_real=False).loss is not None for one in passes)
+                complete = all(map(_has_loss, steps))
                 if not trainer.strategy.reduce_boolean_decision(complete, all=True):
-                    raise no_loss
+                    raise BatchSkipped(None)
+            if not self._is_repeatable:
+                check_repeatable(module, partial(loss, 0), loss(0), "CurvatureMonitor")
+                self._is_repeatable = True
 
             def operator_of(names: Sequence[str]) -> BatchedHessianOperator:
                 return BatchedHessianOperator(
@@ -293,9 +279,12 @@ def _listed(pairs: Eigenpairs) -> list[tuple[float, float]]:
     return list(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True))
 
 
-def samples_in(batch: Any) -> int:
-    """The first dimension of the first tensor that has one; 1 where none has."""
-    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), 1)
+def _has_loss(step: RepeatableStep) -> bool:
+    try:
+        step.rerun()
+    except BatchSkipped:
+        return False
+    return True
 
 
 def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) -> list[Any]:
@@ -310,19 +299,15 @@ def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) 
             cannot be copied.
     """
     trainer = module.trainer
-    copies = apply_to_collection(loaders, DataLoader, _apart)
+    copies = apply_to_collection(loaders, DataLoader, _independent_copy)
     if isinstance(copies, Iterator):
         raise _one_pass_only(copies)
-    state = RandomState.now(module.device)
-    try:
+    with random_state_kept(module.device), torch.inference_mode(False), torch.no_grad():
         seed_all(seed, module.device)
-        with torch.inference_mode(False), torch.no_grad():
-            return [_as_in_training(trainer, module, batch) for batch in islice(_batches(copies), count)]
-    finally:
-        state.restore()
+        return [_as_in_training(trainer, module, batch) for batch in islice(_batches(copies), count)]
 
 
-def _apart(loader: DataLoader) -> DataLoader:
+def _independent_copy(loader: DataLoader) -> DataLoader:
     """A copy that shares the data, and nothing that moves as they are read."""
     dataset = _with_own_randomness(loader.dataset)
     if isinstance(dataset, IterableDataset) and isinstance(dataset, Iterator):

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_hessian.arguments import choice, positive_or_none, whole_number
-from lightning_hessian.curvature import (
-    HessianOperator,
-    ParameterFilter,
-    ProbeSource,
-    power_iteration,
-    select_parameters,
-)
-from lightning_hessian.curvature.eigenvectors import unit
-from lightning_hessian.curvature.parameters import check_filter
-from lightning_hessian.penalties.base import Difference, Penalty, Product, StepContext, needs_own_runs
+from lightning_hessian.curvature import ParameterFilter
+from lightning_hessian.penalties.base import Needs, WeightPenalty
+from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
+from lightning_hessian.penalties.norm_estimators import AutogradNorm, CentralDifferenceNorm, NormEstimator, PowerVector
+from lightning_hessian.penalties.step_context import StepContext
 
 Method = Literal["autograd", "central_difference"]
 
-FIRST_SEARCH = 5
-"""Iterations to spend in addition where there is no v yet."""
 
-
-class HessianNorm(Penalty):
+class HessianNorm(WeightPenalty):
     r"""||H||_2, H the Hessian of the batch-mean loss with respect to the parameters: its largest absolute eigenvalue.
 
     Power iteration that goes on from step to step: a unit vector v over the parameters is kept, and
@@ -95,9 +85,11 @@ class HessianNorm(Penalty):
         self,
         iterations: int = 1,
         method: Method = "autograd",
+        *,
         parameters: ParameterFilter = None,
         step: float | None = None,
     ) -> None:
+        super().__init__(parameters)
         whole_number("iterations", iterations, 1, "the power iterations of a step")
         choice("method", method, get_args(Method))
         positive_or_none("step", step, "how far the parameters move")
@@ -105,145 +97,35 @@ class HessianNorm(Penalty):
             raise ValueError(f"step={step} is that of method='central_difference', not {method!r}.")
         self.iterations = iterations
         self.method = method
-        check_filter(parameters)
-        self.parameters = parameters
         self.step = step
-        self._v: dict[str, Tensor] = {}
-        self._sign = 1.0
+        self._vector = PowerVector()
 
     @property
-    def derivatives(self) -> int:
-        return 3 if self.method == "autograd" else 1
+    def needs(self) -> Needs:
+        return self._estimator.needs
 
-    @property
-    def by_differences(self) -> bool:
-        return self.method == "central_difference"
+    def value(self, context: StepContext) -> Tensor:
+        return self._estimator.value(context)
 
-    @property
-    def needs_smoothness(self) -> bool:
-        return self.by_differences
+    def differences(self, context: DifferenceContext) -> list[SecondDifference]:
+        return self._estimator.differences(context)
 
-    @property
-    def needs_full_precision(self) -> bool:
-        # A second difference by a small step is rounding in 8 bits.
-        return self.by_differences
-
-    @property
-    def needs_whole_parameters(self) -> bool:
-        return True  # v is
-
-    def check(self, parameters: Mapping[str, Tensor]) -> None:
-        select_parameters(parameters, self.parameters)
+    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        return self._estimator.with_fixed_direction(context)
 
     def state_dict(self) -> dict[str, Any]:
         """v by the names of the parameters, and the sign of v'Hv; empty before the first step."""
-        return {"v": self._v, "sign": self._sign} if self._v else {}
+        return self._vector.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._v = dict(state.get("v", {}))
-        self._sign = state.get("sign", 1.0)
+        self._vector.load_state_dict(state)
 
-    def value(self, context: StepContext) -> Tensor:
-        if self.by_differences:
-            raise needs_own_runs(self.method)
-        u, _, product = self._iterate(context)
-        self._keep(u, self._chosen(context.parameters))
-        return torch.dot(u, product)
-
-    def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
-        u, v, _ = self._iterate(context)
-        return lambda other: torch.dot(u, self._hessian(other).matvec(v, create_graph=True))
-
-    def _iterate(self, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        """u and v, and this rank's Hv with its graph."""
-        hessian = self._hessian(context)
-
-        def matvec(v: Tensor) -> Tensor:
-            return context.mean_over_ranks(hessian.matvec(v[0])).unsqueeze(0)
-
-        start, searches = self._start(self._chosen(context.parameters), context.probes)
-        v = power_iteration(matvec, start.unsqueeze(0), searches)[0]
-        product = hessian.matvec(v, create_graph=True)
-        # Of length 0 where the product is zero: the norm has no gradient there.
-        u = unit(context.mean_over_ranks(product.detach()).unsqueeze(0))[0]
-        return u, v, product
-
-    def differences(
-        self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource, product: Product
-    ) -> list[Difference]:
-        chosen = self._chosen(parameters)
-        step = self._default_step(list(chosen.values())) if self.step is None else float(self.step)
-        start, searches = self._start(chosen, probes)
-        sign = self._sign
-
-        def matvec(v: Tensor) -> Tensor:
-            nonlocal sign
-            found = product(difference(v[0], 1.0))
-            sign = _sign(torch.dot(v[0], found))
-            return found.unsqueeze(0)
-
-        def difference(v: Tensor, weight: float) -> Difference:
-            def value(product: Tensor) -> Tensor:
-                form = torch.dot(v, product)
-                if self._keep(unit(product.unsqueeze(0))[0], chosen):
-                    self._sign = _sign(form)
-                return form.abs()
-
-            return Difference(list(chosen.values()), lambda: list(_split(v, chosen).values()), step, weight, value)
-
-        v = power_iteration(matvec, start.unsqueeze(0), searches)[0]
-        return [difference(v, sign * strength / step**2)]
-
-    def _default_step(self, chosen: Sequence[Tensor]) -> float:
-        # The error of a second difference of gradients is O(e^2) + O(eps / e^2). The first is larger along v, where the
-        # loss curves most, than along the trace's probes: their step is eight times as long.
-        share = torch.finfo(chosen[0].dtype).eps ** 0.25 / 16
-        return share * torch.stack([tensor.detach().square().sum() for tensor in chosen]).sum().sqrt().item()
-
-    def _chosen(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return select_parameters(parameters, self.parameters)
-
-    def _hessian(self, context: StepContext) -> HessianOperator:
-        return HessianOperator(context.loss, self._chosen(context.parameters).values(), differentiable=True)
-
-    def _start(self, chosen: Mapping[str, Tensor], probes: ProbeSource) -> tuple[Tensor, int]:
-        """The v to begin with, flat, and how many iterations to search before the last one."""
-        first = next(iter(chosen.values()))
-        if self._v and _shapes(self._v) == _shapes(chosen):
-            flat = torch.cat([self._v[name].reshape(-1) for name in chosen])
-            return flat.to(first.device, first.dtype), self.iterations - 1
-        if self._v:
-            changed = sorted(set(_shapes(self._v).items()) ^ set(_shapes(chosen).items()))
-            warnings.warn(
-                f"HessianNorm's vector belongs to other parameters than those it is to penalize (the first that "
-                f"differs: {changed[0][0]!r}): it is searched for anew.",
-                stacklevel=2,
-            )
-        size = sum(tensor.numel() for tensor in chosen.values())
-        # All ranks search for one vector.
-        random = probes.shared().rademacher(size, 0, first.device, first.dtype)
-        return random, self.iterations - 1 + FIRST_SEARCH
-
-    def _keep(self, u: Tensor, chosen: Mapping[str, Tensor]) -> bool:
-        """Go on from u at the next step, unless it is zero or not a number."""
-        usable = u.square().sum().item() > 0
-        if usable:
-            self._v = _split(u, chosen)
-        return usable
+    @property
+    def _estimator(self) -> NormEstimator:
+        shared: dict[str, Any] = {"selected": self.selected, "iterations": self.iterations, "vector": self._vector}
+        if self.method == "autograd":
+            return AutogradNorm(**shared)
+        return CentralDifferenceNorm(**shared, step=self.step)
 
     def __repr__(self) -> str:
         return f"HessianNorm(iterations={self.iterations}, method={self.method!r})"
-
-
-def _split(v: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A flat vector as parts of the parameters' shapes, by name."""
-    parts = v.split([tensor.numel() for tensor in like.values()])
-    return {name: part.view_as(tensor) for part, (name, tensor) in zip(parts, like.items(), strict=True)}
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _sign(value: Tensor) -> float:
-    return -1.0 if value.item() < 0 else 1.0

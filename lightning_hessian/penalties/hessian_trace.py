@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_hessian.arguments import choice, count_or_all, is_number, positive_or_none
-from lightning_hessian.curvature import (
-    HessianOperator,
-    ParameterFilter,
-    ProbeSource,
-    refuse_unsound_graph,
-    select_parameters,
+from lightning_hessian.curvature import Distribution, ParameterFilter, select_parameters
+from lightning_hessian.curvature.probes import distribution_of
+from lightning_hessian.penalties.base import Needs, WeightPenalty
+from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
+from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.trace_estimators import (
+    AutogradTrace,
+    CentralDifferenceTrace,
+    Drop,
+    ExactTrace,
+    GaussNewtonTrace,
+    TraceEstimator,
+    TraceProbes,
+    TwoPassTrace,
+    filter_sizes,
+    no_sizes,
 )
-from lightning_hessian.curvature.displacement import local, local_part, over_shards
-from lightning_hessian.curvature.gauss_newton import random_factors
-from lightning_hessian.curvature.operators import vector_jacobian_product
-from lightning_hessian.curvature.parameters import check_filter
-from lightning_hessian.penalties.base import Difference, Penalty, Product, StepContext, needs_own_runs
 
 Method = Literal["autograd", "two_pass", "central_difference", "gauss_newton"]
-Drop = Literal["tensor", "element"]
 Scale = Literal["none", "parameter"]
 
 MOST_EXACT = 10_000
 """The most parameters for which ``probes=-1`` is accepted."""
 
 
-class HessianTrace(Penalty):
+class HessianTrace(WeightPenalty):
     r"""tr(H), H the Hessian of the batch-mean loss with respect to the parameters: flat minima.
 
     Hutchinson's estimate, with fresh probes each step (one fixed probe can be gamed by the network):
 
-    .. math:: \mathrm{tr}(H) = E[v'Hv], \quad v_i = \pm 1 \text{ independent}, \qquad
-        \mathrm{Var}[v'Hv] = 2 \sum_{i \ne j} H_{ij}^2 .
+    .. math:: \mathrm{tr}(H) = E[v'Hv], \quad E[v v'] = I .
+
+    With entries +-1 (the default), Var[v'Hv] = 2 sum_{i != j} H_ij^2; with normal ones, 2 sum_ij H_ij^2.
 
     It is the Hessian of the loss that the step computes, in the mode the model is in (so in training mode batch norm
     normalizes by the batch, and dropout is active). The trace can be negative; see ``clamp``.
@@ -61,10 +66,11 @@ class HessianTrace(Penalty):
     - ``"gauss_newton"`` (about 3): tr(G), the part of H that is the loss's curvature in the outputs, never negative,
 
       .. math:: \mathrm{tr}(G) = E_u \lVert \textstyle\sum_i J_i' S_i u_i \rVert^2, \qquad
-          S_i S_i' = \partial^2 L / \partial z_i^2, \quad u = \pm 1.
+          S_i S_i' = \partial^2 L / \partial z_i^2, \quad E[u u'] = I.
 
       For piecewise-linear networks without batch norm G = H. The outputs are seen where the step calls cross entropy,
-      binary cross entropy with logits, or MSE.
+      binary cross entropy with logits, or MSE. It is another number than tr(H), and its name in logs is
+      ``gauss_newton_trace``.
 
     Where activations have kinks (ReLU, max-pooling) the two differences see them, and autograd does not: they estimate
     the trace of the loss *smoothed* over the step.
@@ -86,6 +92,8 @@ class HessianTrace(Penalty):
             dimensions but the first; of biases and other vectors the absolute value of each entry), held constant
             when differentiated: curvature along *relative* changes. Rescaling a layer that is followed by a norm does
             not change it.
+        distribution: of the probes' entries: ``"rademacher"`` (+-1, the least variance), ``"gaussian"``, or a function,
+            see :data:`~lightning_hessian.curvature.Distribution`.
         step: e of ``"central_difference"``: by how much each entry moves (with ``scale="parameter"``, as a share of its
             size). None: half the fourth root of the precision times the root mean square of the chosen parameters.
 
@@ -109,25 +117,27 @@ class HessianTrace(Penalty):
         tensor([24., 48.])
     """
 
-    name = "hessian_trace"
-
     def __init__(
         self,
         probes: int = 1,
         method: Method = "autograd",
+        *,
         keep: float = 1.0,
         drop: Drop = "tensor",
         parameters: ParameterFilter = None,
         clamp: float | None = None,
         scale: Scale = "none",
+        distribution: str | Distribution = "rademacher",
         step: float | None = None,
     ) -> None:
+        super().__init__(parameters)
         count_or_all("probes", probes, "the exact trace")
         choice("method", method, get_args(Method))
         if not is_number(keep) or not 0 < float(keep) <= 1:
             raise ValueError(f"keep={keep!r} is a probability and must lie in (0, 1].")
         choice("drop", drop, get_args(Drop))
         choice("scale", scale, get_args(Scale))
+        distribution_of(distribution)
         if probes == -1 and keep < 1:
             raise ValueError(f"probes=-1 asks for the exact trace and keep={keep} for a random part of it: choose one.")
         if clamp is not None and not (is_number(clamp) and math.isfinite(clamp)):
@@ -135,7 +145,7 @@ class HessianTrace(Penalty):
         positive_or_none("step", step, "by how much each entry moves")
         if probes == -1 and method != "autograd":
             raise ValueError(f"probes=-1, the exact trace, is for method='autograd', not {method!r}.")
-        if clamp is not None and method in _DIFFERENCES:
+        if clamp is not None and method in ("two_pass", "central_difference"):
             raise ValueError(
                 f"clamp={clamp} bounds the penalty, and method={method!r} adds none: its passes are the loss. Use "
                 "method='autograd', or 'gauss_newton', which is never negative."
@@ -148,36 +158,22 @@ class HessianTrace(Penalty):
         self.method = method
         self.keep = keep
         self.drop = drop
-        check_filter(parameters)
-        self.parameters = parameters
         self.clamp = clamp
         self.scale = scale
+        self.distribution = distribution
         self.step = step
 
     @property
-    def derivatives(self) -> int:
-        return {"autograd": 3, "gauss_newton": 2}.get(self.method, 1)
+    def name(self) -> str:
+        return self._estimator.name
 
     @property
-    def watches_losses(self) -> bool:
-        return self.method == "gauss_newton"
-
-    @property
-    def by_differences(self) -> bool:
-        return self.method in _DIFFERENCES
-
-    @property
-    def needs_smoothness(self) -> bool:
-        return self.method == "central_difference"
-
-    @property
-    def needs_full_precision(self) -> bool:
-        # A second difference by a small step is rounding in 8 bits.
-        return self.method == "central_difference"
+    def needs(self) -> Needs:
+        return self._estimator.needs
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
-        chosen = select_parameters(parameters, self.parameters)
-        size = sum(parameter.numel() for parameter in chosen.values())
+        super().check(parameters)
+        size = sum(parameter.numel() for parameter in select_parameters(parameters, self.parameters).values())
         if self.probes == -1 and size > MOST_EXACT:
             raise ValueError(
                 f"probes=-1 would take {size:,} Hessian-vector products a step, one for each parameter. "
@@ -186,128 +182,35 @@ class HessianTrace(Penalty):
             )
 
     def value(self, context: StepContext) -> Tensor:
-        if self.by_differences:
-            raise needs_own_runs(self.method)
-        return self._value(context, self._sizes(self._chosen(context.parameters)))
+        return self._estimator.value(context)
 
-    def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
-        if self.scale == "none":
-            return self
-        sizes = self._sizes(self._chosen(context.parameters))
-        return lambda other: self.term(self._value(other, sizes))
-
-    def _value(self, context: StepContext, sizes: _Sizes) -> Tensor:
-        chosen = self._chosen(context.parameters)
-        if self.method == "gauss_newton":
-            return self._gauss_newton(context, chosen, sizes)
-        if self.probes == -1:
-            return _exact_trace(HessianOperator(context.loss, chosen, differentiable=True), sizes)
-        draws = [self._draw(context.probes, chosen, sizes, index) for index in range(self.probes)]
-        # One first gradient serves all probes; it stops at the tensors that no probe keeps.
-        needed = sorted({i for kept, _ in draws for i in kept})
-        hessian = HessianOperator(context.loss, [chosen[i] for i in needed], differentiable=True)
-        forms = [hessian.quadratic_form(_flat(v()), [needed.index(i) for i in kept]) for kept, v in draws]
-        return torch.stack(forms).mean()
-
-    def differences(
-        self, parameters: Mapping[str, Tensor], strength: float, probes: ProbeSource, product: Product
-    ) -> list[Difference]:
-        chosen = self._chosen(parameters)
-        sizes = self._sizes(chosen)
-        if self.method == "two_pass":
-            step = math.sqrt(2 * strength)
-        else:
-            step = self._default_step(chosen) if self.step is None else float(self.step)
-        weight = strength / (self.probes * step**2)
-        found = []
-        for index in range(self.probes):
-            kept, v = self._draw(probes, chosen, sizes, index)
-            found.append(Difference([chosen[i] for i in kept], v, step, weight))
-        return found
-
-    def _default_step(self, chosen: Sequence[Tensor]) -> float:
-        # The error of a second difference of gradients is O(e^2) + O(eps / e^2).
-        share = torch.finfo(chosen[0].dtype).eps ** 0.25 / 2
-        if self.scale == "parameter":
-            return share
-        squares = torch.stack([local(tensor).square().sum() for tensor in chosen]).sum()
-        return share * math.sqrt(over_shards(squares, chosen[0]).item() / sum(tensor.numel() for tensor in chosen))
-
-    def _draw(
-        self, probes: ProbeSource, chosen: Sequence[Tensor], sizes: _Sizes, index: int
-    ) -> tuple[list[int], Callable[[], list[Tensor]]]:
-        """Which tensors a probe keeps, and v over these; drawn anew at each call, so that nobody need keep it."""
-        kept, factor = list(range(len(chosen))), 1.0
-        if self.keep < 1 and self.drop == "tensor":
-            kept, factor = probes.kept_tensors(len(chosen), self.keep, index)
-        tensors = [chosen[i] for i in kept]
-        counts = [tensor.numel() for tensor in tensors]
-        where = (index, tensors[0].device, tensors[0].dtype)
-
-        def v() -> list[Tensor]:
-            if self.keep < 1 and self.drop == "element":
-                flat = probes.sparse_rademacher(sum(counts), self.keep, *where)
-            else:
-                flat = probes.rademacher(sum(counts), *where)
-            parts = []
-            for i, part in zip(kept, flat.split(counts), strict=True):
-                part = local_part(part.view(chosen[i].shape).to(chosen[i].dtype), like=chosen[i])
-                part = part if sizes is None else part * sizes[i]
-                parts.append(part if factor == 1 else part * math.sqrt(factor))
-            return parts
-
-        return kept, v
-
-    def _chosen(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        return list(select_parameters(parameters, self.parameters).values())
-
-    def _sizes(self, tensors: Sequence[Tensor]) -> _Sizes:
-        return None if self.scale == "none" else [_size(tensor) for tensor in tensors]
-
-    def _gauss_newton(self, context: StepContext, chosen: list[Tensor], sizes: _Sizes) -> Tensor:
-        squares = []
-        custom = refuse_unsound_graph(context.loss, derivatives=2)
-        for index in range(self.probes):
-            factors = random_factors(context.losses, context.loss, context.inputs, context.probes, index)
-            z, su = zip(*factors, strict=True)
-            rows = vector_jacobian_product(z, chosen, su, True, custom)
-            if sizes is not None:
-                rows = [row * size for row, size in zip(rows, sizes, strict=True)]
-            squares += [row.square().sum() for row in rows]
-        return torch.stack(squares).sum() / self.probes
+    def differences(self, context: DifferenceContext) -> list[SecondDifference]:
+        return self._estimator.differences(context)
 
     def term(self, value: Tensor) -> Tensor:
         return value if self.clamp is None else value.clamp(min=self.clamp)
 
+    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        estimator = self._estimator
+        sizes = estimator.sizes(list(self.selected(context).values()))
+        fixed = replace(estimator, sizes=lambda tensors: sizes)
+        return lambda other: self.term(fixed.value(other))
+
+    @property
+    def _estimator(self) -> TraceEstimator:
+        distribution = distribution_of(self.distribution)
+        probes = TraceProbes(count=self.probes, distribution=distribution, keep=self.keep, drop=self.drop)
+        sizes = filter_sizes if self.scale == "parameter" else no_sizes
+        if self.method == "central_difference":
+            return CentralDifferenceTrace(selected=self.selected, probes=probes, sizes=sizes, step=self.step)
+        if self.probes == -1:
+            return ExactTrace(selected=self.selected, probes=probes, sizes=sizes)
+        ways: dict[str, type[Any]] = {
+            "autograd": AutogradTrace,
+            "two_pass": TwoPassTrace,
+            "gauss_newton": GaussNewtonTrace,
+        }
+        return ways[self.method](selected=self.selected, probes=probes, sizes=sizes)
+
     def __repr__(self) -> str:
         return f"HessianTrace(probes={self.probes}, method={self.method!r}, keep={self.keep}, drop={self.drop!r})"
-
-
-_Sizes = list[Tensor] | None
-"""Of each chosen tensor's parts; None where all count the same."""
-_DIFFERENCES = ("two_pass", "central_difference")
-
-
-def _size(tensor: Tensor) -> Tensor:
-    """The root mean square of each filter, or the absolute value of each entry of a vector; a constant."""
-    tensor = local(tensor)
-    if tensor.dim() < 2:
-        return tensor.abs()
-    return tensor.square().mean(dim=tuple(range(1, tensor.dim())), keepdim=True).sqrt()
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _exact_trace(hessian: HessianOperator, sizes: _Sizes) -> Tensor:
-    """sum_i d_i^2 e_i'He_i, one row at a time."""
-    diagonal = []
-    for k, (gradient, tensor) in enumerate(zip(hessian.gradient, hessian.tensors, strict=True)):
-        if not gradient.requires_grad:
-            continue
-        squares = torch.ones_like(tensor) if sizes is None else sizes[k].expand_as(tensor).square()
-        for i, (entry, square) in enumerate(zip(gradient.reshape(-1), squares.reshape(-1), strict=True)):
-            (row,) = vector_jacobian_product([entry], [tensor], [torch.ones_like(entry)], create_graph=True)
-            diagonal.append(square * row.reshape(-1)[i])
-    return torch.stack(diagonal).sum() if diagonal else hessian.gradient[0].new_zeros(())

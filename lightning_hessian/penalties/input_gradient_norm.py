@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.curvature.operators import input_gradients
-from lightning_hessian.penalties.base import InputPenalty, StepContext
+from lightning_hessian.penalties.base import InputPenalty, Needs
+from lightning_hessian.penalties.step_context import StepContext
 
 
 class InputGradientNorm(InputPenalty):
@@ -35,15 +36,13 @@ class InputGradientNorm(InputPenalty):
     Example:
         >>> from lightning_hessian import InputGradientNorm, StepContext
         >>> w, x = torch.tensor([2.0], requires_grad=True), torch.tensor([[1.0], [3.0]])
-        >>> InputGradientNorm()(StepContext.of(lambda x: (w * x**2).mean(), x, {"w": w})).item()  # mean of (2 w x)^2
+        >>> context = StepContext.evaluate(lambda x: (w * x**2).mean(), x, {"w": w})
+        >>> InputGradientNorm()(context).item()  # mean of (2 w x)^2
         80.0
     """
 
     name = "input_gradient_norm"
-
-    @property
-    def derivatives(self) -> int:
-        return 2
+    needs = Needs(derivatives=2, losses=True)
 
     def value(self, context: StepContext) -> Tensor:
         self.check_inputs(context)

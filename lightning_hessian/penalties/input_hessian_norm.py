@@ -12,8 +12,10 @@ from torch import Tensor
 from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.curvature import SampleHessians, lanczos, power_iteration
 from lightning_hessian.curvature.eigenvectors import SEARCHES, Search
-from lightning_hessian.curvature.operators import input_gradients, rows, split_rows
-from lightning_hessian.penalties.base import InputPenalty, StepContext
+from lightning_hessian.curvature.operators import input_gradients
+from lightning_hessian.curvature.vectors import pack_rows, unpack_rows
+from lightning_hessian.penalties.base import InputPenalty, Needs
+from lightning_hessian.penalties.step_context import StepContext
 from lightning_hessian.step.batches import InputChoice
 
 Method = Literal["autograd", "finite_difference"]
@@ -55,7 +57,7 @@ class InputHessianNorm(InputPenalty):
     Example:
         >>> from lightning_hessian import InputHessianNorm, StepContext
         >>> w, x = torch.tensor([2.0], requires_grad=True), torch.tensor([[1.0, 2.0], [0.0, 1.0]])
-        >>> penalty = InputHessianNorm()(StepContext.of(lambda x: (w * x[:, 0] ** 3).mean(), x, {"w": w}))
+        >>> penalty = InputHessianNorm()(StepContext.evaluate(lambda x: (w * x[:, 0] ** 3).mean(), x, {"w": w}))
         >>> penalty.item()  # the mean of 6 w x_0, 12 and 0
         6.0
     """
@@ -67,6 +69,7 @@ class InputHessianNorm(InputPenalty):
         iterations: int = 1,
         search: Search = "power",
         method: Method = "autograd",
+        *,
         squared: bool = False,
         step: float = 1e-2,
         inputs: InputChoice = None,
@@ -85,19 +88,14 @@ class InputHessianNorm(InputPenalty):
         self.step = step
 
     @property
-    def derivatives(self) -> int:
-        return 3 if self.method == "autograd" else 1
-
-    @property
-    def needs_full_precision(self) -> bool:
-        # A second difference is a share of about (h / ||x||)^2 of the losses, which 8 bits do not show.
-        return self.method == "finite_difference"
+    def needs(self) -> Needs:
+        return _ByAutograd.needs if self.method == "autograd" else _ByFiniteDifferences.needs
 
     def value(self, context: StepContext) -> Tensor:
         hessians = self._hessians(context)
         return self._mean_norm(hessians, self._direction(hessians, context))
 
-    def held(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
         v = self._direction(self._hessians(context), context)
         return lambda other: self._mean_norm(self._hessians(other), v)
 
@@ -111,7 +109,7 @@ class InputHessianNorm(InputPenalty):
         start = hessians.gradient
         nowhere = ~start.any(dim=1, keepdim=True)
         if nowhere.any():
-            random = context.probes.rademacher(start.numel(), 0, start.device, start.dtype)
+            random = context.probes.draw(start.numel(), 0, start.device, start.dtype)
             start = torch.where(nowhere, random.view_as(start), start)
         find = power_iteration if self.search == "power" else lanczos
         return find(hessians.matvec, start, self.iterations)
@@ -129,7 +127,7 @@ class InputHessianNorm(InputPenalty):
 
 
 class _Hessians(Protocol):
-    """The Hessians of all samples; vectors are rows, of shape (samples, n)."""
+    """One way to the Hessians of all samples; vectors are rows, of shape (samples, n)."""
 
     gradient: Tensor
     """Of each sample's loss by its input, without a graph."""
@@ -142,6 +140,8 @@ class _Hessians(Protocol):
 
 
 class _ByAutograd:
+    needs = Needs(derivatives=3, losses=True)
+
     def __init__(self, context: StepContext) -> None:
         self.hessians = SampleHessians(context.summed_loss, context.inputs, differentiable=True)
         self.gradient = self.hessians.gradient.detach()
@@ -154,15 +154,18 @@ class _ByAutograd:
 class _ByFiniteDifferences:
     """From runs of the step at shifted inputs: ordinary first-order gradients only."""
 
+    # A second difference is a share of about (h / ||x||)^2 of the losses, which 8 bits do not show.
+    needs = Needs(derivatives=1, full_precision=True, losses=True)
+
     def __init__(self, context: StepContext, step: float) -> None:
-        if context.moved is None:
+        if context.at_shifted_inputs is None:
             raise ValueError(
                 "method='finite_difference' evaluates the loss at other inputs, and the context cannot do that. "
-                "Make it by StepContext.of(loss, inputs, parameters), or use method='autograd'."
+                "Make it by StepContext.evaluate(loss, inputs, parameters), or use method='autograd'."
             )
         self.context = context
-        self.moved = context.moved
-        length = torch.linalg.vector_norm(rows(context.inputs).detach(), dim=1, keepdim=True)
+        self.at_shifted_inputs = context.at_shifted_inputs
+        length = torch.linalg.vector_norm(pack_rows(context.inputs).detach(), dim=1, keepdim=True)
         self.h = step * torch.where(length > 0, length, 1)
         self.gradient = self._gradient(context)
 
@@ -190,10 +193,10 @@ class _ByFiniteDifferences:
                 )
 
     def _at(self, v: Tensor, h: Tensor) -> StepContext:
-        return self.moved(split_rows(h * v, self.context.inputs))
+        return self.at_shifted_inputs(unpack_rows(h * v, self.context.inputs))
 
     def _gradient(self, context: StepContext) -> Tensor:
-        return rows(input_gradients(context.summed_loss, context.inputs))
+        return pack_rows(input_gradients(context.summed_loss, context.inputs))
 
     def _losses(self, context: StepContext) -> Tensor:
         losses = context.sample_losses

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.arguments import count_or_all
-from lightning_hessian.curvature.eigenvectors import unit
-from lightning_hessian.curvature.operators import input_gradients, rows
-from lightning_hessian.penalties.base import InputPenalty, StepContext
+from lightning_hessian.curvature import gaussian
+from lightning_hessian.curvature.operators import input_gradients
+from lightning_hessian.curvature.vectors import normalize_rows, pack_rows
+from lightning_hessian.penalties.base import InputPenalty, Needs
+from lightning_hessian.penalties.step_context import StepContext
 from lightning_hessian.step.batches import InputChoice
 
 
@@ -42,21 +44,18 @@ class JacobianNorm(InputPenalty):
         >>> from torch.nn.functional import mse_loss
         >>> from lightning_hessian import JacobianNorm, StepContext
         >>> w, x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True), torch.ones(5, 2)
-        >>> context = StepContext.of(lambda x: mse_loss(x @ w, torch.zeros(5, 2)), x, {"w": w})
+        >>> context = StepContext.evaluate(lambda x: mse_loss(x @ w, torch.zeros(5, 2)), x, {"w": w})
         >>> JacobianNorm(projections=-1)(context).item()  # 1 + 4 + 9 + 16
         30.0
     """
 
     name = "jacobian_norm"
+    needs = Needs(derivatives=2, losses=True)
 
     def __init__(self, projections: int = 1, inputs: InputChoice = None, layer: str | None = None) -> None:
         super().__init__(inputs, layer)
         count_or_all("projections", projections, "the exact norm")
         self.projections = projections
-
-    @property
-    def derivatives(self) -> int:
-        return 2
 
     def value(self, context: StepContext) -> Tensor:
         self.check_inputs(context)
@@ -72,9 +71,8 @@ class JacobianNorm(InputPenalty):
         if self.projections == -1:
             yield from torch.eye(outputs.size(1), device=outputs.device, dtype=outputs.dtype)
         for index in range(self.projections):
-            generator = context.probes.generator(index, outputs.device)
-            normal = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
-            yield unit(normal)
+            normal = context.probes.draw(outputs.numel(), index, outputs.device, outputs.dtype, gaussian)
+            yield normalize_rows(normal.view_as(outputs))
 
     def _outputs(self, context: StepContext) -> Tensor:
         if not context.outputs:
@@ -84,7 +82,7 @@ class JacobianNorm(InputPenalty):
                 'binary_cross_entropy_with_logits, ...) or their modules. Return {"loss": ..., "logits": ...} from the '
                 "step."
             )
-        return rows([context.by_sample(output) for output in context.outputs])
+        return pack_rows([context.by_sample(output) for output in context.outputs])
 
     def __repr__(self) -> str:
         return f"JacobianNorm(projections={self.projections})"

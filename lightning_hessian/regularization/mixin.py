@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.penalties import InputPenalty
-from lightning_hessian.regularization.callback import HessianRegularizer, load_states, save_states
-from lightning_hessian.regularization.injection import log_skipped, penalized
+from lightning_hessian.regularization.callback import HessianRegularizer, new_fit, penalties_of, start
+from lightning_hessian.regularization.fit import RegularizedFit
+from lightning_hessian.regularization.states import save_states, states_in
 
 Output = TypeVar("Output")
 
@@ -54,28 +56,31 @@ class HessianRegularizationMixin(LightningModule):
     """
 
     regularizer: HessianRegularizer | list[HessianRegularizer] | None = None
+    _regularized_fit: RegularizedFit | None = None
+    _regularized_by: tuple[HessianRegularizer, ...] = ()
 
     def on_before_backward(self, loss: Tensor) -> None:
         super().on_before_backward(loss)
-        for regularizer in self._regularizers():
-            regularizer.total = loss.detach()
+        if self._regularized_fit is not None:
+            self._regularized_fit.total = loss.detach()
 
     def on_after_backward(self) -> None:
         super().on_after_backward()
-        log_skipped(self, self._regularizers())
+        if self._regularized_fit is not None:
+            self._regularized_fit.log_skipped()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        save_states(self._regularizers(), checkpoint)
+        save_states(penalties_of(self._regularizers()), checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if self._trainer is not None:
-            load_states(self._regularizers(), checkpoint, self._trainer)
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            self._fit_now(self._regularizers()).resume(states_in(checkpoint))
 
     def configure_callbacks(self) -> list[Callback]:
         others = super().configure_callbacks()
-        return [*([others] if isinstance(others, Callback) else others), _Watch()]
+        return [*([others] if isinstance(others, Callback) else others), _FitOfMixin()]
 
     def _regularizers(self) -> list[HessianRegularizer]:
         if self.regularizer is None:
@@ -89,6 +94,14 @@ class HessianRegularizationMixin(LightningModule):
                     "HessianRegularizer(HessianTrace(), strength=1e-3)`."
                 )
         return given
+
+    def _fit_now(self, regularizers: Sequence[HessianRegularizer]) -> RegularizedFit:
+        """The fit by these regularizers and the present Trainer."""
+        fit = self._regularized_fit
+        if fit is None or fit.trainer is not self.trainer or self._regularized_by != tuple(regularizers):
+            fit = new_fit(self, regularizers)
+            self._regularized_fit, self._regularized_by = fit, tuple(regularizers)
+        return fit
 
     def regularized(self, loss: Callable[..., Output], inputs: Tensor | Sequence[Tensor] | None = None) -> Output:
         """Compute the loss and add strength * penalty to it.
@@ -112,35 +125,37 @@ class HessianRegularizationMixin(LightningModule):
                 f"{type(self).__name__}.regularizer is not set, so there is no penalty to add. Set it in `__init__`: "
                 "`self.regularizer = HessianRegularizer(HessianTrace(), strength=1e-3)`."
             )
-        for regularizer in regularizers:
-            if not regularizer.has_begun(self.trainer):
-                regularizer.begin(self)
+        fit = self._fit_now(regularizers)
+        if not fit.has_started:
+            start(fit, regularizers)
         if inputs is None:
-            on_inputs = [
-                p for r in regularizers for p in r.penalties if isinstance(p, InputPenalty) and p.layer is None
-            ]
+            on_inputs = [p for p in penalties_of(regularizers) if isinstance(p, InputPenalty) and p.layer is None]
             if on_inputs:
                 raise MisconfigurationException(
                     f"The penalty {on_inputs[0].name} differentiates by the inputs, which the mixin does not see. Hand "
                     "them over: `self.regularized(lambda x: loss(x), inputs=x)`."
                 )
-            return penalized(self, regularizers, lambda _: loss())
+            return fit(lambda _: loss())
         given = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-        return penalized(self, regularizers, lambda tensors: loss(*tensors), given, all_inputs=True)
+        return fit(lambda tensors: loss(*tensors), given, all_inputs=True)
 
 
-class _Watch(Callback):
-    """Warns where a module of the mixin has a regularizer and does not use it."""
+class _FitOfMixin(Callback):
+    """Ends the fit of a module of the mixin, and warns where the module has a regularizer and does not use it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._has_looked = False
+            self.teardown(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, HessianRegularizationMixin)
-        pl_module._regularizers()
-        self._has_looked = False
+        pl_module._regularizers()  # refuses what is none
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, HessianRegularizationMixin)
-        regularizers = pl_module._regularizers()
-        if not self._has_looked and regularizers and not any(one.has_begun(trainer) for one in regularizers):
+        is_used = pl_module._regularized_fit is not None and pl_module._regularized_fit.has_started
+        if not self._has_looked and pl_module._regularizers() and not is_used:
             name = type(pl_module).__name__
             rank_zero_warn(
                 f"{name}.regularizer is set, and the first epoch has passed without a call of `self.regularized`, so "
@@ -148,3 +163,10 @@ class _Watch(Callback):
                 "`training_step`, or set `self.regularizer = None`."
             )
         self._has_looked = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, HessianRegularizationMixin)
+        pl_module._regularized_fit = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")

@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hessian.arguments import is_number
 from lightning_hessian.curvature import ProbeSource, select_parameters
-from lightning_hessian.curvature.displacement import movable
-from lightning_hessian.penalties import Difference, InputPenalty, Penalty
-from lightning_hessian.regularization.injection import loss_of, without_padding
-from lightning_hessian.regularization.standalone import Step, quiet_copy, step_of
-from lightning_hessian.step.isolation import RandomState
-from lightning_hessian.step.passes import Passes, no_loss_again
+from lightning_hessian.penalties import DifferenceContext, InputPenalty, Penalty, SecondDifference
+from lightning_hessian.regularization.differences import without_padding
+from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
+from lightning_hessian.regularization.task_loss import TaskStep, task_step
+from lightning_hessian.step.batches import copied
+from lightning_hessian.step.isolation import independent_copy, random_state_kept
+from lightning_hessian.step.repeatable import BatchSkipped, StepRun
+
+T = TypeVar("T")
 
 _FIRST = 1e-4
 """Where the search begins for penalties by differences: ``two_pass`` moves each weight by 0.014 there."""
@@ -139,14 +142,13 @@ def suggest_strength(
             f"share={share!r} must lie in (0, 1]: how large the penalty's gradient is to be, as a share of the task "
             "loss's. 0.1 is a start."
         )
-    step = step_of(module, loss)
+    step = task_step(module, loss)
     parameters = dict(module.named_parameters())
     penalty.check(parameters)
     device = next(iter(select_parameters(parameters).values())).device
-    random = RandomState.now(device)
     found: list[float] = []
     left_out: list[str] = []
-    try:
+    with random_state_kept(device):
         moving = _moving_statistics(module) if isinstance(penalty, InputPenalty) else []
         if moving:
             batches = list(batches)
@@ -155,10 +157,10 @@ def suggest_strength(
             try:
                 with torch.enable_grad():
                     found.append(_Batch(module, penalty, step, batch, index).strength(share))
+            except BatchSkipped:
+                left_out.append("the step returned None")
             except _LeftOut as reason:
                 left_out.append(str(reason))
-    finally:
-        random.restore()
     if not found:
         reasons = "; ".join(dict.fromkeys(left_out)) or "there is no batch"
         raise ValueError(f"No strength can be suggested for {penalty!r}: {reasons}.")
@@ -178,64 +180,52 @@ def _moving_statistics(module: nn.Module) -> list[str]:
     ]
 
 
-def _settled(module: nn.Module, moving: Sequence[str], step: Step, batches: Sequence[Any], device: Any) -> nn.Module:
+def _settled(
+    module: nn.Module, moving: Sequence[str], step: TaskStep, batches: Sequence[Any], device: Any
+) -> nn.Module:
     """A copy whose running statistics are the means over the batches."""
-    twin, passes = quiet_copy(module), quiet_copy(module)
+    twin, runner = independent_copy(module), independent_copy(module)
     for name in moving:
-        layer = cast(_BatchNorm, passes.get_submodule(name))
+        layer = cast(_BatchNorm, runner.get_submodule(name))
         layer.momentum = None  # the cumulative mean
         layer.reset_running_stats()
     with torch.enable_grad():
         for index, batch in enumerate(batches):
-            step(passes, _own(batch, device), index)
+            step(runner, copied(move_data_to_device(batch, device)), index)
     for name in moving:
-        twin.get_submodule(name).load_state_dict(passes.get_submodule(name).state_dict())
+        twin.get_submodule(name).load_state_dict(runner.get_submodule(name).state_dict())
     return twin
-
-
-def _own(batch: Any, device: Any) -> Any:
-    """A copy of the batch on the device; the step may change what it is handed."""
-    batch = move_data_to_device(batch, device)
-    return apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().clone())
 
 
 class _Batch:
     """One batch, on copies of module and penalty of its own, so that none sees what another left behind."""
 
-    def __init__(self, module: nn.Module, penalty: Penalty, step: Step, batch: Any, index: int) -> None:
-        twin = quiet_copy(module)
+    def __init__(self, module: nn.Module, penalty: Penalty, step: TaskStep, batch: Any, index: int) -> None:
+        twin = independent_copy(module)
         self.index = index
         self.penalty = copy.deepcopy(penalty)
         self.parameters = dict(twin.named_parameters())
         self.trained = list(select_parameters(self.parameters).values())
         self.probes = ProbeSource(step=index, micro_batch=index)  # what the callback draws in its first steps
-        batch = _own(batch, self.trained[0].device)
-        by_differences = penalty.by_differences
-        self.passes = Passes(
-            twin,
-            lambda batch: step(twin, batch, index),
-            batch,
-            [] if by_differences else [self.penalty],
-            loss_of,
-            repeated=by_differences,
-        )
+        batch = copied(move_data_to_device(batch, self.trained[0].device))
+        self.step = step_for([self.penalty], twin, lambda batch: step(twin, batch, index), batch)
+        self.runs = PenaltyRuns(self.step, [] if penalty.needs.differences else [self.penalty])
 
     def strength(self, share: float) -> float:
         """Where the penalty's gradient has the share.
 
         Raises:
+            BatchSkipped: the step has no loss for this batch.
             _LeftOut: nowhere.
         """
-        loss = self.passes.task().loss
-        if loss is None:
-            raise _LeftOut("the step returned None")
-        if self.penalty.by_differences or self.passes.runs_again_for(self.penalty):
-            self.passes.check_repeatable(loss, repr(self.penalty), shared=True)
+        loss = self.runs.run().loss
+        if self.penalty.needs.differences or self.runs.runs_again_for(self.penalty):
+            self.runs.check_repeatable(loss, repr(self.penalty))
         task = self._gradient(loss)
         target = share * self._norm(task, "task loss")
         if target == 0:
             raise _LeftOut("the task loss has no gradient")
-        if not self.penalty.by_differences:
+        if not self.penalty.needs.differences:
             return target / self._size(self._by_graph())
         # What is added need not be linear in the strength, nor continuous where there are kinks.
         strength, low, high = _FIRST, 0.0, math.inf
@@ -250,45 +240,51 @@ class _Batch:
         raise _LeftOut(f"its gradient was {share:.3g} of the task loss's at no strength tried, {before:.2g} at last")
 
     def _by_graph(self) -> list[Tensor]:
-        with torch.autocast(self.trained[0].device.type, enabled=False), self.passes.explained(self.penalty):
-            return self._gradient(self.penalty(self.passes.context(self.penalty, self.probes)))
+        with torch.autocast(self.trained[0].device.type, enabled=False), self.runs.explained(self.penalty):
+            return self._gradient(self.penalty(self.runs.context(self.penalty, self.probes)))
 
     def _by_differences(self, task: Sequence[Tensor], strength: float) -> list[Tensor]:
-        """weight * [g(theta + step v) + g(theta - step v) - 2 g(theta)], summed over the differences."""
+        """weight * [g(theta + s v) + g(theta - s v) - 2 g(theta)], summed over the differences."""
         added = [torch.zeros_like(gradient) for gradient in task]
         rounding = 0.0
-        for difference in self.penalty.differences(self.parameters, strength, self.probes, self._product):
-            for there in self._ends(difference):
-                rounding += difference.weight * self._norm(there, f"loss moved by {difference.step:.2g}")
-                for total, a, b in zip(added, there, task, strict=True):
-                    total.add_(a - b, alpha=difference.weight)
+        context = DifferenceContext(
+            parameters=self.parameters,
+            strength=strength,
+            probes=self.probes,
+            hessian_vector_product=self._product,
+        )
+        for difference in self.penalty.differences(context):
+            for size in self._at_ends(difference, partial(self._add, added, task, difference)):
+                rounding += difference.weight * size
         rounding *= _ROUNDING * torch.finfo(added[0].dtype).eps
         return added if self._norm(added, "penalty") > abs(rounding) else [torch.zeros_like(part) for part in added]
 
-    def _product(self, difference: Difference) -> Tensor:
-        """Hv, over the tensors that the difference moves."""
-        ahead, behind = (
-            difference.gradient(dict(zip(self.trained, there, strict=True))) for there in self._ends(difference)
-        )
-        return (ahead - behind) / (2 * difference.step)
+    def _add(self, added: list[Tensor], task: Sequence[Tensor], difference: SecondDifference, run: StepRun) -> float:
+        """Add weight * [g(theta moved) - g(theta)]; the length of the first."""
+        there = self._gradient(run.loss)
+        for total, a, b in zip(added, there, task, strict=True):
+            total.add_(a - b, alpha=difference.weight)
+        return self._norm(there, f"loss moved by {difference.distance:.2g}")
 
-    def _ends(self, difference: Difference) -> Iterator[list[Tensor]]:
-        """g(theta + step v), and then g(theta - step v)."""
-        v = without_padding(difference, self.passes.module)
-        with movable(difference.tensors) as move:
-            for sign in (1, -1):
-                move(v, sign * difference.step)
-                moved = self.passes.at_present(for_real=False).loss
-                if moved is None:
-                    raise no_loss_again(self.penalty)
-                yield self._gradient(moved)
+    def _product(self, difference: SecondDifference) -> Tensor:
+        """Hv, over the tensors that the difference moves."""
+
+        def gradient(run: StepRun) -> Tensor:
+            return difference.flat_gradient(dict(zip(self.trained, self._gradient(run.loss), strict=True)))
+
+        ahead, behind = self._at_ends(difference, gradient)
+        return (ahead - behind) / (2 * difference.distance)
+
+    def _at_ends(self, difference: SecondDifference, differentiate: Callable[[StepRun], T]) -> tuple[T, T]:
+        v = without_padding(difference, self.step.module)
+        return self.step.gradients_at(difference.tensors, v, difference.distance, differentiate)
 
     def _gradient(self, value: Tensor) -> list[Tensor]:
         # By backward(), which passes through reentrant checkpoints; the copy's own gradients are nobody's.
         for tensor in self.trained:
             tensor.grad = None
         if value.requires_grad:
-            value.backward(retain_graph=not self.penalty.by_differences)
+            value.backward(retain_graph=not self.penalty.needs.differences)
         return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in self.trained]
 
     def _size(self, added: Sequence[Tensor]) -> float:
@@ -301,8 +297,8 @@ class _Batch:
         return size
 
     def _norm(self, gradient: Sequence[Tensor], of: str) -> float:
-        exact = torch.promote_types(gradient[0].dtype, torch.float32)
-        norm = math.hypot(*(torch.linalg.vector_norm(part, dtype=exact).item() for part in gradient))
+        accumulation_dtype = torch.promote_types(gradient[0].dtype, torch.float32)
+        norm = math.hypot(*(torch.linalg.vector_norm(part, dtype=accumulation_dtype).item() for part in gradient))
         if not math.isfinite(norm):
             raise ValueError(
                 f"The gradient of the {of} is {norm} on batch {self.index}, so no strength can be suggested. Is the "

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.step.isolation import Snapshot, evaluation_mode
+from lightning_hessian.curvature.modes import evaluation_mode
+from lightning_hessian.step.isolation import Snapshot, random_state_kept
 
 Model = Callable[[Tensor], Tensor]
 """x -> logits of shape (samples, classes); usually an nn.Module."""
@@ -199,9 +200,8 @@ def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
     mode must be cloned inside.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    devices = [x.device] if x.is_cuda else []
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices, device_type="cuda"))
+        stack.enter_context(random_state_kept(x.device))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if any(isinstance(module, nn.RNNBase) for module in modules):

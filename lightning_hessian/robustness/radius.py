@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_hessian.arguments import whole_number
-from lightning_hessian.curvature import ProbeSource, SampleHessians, higher_order
-from lightning_hessian.curvature.eigenvectors import lanczos, unit
+from lightning_hessian.curvature import ProbeSource, SampleHessians, gaussian, higher_order
+from lightning_hessian.curvature.eigenvectors import lanczos
+from lightning_hessian.curvature.vectors import normalize_rows
 from lightning_hessian.robustness.attacks import Model, logits_of, runner_up, undisturbed
 
 
@@ -70,7 +71,6 @@ def _slope_and_curvature(margins: SampleHessians, iterations: int) -> tuple[Tens
     """||grad|| and ||Hessian|| of each sample's margin, of shape (samples,)."""
     gradient = margins.gradient.detach()
     # Along the gradient the curvature is often large; the random part leaves no eigenvector out.
-    generator = ProbeSource().generator(0, gradient.device)
-    noise = torch.randn(gradient.shape, dtype=gradient.dtype, device=gradient.device, generator=generator)
-    v = lanczos(margins.matvec, unit(gradient) + unit(noise) / 2, iterations)
+    noise = ProbeSource().draw(gradient.numel(), 0, gradient.device, gradient.dtype, gaussian).view_as(gradient)
+    v = lanczos(margins.matvec, normalize_rows(gradient) + normalize_rows(noise) / 2, iterations)
     return torch.linalg.vector_norm(gradient, dim=1), torch.linalg.vector_norm(margins.matvec(v), dim=1)

@@ -67,6 +67,21 @@ def _walk(part: Any, replacement: Mapping[int, Tensor]) -> Any:
     return part
 
 
+def copied(batch: Any, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()) -> Any:
+    """A batch of its own, also where it is an object of the user's: a step may change the batch that it gets.
+
+    Args:
+        batch: the batch.
+        convert: makes each tensor's copy.
+    """
+    return copy.deepcopy(batch, {id(tensor): convert(tensor) for tensor in tensors_in(batch)})
+
+
+def samples_in(batch: Any) -> int:
+    """The first dimension of the first tensor that has one; 1 where none has."""
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), 1)
+
+
 def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
     """The tensors of a batch that are its inputs.
 

@@ -1,16 +1,25 @@
-"""What a run of a step may change besides gradients, kept to be put back: buffers, random states, modes."""
+"""Running a step without leaving a trace: random states, buffers, logs and metrics are afterwards as they were.
+
+There are two ways. A step in training is *rewound* (:class:`Snapshot`, :func:`silenced`): it runs again on the module
+itself. A function that is handed a module, such as ``verify``, works on an *independent copy* instead
+(:func:`independent_copy`).
+"""
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -20,9 +29,11 @@ class RandomState:
     Example:
         >>> state = RandomState.now(torch.device("cpu"))
         >>> first = torch.rand(1)
-        >>> state.restore()
-        >>> bool(torch.rand(1) == first)
+        >>> with state.rewound():
+        ...     bool(torch.rand(1) == first)
         True
+        >>> bool(torch.rand(1) == first)
+        False
     """
 
     device: torch.device
@@ -42,6 +53,21 @@ class RandomState:
         random.setstate(self.python)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, self.device)
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """Run code from this state; afterwards the random state is as it was before that."""
+        before = RandomState.now(self.device)
+        self.restore()
+        try:
+            yield
+        finally:
+            before.restore()
+
+
+def random_state_kept(device: torch.device) -> Any:
+    """Context manager: whatever is drawn inside, the random state is afterwards as it was."""
+    return RandomState.now(device).rewound()
 
 
 def seed_all(seed: int, device: torch.device) -> None:
@@ -94,16 +120,15 @@ class Snapshot:
 
         The buffers are exchanged for copies, not overwritten: graphs may have saved them.
         """
-        now, states = _buffers_of(self.module), RandomState.now(self.random.device)
+        now = _buffers_of(self.module)
         try:
             for layer, name, _, value in self.buffers:
                 layer._buffers[name] = value.clone()
-            self.random.restore()
-            yield
+            with self.random.rewound():
+                yield
         finally:
             for layer, name, buffer in now:
                 layer._buffers[name] = buffer
-            states.restore()
 
 
 def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
@@ -117,13 +142,75 @@ def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 
 @contextmanager
-def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Each of these modules in evaluation mode inside, and in its own afterwards; their children are left alone."""
-    before = [(module, module.training) for module in modules]
+def silenced(module: nn.Module) -> Iterator[None]:
+    """Inside, ``self.log`` does nothing and torchmetrics are not updated: the step was counted already."""
+    replaced: list[tuple[nn.Module, str, Any]] = []
+
+    def replace(layer: nn.Module, name: str, by: Any) -> None:
+        replaced.append((layer, name, layer.__dict__.get(name)))
+        layer.__dict__[name] = by
+
+    for layer in module.modules():
+        if isinstance(layer, LightningModule):
+            replace(layer, "log", _nothing)
+            replace(layer, "log_dict", _nothing)
+        elif isinstance(layer, Metric):
+            # A metric without an update has no value to tell again: a copy of it runs.
+            twin = copy.deepcopy(layer) if layer._update_count == 0 else None
+            replace(layer, "update", _nothing if twin is None else twin.update)
+            replace(layer, "forward", _last_forward(layer) if twin is None else twin.forward)
+            replace(layer, "compute", _last_compute(layer) if twin is None else twin.compute)
+            replace(layer, "reset", _nothing if twin is None else twin.reset)
     try:
-        for module, _ in before:
-            module.training = False
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for layer, name, before in reversed(replaced):
+            if before is None:
+                del layer.__dict__[name]
+            else:
+                layer.__dict__[name] = before
+
+
+def _last_forward(metric: Metric) -> Callable[..., Any]:
+    return lambda *args, **kwargs: _or_nan(metric._forward_cache)
+
+
+def _last_compute(metric: Metric) -> Callable[[], Any]:
+    return lambda: _or_nan(metric._computed)
+
+
+def _or_nan(value: Any) -> Any:
+    return torch.nan if value is None else value
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes everything, does nothing."""
+
+
+_task_loss_alone = ContextVar("_task_loss_alone", default=False)
+
+
+@contextmanager
+def without_penalties() -> Iterator[None]:
+    """Inside, a training step computes the task loss alone."""
+    token = _task_loss_alone.set(True)
+    try:
+        yield
+    finally:
+        _task_loss_alone.reset(token)
+
+
+def penalties_are_off() -> bool:
+    """Whether :func:`without_penalties` is active."""
+    return _task_loss_alone.get()
+
+
+def independent_copy(module: nn.Module) -> nn.Module:
+    """A copy that shares the Trainer, which user code may look at, but does not log to it."""
+    trainer = getattr(module, "_trainer", None)
+    twin = copy.deepcopy(module)
+    if isinstance(twin, LightningModule):
+        twin._trainer = trainer
+        for method in ("log", "log_dict"):
+            setattr(twin, method, _nothing)
+    return twin

@@ -1,23 +1,22 @@
-"""A module's training step outside of a Trainer, on a copy whose logs nobody sees."""
+"""The task loss of a module, for functions that are handed a module outside of a fit."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from lightning_hessian.regularization.mixin import HessianRegularizationMixin
+from lightning_hessian.step.training_step import training_step
 
-Step = Callable[[Any, Any, int], Any]
+TaskStep = Callable[[Any, Any, int], Any]
 """(module, batch, index of the batch) -> what the training step returns."""
 
 
-def step_of(module: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Step:
+def task_step(module: nn.Module, loss: Callable[[Any, Any], Any] | None) -> TaskStep:
     """The module's ``training_step``, or ``loss(module, batch)`` where it is given.
 
     Raises:
@@ -35,21 +34,3 @@ def step_of(module: nn.Module, loss: Callable[[Any, Any], Any] | None) -> Step:
             "LightningModule, optimizes manually, or adds its penalty itself. Pass `loss=lambda module, batch: ...`."
         )
     return training_step
-
-
-def training_step(module: Any, batch: Any, index: int) -> Any:
-    """Call the module's own, with the batch's index if it takes one."""
-    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
-        return module.training_step(batch, index)
-    return module.training_step(batch)
-
-
-def quiet_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares the Trainer, which user code may look at, but does not log to it."""
-    trainer = getattr(module, "_trainer", None)
-    twin = copy.deepcopy(module)
-    if isinstance(twin, LightningModule):
-        twin._trainer = trainer
-        for method in ("log", "log_dict"):
-            setattr(twin, method, lambda *args, **kwargs: None)
-    return twin

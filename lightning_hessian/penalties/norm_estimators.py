@@ -1,0 +1,172 @@
+"""The ways to compute the operator norm of the weight Hessian, by a power iteration kept from step to step."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.curvature import ProbeSource, power_iteration
+from lightning_hessian.curvature.vectors import normalize_rows, pack, unpack
+from lightning_hessian.penalties.base import Needs
+from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
+from lightning_hessian.penalties.estimator import DifferenceEstimator, Estimator
+from lightning_hessian.penalties.step_context import StepContext
+
+FIRST_SEARCH = 5
+"""Iterations to spend in addition where there is no v yet."""
+
+
+@dataclass
+class PowerVector:
+    """What the power iteration keeps from step to step.
+
+    Args:
+        parts: v, by the names of the parameters; empty before the first step.
+        sign: the sign of v'Hv.
+    """
+
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    sign: float = 1.0
+
+    def start(self, selected: Mapping[str, Tensor], probes: ProbeSource) -> tuple[Tensor, int]:
+        """The v to begin with, flat, and how many iterations to search for it before those of the step."""
+        first = next(iter(selected.values()))
+        if self.parts and _shapes(self.parts) == _shapes(selected):
+            return pack([self.parts[name] for name in selected]).to(first.device, first.dtype), 0
+        if self.parts:
+            changed = sorted(set(_shapes(self.parts).items()) ^ set(_shapes(selected).items()))
+            warnings.warn(
+                "HessianNorm's vector belongs to other parameters than those it is to penalize (the first that "
+                f"differs: {changed[0][0]!r}): it is searched for anew.",
+                stacklevel=2,
+            )
+        size = sum(tensor.numel() for tensor in selected.values())
+        # All ranks search for one vector.
+        return probes.shared().draw(size, 0, first.device, first.dtype), FIRST_SEARCH
+
+    def keep(self, u: Tensor, selected: Mapping[str, Tensor]) -> bool:
+        """Go on from u at the next step, unless it is zero or not a number."""
+        is_usable = u.square().sum().item() > 0
+        if is_usable:
+            self.parts = dict(zip(selected, unpack(u, list(selected.values())), strict=True))
+        return is_usable
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"v": self.parts, "sign": self.sign} if self.parts else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.parts = dict(state.get("v", {}))
+        self.sign = state.get("sign", 1.0)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _sign(value: Tensor) -> float:
+    return -1.0 if value.item() < 0 else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormEstimator(Estimator):
+    """One way to compute ||H||_2.
+
+    Args:
+        selected: finds the parameters in a context.
+        iterations: power iterations a step; the last has the gradient.
+        vector: what is kept from step to step.
+    """
+
+    iterations: int
+    vector: PowerVector
+
+    @abstractmethod
+    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        """The value with the direction that a search finds at ``context``."""
+
+
+class AutogradNorm(NormEstimator):
+    """||Hv|| = u'Hv, u = Hv / ||Hv||, by differentiating twice; u and v are constants of the gradient."""
+
+    method = "autograd"
+    needs = Needs(derivatives=3)
+
+    def value(self, context: StepContext) -> Tensor:
+        u, _, product = self._iterate(context)
+        self.vector.keep(u, self.selected(context))
+        return torch.dot(u, product)
+
+    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        u, v, _ = self._iterate(context)
+        return lambda other: torch.dot(u, other.hessian(self.selected(other)).matvec(v, create_graph=True))
+
+    def _iterate(self, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
+        """u and v, and this rank's Hv with its graph."""
+        selected = self.selected(context)
+        hessian = context.hessian(selected)
+
+        def matvec(v: Tensor) -> Tensor:
+            return context.mean_over_ranks(hessian.matvec(v[0])).unsqueeze(0)
+
+        start, first_search = self.vector.start(selected, context.probes)
+        v = power_iteration(matvec, start.unsqueeze(0), self.iterations - 1 + first_search)[0]
+        product = hessian.matvec(v, create_graph=True)
+        # Of length 0 where the product is zero: the norm has no gradient there.
+        u = normalize_rows(context.mean_over_ranks(product.detach()).unsqueeze(0))[0]
+        return u, v, product
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralDifferenceNorm(NormEstimator, DifferenceEstimator):
+    """|v'Hv|, Hv = [g(theta + e v) - g(theta - e v)] / 2e, from ordinary passes.
+
+    Args:
+        step: e; None for a default from the precision.
+    """
+
+    method = "central_difference"
+    # A second difference by a small step is rounding in 8 bits. Whole parameters: v is kept whole.
+    needs = Needs(derivatives=1, differences=True, smooth=True, full_precision=True, whole_parameters=True)
+    step: float | None
+
+    def differences(self, context: DifferenceContext) -> list[SecondDifference]:
+        selected = self.selected(context)
+        tensors = list(selected.values())
+        distance = self._default_distance(tensors) if self.step is None else float(self.step)
+        start, first_search = self.vector.start(selected, context.probes)
+        sign = self.vector.sign
+
+        def difference(v: Tensor, weight: float) -> SecondDifference:
+            def value(product: Tensor) -> Tensor:
+                form = torch.dot(v, product)
+                if self.vector.keep(normalize_rows(product.unsqueeze(0))[0], selected):
+                    self.vector.sign = _sign(form)
+                return form.abs()
+
+            return SecondDifference(
+                tensors=tensors, direction=lambda: unpack(v, tensors), distance=distance, weight=weight, value=value
+            )
+
+        def matvec(v: Tensor) -> Tensor:
+            nonlocal sign
+            product = context.hessian_vector_product(difference(v[0], 1.0))
+            sign = _sign(torch.dot(v[0], product))
+            return product.unsqueeze(0)
+
+        v = power_iteration(matvec, start.unsqueeze(0), self.iterations - 1 + first_search)[0]
+        return [difference(v, sign * context.strength / distance**2)]
+
+    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        return self.value
+
+    def _default_distance(self, tensors: Sequence[Tensor]) -> float:
+        # The error of a second difference of gradients is O(e^2) + O(eps / e^2). The first is larger along v, where the
+        # loss curves most, than along the trace's probes: their step is eight times as long.
+        share = torch.finfo(tensors[0].dtype).eps ** 0.25 / 16
+        return share * torch.stack([tensor.detach().square().sum() for tensor in tensors]).sum().sqrt().item()

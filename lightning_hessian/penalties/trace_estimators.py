@@ -1,0 +1,214 @@
+"""The ways to estimate the trace of the weight Hessian."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_hessian.curvature import Distribution, HessianOperator, ProbeSource, refuse_unsound_graph
+from lightning_hessian.curvature.gauss_newton import random_factors
+from lightning_hessian.curvature.operators import vector_jacobian_product
+from lightning_hessian.curvature.sharding import local, shard_like, sum_over_shards
+from lightning_hessian.curvature.vectors import pack
+from lightning_hessian.penalties.base import Needs
+from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
+from lightning_hessian.penalties.estimator import DifferenceEstimator, Estimator
+from lightning_hessian.penalties.step_context import StepContext
+
+Drop = Literal["tensor", "element"]
+
+Sizes = Sequence[Tensor] | None
+"""The diagonal of D in tr(D H D), one part for each tensor; None for D = 1."""
+
+
+def no_sizes(tensors: Sequence[Tensor]) -> Sizes:
+    """D = 1: the trace as it is."""
+    return None
+
+
+def filter_sizes(tensors: Sequence[Tensor]) -> Sizes:
+    """The size of each filter: the root mean square over all dimensions but the first. Of vectors, the absolute value
+    of each entry. Constants, without a graph."""
+    return [_filter_size(local(tensor)) for tensor in tensors]
+
+
+def _filter_size(tensor: Tensor) -> Tensor:
+    if tensor.dim() < 2:
+        return tensor.abs()
+    return tensor.square().mean(dim=tuple(range(1, tensor.dim())), keepdim=True).sqrt()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceProbes:
+    """How the probes v of a trace are drawn, with E[v v'] = D^2.
+
+    Args:
+        count: how many v to average over.
+        distribution: of their entries.
+        keep: the probability of keeping a part of v.
+        drop: the parts that are kept or dropped: whole tensors, or single elements.
+    """
+
+    count: int
+    distribution: Distribution
+    keep: float
+    drop: Drop
+
+    def draw(
+        self, source: ProbeSource, tensors: Sequence[Tensor], sizes: Sizes, index: int
+    ) -> tuple[list[int], Callable[[], list[Tensor]]]:
+        """Which tensors a probe keeps, and v over these; drawn anew at each call, so that nobody need keep it."""
+        kept, factor = list(range(len(tensors))), 1.0
+        if self.keep < 1 and self.drop == "tensor":
+            kept, factor = source.kept_tensors(len(tensors), self.keep, index)
+        counts = [tensors[i].numel() for i in kept]
+        first = tensors[kept[0]]
+        keep_elements = self.keep if self.drop == "element" else 1.0
+
+        def v() -> list[Tensor]:
+            flat = source.draw(sum(counts), index, first.device, first.dtype, self.distribution, keep_elements)
+            parts = []
+            for i, part in zip(kept, flat.split(counts), strict=True):
+                part = shard_like(part.view(tensors[i].shape).to(tensors[i].dtype), like=tensors[i])
+                part = part if sizes is None else part * sizes[i]
+                parts.append(part if factor == 1 else part * math.sqrt(factor))
+            return parts
+
+        return kept, v
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceEstimator(Estimator):
+    """One way to estimate tr(D H D).
+
+    Args:
+        selected: finds the parameters in a context.
+        probes: how v is drawn.
+        sizes: the diagonal of D, from the parameters.
+    """
+
+    name: ClassVar[str] = "hessian_trace"
+    probes: TraceProbes
+    sizes: Callable[[Sequence[Tensor]], Sizes]
+
+
+class AutogradTrace(TraceEstimator):
+    """v'Hv by differentiating twice."""
+
+    method = "autograd"
+    needs = Needs(derivatives=3)
+
+    def value(self, context: StepContext) -> Tensor:
+        tensors = list(self.selected(context).values())
+        sizes = self.sizes(tensors)
+        draws = [self.probes.draw(context.probes, tensors, sizes, index) for index in range(self.probes.count)]
+        # One first gradient serves all probes; it stops at the tensors that no probe keeps.
+        needed = sorted({i for kept, _ in draws for i in kept})
+        hessian = HessianOperator(context.loss, [tensors[i] for i in needed], differentiable=True)
+        forms = [hessian.quadratic_form(pack(v()), [needed.index(i) for i in kept]) for kept, v in draws]
+        return torch.stack(forms).mean()
+
+
+class ExactTrace(TraceEstimator):
+    """sum_i d_i^2 e_i'He_i over all unit vectors, one row at a time."""
+
+    method = "autograd"
+    needs = Needs(derivatives=3)
+
+    def value(self, context: StepContext) -> Tensor:
+        tensors = list(self.selected(context).values())
+        sizes = self.sizes(tensors)
+        hessian = HessianOperator(context.loss, tensors, differentiable=True)
+        diagonal = []
+        for k, (gradient, tensor) in enumerate(zip(hessian.gradient, hessian.tensors, strict=True)):
+            if not gradient.requires_grad:
+                continue
+            squares = torch.ones_like(tensor) if sizes is None else sizes[k].expand_as(tensor).square()
+            for i, (entry, square) in enumerate(zip(gradient.reshape(-1), squares.reshape(-1), strict=True)):
+                (row,) = vector_jacobian_product([entry], [tensor], [torch.ones_like(entry)], create_graph=True)
+                diagonal.append(square * row.reshape(-1)[i])
+        return torch.stack(diagonal).sum() if diagonal else hessian.gradient[0].new_zeros(())
+
+
+class GaussNewtonTrace(TraceEstimator):
+    """||D sum_i J_i' S_i u_i||^2, of mean tr(D G D)."""
+
+    method = "gauss_newton"
+    name = "gauss_newton_trace"
+    needs = Needs(derivatives=2, losses=True)
+
+    def value(self, context: StepContext) -> Tensor:
+        tensors = list(self.selected(context).values())
+        sizes = self.sizes(tensors)
+        custom = refuse_unsound_graph(context.loss, derivatives=2)
+        seen = context.losses, context.loss, context.inputs
+        squares = []
+        for index in range(self.probes.count):
+            factors = random_factors(*seen, context.probes, index, self.probes.distribution)
+            z, su = zip(*factors, strict=True)
+            rows = vector_jacobian_product(z, tensors, su, True, custom)
+            if sizes is not None:
+                rows = [row * size for row, size in zip(rows, sizes, strict=True)]
+            squares += [row.square().sum() for row in rows]
+        return torch.stack(squares).sum() / self.probes.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifferenceTrace(TraceEstimator, DifferenceEstimator):
+    """v'Hv = [L(theta + e v) + L(theta - e v) - 2 L(theta)] / e^2 + O(e^2)."""
+
+    @abstractmethod
+    def distance(self, context: DifferenceContext, tensors: Sequence[Tensor]) -> float:
+        """How far theta moves."""
+
+    def differences(self, context: DifferenceContext) -> list[SecondDifference]:
+        tensors = list(self.selected(context).values())
+        sizes = self.sizes(tensors)
+        distance = self.distance(context, tensors)
+        weight = context.strength / (self.probes.count * distance**2)
+        found = []
+        for index in range(self.probes.count):
+            kept, v = self.probes.draw(context.probes, tensors, sizes, index)
+            moved = [tensors[i] for i in kept]
+            found.append(SecondDifference(tensors=moved, direction=v, distance=distance, weight=weight))
+        return found
+
+
+class TwoPassTrace(DifferenceTrace):
+    """strength v'Hv = [L(theta + s v) + L(theta - s v)] / 2 - L(theta) with s = sqrt(2 strength): L(theta) cancels."""
+
+    method = "two_pass"
+    needs = Needs(derivatives=1, differences=True, whole_parameters=False)
+
+    def distance(self, context: DifferenceContext, tensors: Sequence[Tensor]) -> float:
+        return math.sqrt(2 * context.strength)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralDifferenceTrace(DifferenceTrace):
+    """The difference with a distance of its own.
+
+    Args:
+        step: the distance; None for half the fourth root of the precision times the root mean square of the parameters.
+    """
+
+    method = "central_difference"
+    # A second difference by a small step is rounding in 8 bits.
+    needs = Needs(derivatives=1, differences=True, smooth=True, full_precision=True, whole_parameters=False)
+    step: float | None
+
+    def distance(self, context: DifferenceContext, tensors: Sequence[Tensor]) -> float:
+        if self.step is not None:
+            return float(self.step)
+        # The error of a second difference of gradients is O(e^2) + O(eps / e^2).
+        share = torch.finfo(tensors[0].dtype).eps ** 0.25 / 2
+        if self.sizes is filter_sizes:
+            return share
+        squares = torch.stack([local(tensor).square().sum() for tensor in tensors]).sum()
+        return share * math.sqrt(sum_over_shards(squares, tensors[0]).item() / sum(t.numel() for t in tensors))

@@ -1,0 +1,74 @@
+"""What is refused before training: what a penalty needs, and a module, a precision or a strategy does not give."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_hessian.penalties import Penalty
+from lightning_hessian.regularization.active_penalty import FitPenalty
+from lightning_hessian.regularization.input_runs import check_layer
+
+
+def check_penalty(one: FitPenalty, module: LightningModule) -> None:
+    """Refuse a penalty that cannot be computed on this module with its Trainer.
+
+    Raises:
+        MisconfigurationException: the error names the setting, and says what to do.
+    """
+    penalty = one.penalty
+    precision = str(module.trainer.precision)
+    if not one.allow_fp16:
+        _refuse_float16(penalty, precision)
+    _refuse_sparse_gradients(penalty, module)
+    _refuse_sharded_parameters(penalty, module)
+    check_layer(penalty, module)
+    _refuse_rounding(penalty, precision)
+    try:
+        penalty.check(dict(module.named_parameters()))
+    except ValueError as error:
+        raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
+
+
+def _refuse_float16(penalty: Penalty, precision: str) -> None:
+    if not penalty.needs.differences and precision in ("16-mixed", "16-true"):
+        raise MisconfigurationException(
+            f"precision={precision!r}: {penalty!r} differentiates the loss before it is scaled, so its "
+            "inner gradients may vanish or overflow in float16 and train on a wrong penalty in silence. "
+            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass'), or pass "
+            "allow_fp16=True to try it all the same."
+        )
+
+
+def _refuse_rounding(penalty: Penalty, precision: str) -> None:
+    if penalty.needs.full_precision and "16" in precision:
+        raise MisconfigurationException(
+            f"{penalty!r} takes differences of losses that 16-bit numbers (precision={precision!r}) "
+            "round away: it would train on noise. Use precision='32-true', or method='autograd'."
+        )
+
+
+def _refuse_sparse_gradients(penalty: Penalty, module: nn.Module) -> None:
+    for name, layer in module.named_modules() if penalty.needs.differences else ():
+        if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.sparse:
+            raise MisconfigurationException(
+                f"The layer {name!r} has sparse gradients, and {penalty!r} sums gradients of several "
+                "passes. Pass sparse=False to it."
+            )
+
+
+def _refuse_sharded_parameters(penalty: Penalty, module: LightningModule) -> None:
+    strategy = module.trainer.strategy
+    whole = penalty.needs.whole_parameters
+    sharding = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy) if whole else (FSDPStrategy, DeepSpeedStrategy)
+    if isinstance(strategy, sharding):
+        why = "are then not in the loss's graph, and Hessian-vector products would be zero or fail"
+        if whole and penalty.needs.differences:
+            why = f"{penalty!r} moves along a vector of all of them, which it keeps whole"
+        raise MisconfigurationException(
+            f"{type(strategy).__name__} shards the parameters, which {why}. Use "
+            "HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty with "
+            "strategy='ddp' or one device."
+        )

@@ -1,0 +1,183 @@
+"""Penalties that are second differences of the step's loss: the loss becomes a weighted sum of displaced losses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_hessian.curvature import padding_rows
+from lightning_hessian.curvature.displacement import GradientSum
+from lightning_hessian.curvature.sharding import shard_like
+from lightning_hessian.penalties import DifferenceContext, SecondDifference
+from lightning_hessian.regularization.active_penalty import ActivePenalty
+from lightning_hessian.regularization.first_looks import check_runs_again, warn_of_kinks, warn_of_rounding
+from lightning_hessian.regularization.input_runs import PenaltyRuns
+from lightning_hessian.regularization.logs import log_added, log_penalty
+from lightning_hessian.regularization.loss_gradients import LossGradients
+from lightning_hessian.regularization.nonfinite import skip_value
+from lightning_hessian.regularization.ranks import mean_over_ranks, on_all_ranks
+from lightning_hessian.regularization.terms import sum_of_terms
+from lightning_hessian.step.output import with_loss
+from lightning_hessian.step.repeatability import check_repeatable
+from lightning_hessian.step.repeatable import StepRun
+
+
+class DisplacedLosses:
+    """One step whose loss is a weighted sum of losses at displaced parameters.
+
+    loss + sum_k w_k [L(theta + s_k v_k) + L(theta - s_k v_k) - 2 L(theta)] is a weighted sum of losses. Each is run and
+    differentiated at once, so that one run's activations are there at a time, and what is returned has the sum of the
+    gradients. Where the weights of L(theta) cancel, as in ``method="two_pass"`` by itself, it is not run at all.
+
+    Args:
+        module: the module, attached to a Trainer.
+        runs: the runs of the step, for the penalties with a graph.
+        gradients: how losses are differentiated.
+    """
+
+    def __init__(self, module: LightningModule, runs: PenaltyRuns, gradients: LossGradients) -> None:
+        self.module = module
+        self.runs = runs
+        self.step = runs.step
+        self._gradients = gradients
+        self._tensors: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # A gradient of a float16 loss may underflow: the Trainer's scale protects it here as it does in its own
+        # backward pass.
+        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+
+    def add(self, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]) -> Any:
+        """What the step returns, with the penalties in its loss.
+
+        Args:
+            with_graph: the penalties that are terms of the loss.
+            active: the penalties that are second differences.
+
+        Raises:
+            BatchSkipped: the step has no loss for this batch.
+        """
+        shares = [(one, one.penalty.differences(self._context(one))) for one in active]
+        center_weight = 1 - sum(2 * difference.weight for _, differences in shares for difference in differences)
+        if math.isclose(center_weight, 0, abs_tol=1e-9):
+            center_weight = 0.0
+        total = GradientSum(self._tensors)
+        added: Tensor | float = 0.0
+        output: Any = None
+        if with_graph or center_weight:
+            output, added = self._add_center(total, center_weight, with_graph, active)
+        for one, differences in shares:
+            values = []
+            for difference in differences:
+                value, returned = self._add_ends(total, one, difference)
+                output = returned if output is None else output
+                values.append(value)
+            value = torch.stack(values).mean()
+            is_finite = on_all_ranks(self.module.trainer, math.isfinite(value.item()))
+            if is_finite or self._scale == 1:
+                log_penalty(self.module, one.name, value)
+            if not is_finite and self._scale == 1:
+                return self._task_loss_alone(one, value, output)
+            added = added + one.strength * value
+        log_added(self.module, torch.as_tensor(added), like=value)
+        return with_loss(output, total.loss())
+
+    def _context(self, one: ActivePenalty) -> DifferenceContext:
+        return DifferenceContext(
+            parameters=dict(self.module.named_parameters()),
+            strength=one.strength,
+            probes=one.probes,
+            hessian_vector_product=lambda difference: self._product(one, difference),
+        )
+
+    def _product(self, one: ActivePenalty, difference: SecondDifference) -> Tensor:
+        """Hv of all ranks' batches together, from two runs that leave no trace."""
+        ends = self._at_ends(one, difference, lambda run, v, gradients: difference.flat_gradient(gradients))
+        return self._rate_of_change(difference, *ends)
+
+    def _add_center(
+        self, total: GradientSum, weight: float, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]
+    ) -> tuple[Any, Tensor | float]:
+        """Add weight * L(theta) and the penalties with a graph; what the step returned, and the penalties' sum."""
+        task = self.runs.run()
+        for one in active:
+            warn_of_kinks(one.in_fit, self.module, task.loss)
+        terms = sum_of_terms(self.module, self.runs, with_graph, task.loss) if with_graph else None
+        loss = weight * task.loss + (0.0 if terms is None else terms)
+        self.runs.forget_graphs()
+        total.add(1.0, loss.detach(), self._differentiate(loss))
+        return task.output, 0.0 if terms is None else terms.detach()
+
+    def _add_ends(self, total: GradientSum, one: ActivePenalty, difference: SecondDifference) -> tuple[Tensor, Any]:
+        """Add weight * [L(theta + s v) + L(theta - s v)]; the penalty's value, and what the step returned."""
+        output: Any = None
+
+        def add(run: StepRun, v: Sequence[Tensor], gradients: dict[Tensor, Tensor | None]) -> Tensor:
+            nonlocal output
+            output = run.output if output is None else output
+            seen = difference.flat_gradient(gradients) if difference.needs_product else difference.slope(v, gradients)
+            total.add(difference.weight, run.loss.detach(), [gradients.pop(tensor) for tensor in self._tensors])
+            return seen
+
+        ends = self._at_ends(one, difference, add, counts=not self.step.has_run)
+        value = self._rate_of_change(difference, *ends)
+        return value if difference.value is None else difference.value(value), output
+
+    def _at_ends(
+        self,
+        one: ActivePenalty,
+        difference: SecondDifference,
+        look: Callable[[StepRun, Sequence[Tensor], dict[Tensor, Tensor | None]], Tensor],
+        counts: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``look`` makes of the run, v and the gradients at either end."""
+        warn_of_rounding(one.in_fit, difference)
+        v = without_padding(difference, self.module)
+
+        def differentiate(run: StepRun) -> Tensor:
+            gradients = dict(zip(self._tensors, self._differentiate(run.loss), strict=True))
+            seen = look(run, v, gradients)
+            check = partial(check_repeatable, self.module, self._rerun, run.loss.detach(), repr(one.penalty))
+            check_runs_again(one.in_fit, self.module, check, difference.tensors)
+            return seen
+
+        return self.step.gradients_at(difference.tensors, v, difference.distance, differentiate, counts)
+
+    def _rate_of_change(self, difference: SecondDifference, ahead: Tensor, behind: Tensor) -> Tensor:
+        """Hv over all ranks from gradients at either end; v'Hv on this rank from slopes."""
+        rate = (ahead - behind) / (2 * difference.distance)
+        return mean_over_ranks(self.module.trainer, rate) if rate.dim() else rate
+
+    def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
+        return self._gradients.gradient(loss, self._tensors, self._scale)
+
+    def _rerun(self) -> Tensor:
+        """The loss of a further run."""
+        loss = self.step.rerun().loss
+        if self._gradients.needs_backward(self._tensors):  # sharded parameters wait for it
+            self._differentiate(loss)
+        return loss
+
+    def _task_loss_alone(self, one: ActivePenalty, value: Tensor, output: Any) -> Any:
+        """What a step trains on whose penalty is not finite."""
+        loss = self.step.rerun().loss
+        skip_value(self.module, one.in_fit, loss, value)
+        log_added(self.module, None, like=value)
+        return with_loss(output, loss)
+
+
+def without_padding(difference: SecondDifference, module: nn.Module) -> list[Tensor]:
+    """A difference's direction, zero where an embedding's ``padding_idx`` makes a row constant."""
+    rows = padding_rows(module)
+    v = difference.direction()
+    for i, tensor in enumerate(difference.tensors):
+        if tensor in rows:
+            kept = torch.ones(tensor.shape, dtype=v[i].dtype, device=v[i].device)
+            kept[rows[tensor]] = 0
+            v[i] = v[i] * shard_like(kept, like=tensor)
+    return v

@@ -1,0 +1,110 @@
+"""What is looked at once in a fit, for each penalty: warnings, and errors while nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_hessian.curvature.graph import kinked_layers, kinks, without_hooks
+from lightning_hessian.curvature.sharding import local
+from lightning_hessian.penalties import SecondDifference, StepContext
+from lightning_hessian.regularization.active_penalty import FitPenalty
+from lightning_hessian.step.repeatability import layers_without_gradients
+
+
+def try_backward(one: FitPenalty, term: Tensor, parameters: Iterable[Tensor]) -> None:
+    """See that the term can be differentiated, while an error still leaves all gradients alone."""
+    if term.requires_grad and one.is_first("backward"):
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        with without_hooks(trained):
+            torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+
+
+def warn_of_kinks(one: FitPenalty, module: nn.Module, loss: Tensor) -> None:
+    """Warn where a penalty needs smooth activations and the model has others."""
+    if not one.penalty.needs.smooth or not one.is_first("kinks"):
+        return
+    # The graph of a compiled network does not tell.
+    if found := sorted({*kinks(loss), *kinked_layers(module)}):
+        rank_zero_warn(
+            f"{one.penalty!r} differentiates twice by a small step, and the loss has kinks ({', '.join(found)}): where "
+            "the step crosses one, the difference is noise that grows as the step shrinks. Take smooth activations "
+            "(SiLU, GELU, softplus, tanh), method='autograd', or a HessianTrace with method='two_pass', whose "
+            "step is larger, or method='gauss_newton'."
+        )
+
+
+def warn_of_rounding(one: FitPenalty, difference: SecondDifference) -> None:
+    """Warn where a step is so short that the precision of the forward pass does not see it."""
+    if not one.is_first("rounding"):
+        return
+    first = difference.tensors[0]
+    kind = first.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
+    squares = torch.stack([local(tensor).square().mean() for tensor in difference.tensors]).mean()
+    spacing = torch.finfo(dtype).eps * squares.sqrt().item()
+    moved = max(part.abs().max().item() for part in difference.direction()) * difference.distance
+    if moved < spacing:
+        rank_zero_warn(
+            f"{one.penalty!r} moves the parameters by {moved:.1e}, and {dtype} resolves about {spacing:.1e} of them: "
+            "its value is rounding. Raise `step` (with method='two_pass' the strength, whose root it is), or use "
+            "precision='32-true'."
+        )
+
+
+def warn_of_coupling(one: FitPenalty, context: StepContext) -> None:
+    """Warn where the samples are not independent, so that a sample has no input derivatives of its own."""
+    if context.samples < 2 or not one.is_first("coupling"):
+        return
+    if context.couples():
+        rank_zero_warn(
+            "The samples of a batch are coupled: the outputs or the share of the loss of a sample depend on another "
+            "sample's input (a root of the mean, mixup in the step, a contrastive loss, a layer whose first dimension "
+            f"is not that of the samples?). {one.penalty.name} then mixes their derivatives and depends on the batch."
+        )
+
+
+def note_extra_forward(one: FitPenalty, layers: Sequence[str]) -> None:
+    """Say why a penalty on the inputs costs a forward pass of its own."""
+    if one.is_first("extra forward"):
+        rank_zero_warn(
+            f"Batch norm in training mode ({', '.join(layers[:4])}{', ...' if len(layers) > 4 else ''}) couples "
+            f"the samples of a batch, so a sample has no input derivatives of its own. {one.penalty.name} is computed "
+            "in a second forward pass, with the running statistics. (GroupNorm would need none.)"
+        )
+
+
+def check_runs_again(
+    one: FitPenalty, module: nn.Module, check: Callable[[], list[str]], moved: Sequence[Tensor] = ()
+) -> None:
+    """See that the step can be run again, and warn where it uses the moved parameters as constants.
+
+    Args:
+        one: the penalty that needs further runs.
+        module: the module.
+        check: runs the step again, and returns the attributes that it has changed all the same.
+        moved: the parameters that the penalty moves.
+
+    Raises:
+        MisconfigurationException: the step gives another loss when it is run again.
+    """
+    if not one.is_first("repeatable"):
+        return
+    with layers_without_gradients(module, moved) as found:
+        changed = check()
+    if changed:
+        rank_zero_warn(
+            f"Each run of the training step changes {', '.join(changed[:8])}, and {one.penalty!r} runs it several "
+            "times. On this batch the loss is the same in all. If a later loss depends on what is kept there, "
+            "register it as a buffer (`self.register_buffer`), which is rewound."
+        )
+    if found:
+        rank_zero_warn(
+            f"The training step calls the layers {', '.join(map(repr, sorted(found)[:4]))} under torch.no_grad() "
+            f"(targets or keys from the same network?). {one.penalty!r} moves their parameters there, too, and an "
+            "exact penalty holds what the step detaches constant: the two penalize different functions. Use a "
+            "copy of the network for the constants, or HessianTrace()."
+        )

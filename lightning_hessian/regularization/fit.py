@@ -1,0 +1,160 @@
+"""Penalties in one fit of one module: how they become part of each step's loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import NoneType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.curvature.sharding import is_dtensor
+from lightning_hessian.penalties import Penalty
+from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty
+from lightning_hessian.regularization.checks import check_penalty
+from lightning_hessian.regularization.differences import DisplacedLosses
+from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
+from lightning_hessian.regularization.logs import log_added, log_skipped
+from lightning_hessian.regularization.loss_gradients import LossGradients
+from lightning_hessian.regularization.nonfinite import GradientGuard
+from lightning_hessian.regularization.ranks import mean_over_ranks
+from lightning_hessian.regularization.terms import sum_of_terms
+from lightning_hessian.step.isolation import penalties_are_off
+from lightning_hessian.step.output import with_loss
+from lightning_hessian.step.repeatable import BatchSkipped
+
+
+class RegularizedFit:
+    """Adds penalties to the loss of each training step, for one fit of one module.
+
+    It is made when fitting starts and is gone when it ends. A copy of what refers to it (the module, the callback) has
+    no fit: nobody fits the copy.
+
+    Args:
+        module: the module, attached to a Trainer.
+        penalties: what to add.
+
+    Attributes:
+        has_started: whether :meth:`start` was called.
+        total: in manual optimization, the loss of the latest backward pass, which may have other terms.
+    """
+
+    def __init__(self, module: LightningModule, penalties: Sequence[FitPenalty]) -> None:
+        self.module = module
+        self.trainer = module.trainer
+        self.penalties = list(penalties)
+        self.has_started = False
+        self.total: Tensor | None = None
+        self._states: Mapping[str, Any] = {}
+        self._gradients = LossGradients(module)
+
+    def __reduce__(self) -> Any:
+        return NoneType, ()
+
+    def start(self) -> None:
+        """Begin anew; refuse, before training, what cannot work on this module and its Trainer.
+
+        Raises:
+            MisconfigurationException: a penalty cannot be computed here.
+        """
+        for one in self.penalties:
+            check_penalty(one, self.module)
+        for one in self.penalties:
+            one.begin()
+            one.penalty.load_state_dict(self._states.get(one.name, {}))
+        self._gradients = LossGradients(self.module)
+        self.has_started = True
+
+    def resume(self, states: Mapping[str, Any]) -> None:
+        """Let the penalties go on from the states that a checkpoint brought; those without a state start anew."""
+        self._states = states
+        if self.has_started:
+            for one in self.penalties:
+                one.penalty.load_state_dict(states.get(one.name, {}))
+
+    def __call__(self, step: Callable[[Any], Any], batch: Any = None, all_inputs: bool = False) -> Any:
+        """Run ``step(batch)`` and add to the loss it returns the penalties that act now.
+
+        The penalties share their forward passes (see :class:`PenaltyRuns`), and each sees the task loss alone. Where
+        none acts, and outside of training (a validation step may call the training step), ``step(batch)`` is all that
+        runs.
+
+        Args:
+            step: computes the task loss: a scalar tensor, a mapping with "loss", or None to skip the batch.
+            batch: what penalties on the inputs find them in.
+            all_inputs: whether every tensor of the batch is an input.
+        """
+        if penalties_are_off() or not self.trainer.training or not torch.is_grad_enabled():
+            return step(batch)
+        active = self._active_now()
+        if not active:
+            return step(batch)
+        self.log_skipped()
+        repeatable = step_for([one.penalty for one in active], self.module, step, batch)
+        with repeatable.restored_on_error(), _states_restored_on_error([one.penalty for one in active]):
+            with_graph = [one for one in active if not one.penalty.needs.differences]
+            by_differences = [one for one in active if one.penalty.needs.differences]
+            mean = functools.partial(mean_over_ranks, self.trainer)
+            runs = PenaltyRuns(repeatable, [one.penalty for one in with_graph], all_inputs, mean)
+            task_loss = None
+            try:
+                if by_differences:
+                    output = DisplacedLosses(self.module, runs, self._gradients).add(with_graph, by_differences)
+                else:
+                    output, task_loss = self._add_terms(runs, with_graph)
+            except BatchSkipped as skipped:
+                return skipped.output if repeatable.has_run else step(batch)
+            runs.forget_graphs()
+            self.total = None
+            guard = GradientGuard(self.module, repeatable, active, self._gradients, task_loss, lambda: self.total)
+            guard.watch(output if isinstance(output, Tensor) else output["loss"])
+            return output
+
+    def log_skipped(self) -> None:
+        """Log what was counted when logging was not allowed."""
+        unlogged = {one.name: one.skipped for one in self.penalties if one.has_unlogged}
+        log_skipped(self.module, unlogged)
+        for one in self.penalties:
+            one.has_unlogged = False
+
+    def _active_now(self) -> list[ActivePenalty]:
+        """The penalties that act on this step."""
+        trainer = self.trainer
+        count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
+        # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
+        now = trainer.global_step if self.module.automatic_optimization else count
+        strengths = [one.strength_at(now) for one in self.penalties]
+        if not any(strengths):
+            return []
+        # Ranks draw probes of their own, but where they hold parts of one set of parameters.
+        rank = 0 if any(map(is_dtensor, self.module.parameters())) else trainer.global_rank
+        return [
+            ActivePenalty(in_fit=one, strength=strength, probes=ProbeSource(one.seed, now, count, rank))
+            for one, strength in zip(self.penalties, strengths, strict=True)
+            if strength > 0
+        ]
+
+    def _add_terms(self, runs: PenaltyRuns, active: Sequence[ActivePenalty]) -> tuple[Any, Tensor]:
+        """What the step returns with the penalties in its loss, and the task loss."""
+        task = runs.run()
+        terms = sum_of_terms(self.module, runs, active, task.loss)
+        log_added(self.module, None if terms is None else terms.detach(), like=task.loss)
+        output = task.output if terms is None else with_loss(task.output, task.loss + terms)
+        return output, task.loss.detach()
+
+
+@contextmanager
+def _states_restored_on_error(penalties: Sequence[Penalty]) -> Iterator[None]:
+    """Let every penalty go on from where it was if what happens inside fails."""
+    before = [(penalty, penalty.state_dict()) for penalty in penalties]
+    try:
+        yield
+    except BaseException:
+        for penalty, state in before:
+            penalty.load_state_dict(state)
+        raise

@@ -1,0 +1,58 @@
+"""Penalties with a graph: strength * penalty is a term of the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_hessian.penalties import InputPenalty
+from lightning_hessian.regularization.active_penalty import ActivePenalty
+from lightning_hessian.regularization.first_looks import (
+    check_runs_again,
+    note_extra_forward,
+    try_backward,
+    warn_of_coupling,
+)
+from lightning_hessian.regularization.input_runs import PenaltyRuns
+from lightning_hessian.regularization.logs import log_penalty
+from lightning_hessian.regularization.nonfinite import skip_value
+from lightning_hessian.regularization.ranks import on_all_ranks
+
+
+def sum_of_terms(
+    module: LightningModule, runs: PenaltyRuns, active: Sequence[ActivePenalty], loss: Tensor
+) -> Tensor | None:
+    """sum_k strength_k * penalty_k, with its graph; None where no penalty is finite.
+
+    Args:
+        module: the module, attached to a Trainer.
+        runs: the runs of the step; the run that counts was made.
+        active: the penalties that act.
+        loss: the task loss of that run.
+    """
+    parameters = list(module.parameters())
+    terms: list[Tensor] = []
+    # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
+    with torch.autocast(loss.device.type, enabled=False):
+        for one in active:
+            if runs.batch_norms and isinstance(one.penalty, InputPenalty):
+                note_extra_forward(one.in_fit, list(runs.batch_norms))
+            if runs.runs_again_for(one.penalty):
+                check_runs_again(one.in_fit, module, partial(runs.check_repeatable, loss, repr(one.penalty)))
+            with runs.explained(one.penalty):
+                context = runs.context(one.penalty, one.probes)
+                if isinstance(one.penalty, InputPenalty):
+                    warn_of_coupling(one.in_fit, context)
+                value = one.penalty.value(context)
+                log_penalty(module, one.name, value.detach())
+                if on_all_ranks(module.trainer, math.isfinite(value.item())):
+                    terms.append(one.strength * one.penalty.term(value))
+                    try_backward(one.in_fit, terms[-1], parameters)
+                else:
+                    skip_value(module, one.in_fit, loss, value)
+    return torch.stack(terms).sum() if terms else None
