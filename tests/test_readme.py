@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from nets import CPU
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -26,7 +27,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert all(parameter.grad is not None for parameter in namespace["net"].parameters())
     manual = namespace["Manual"]()
     before = torch.cat([p.detach().flatten() for p in manual.parameters()])
-    trainer = namespace["L"].Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer = namespace["L"].Trainer(**CPU, max_epochs=1)
     trainer.fit(manual, namespace["data"])
     assert not torch.equal(before, torch.cat([p.detach().flatten() for p in manual.parameters()]))
 
