@@ -14,3 +14,11 @@ def _fixed_seed_and_default_dtype_left_alone():
     dtype = torch.get_default_dtype()
     yield
     assert torch.get_default_dtype() == dtype
+
+
+@pytest.fixture
+def float64():
+    """The default dtype of a test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

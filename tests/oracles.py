@@ -5,6 +5,9 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_hessian.curvature import ProbeSource
 
+DIFFERENCES = ("two_pass", "central_difference")
+"""The methods of HessianTrace that ``by_differences`` is the truth of."""
+
 
 def dense_hessian(module, loss, names=None):
     """The Hessian of ``loss(call)`` by torch.func; ``call`` is the module as a function."""
@@ -35,10 +38,9 @@ class Differences:
                 buffer.copy_(before)
         vector_to_parameters(theta, self.module.parameters())
         torch.manual_seed(0)
-        parameters = list(self.module.parameters())
-        gradient = torch.autograd.grad(self.loss(self.module), parameters, allow_unused=True, materialize_grads=True)
+        gradient = gradient_of(self.loss(self.module), self.module.parameters())
         vector_to_parameters(self.theta, self.module.parameters())
-        return flat(gradient).detach()
+        return gradient.detach()
 
     def quadratic_form(self, v):
         return self._derivative(lambda t: self.gradient(self.theta + t * v) @ v).item()
@@ -69,9 +71,9 @@ def by_differences(method, module, loss, strength, **key):
 
     def gradient(at):
         vector_to_parameters(at, parameters)
-        found = torch.autograd.grad(loss(module), parameters, allow_unused=True, materialize_grads=True)
+        found = gradient_of(loss(module), parameters)
         vector_to_parameters(theta, parameters)
-        return flat(found)
+        return found
 
     v = ProbeSource(0, **key).rademacher(len(theta), 0, dtype=theta.dtype)
     e = (2 * strength) ** 0.5
@@ -79,6 +81,33 @@ def by_differences(method, module, loss, strength, **key):
         e = torch.finfo(theta.dtype).eps ** 0.25 / 2 * theta.square().mean().sqrt().item()
     middle = gradient(theta)
     return middle + strength / e**2 * (gradient(theta + e * v) + gradient(theta - e * v) - 2 * middle)
+
+
+def loss_by_differences(method, module, loss, strength, **key):
+    """A scalar whose gradient is that of ``by_differences``."""
+    return parameters_to_vector(module.parameters()) @ by_differences(method, module, loss, strength, **key)
+
+
+def gradient_by_differences(function, module, directions=None, step=1e-4):
+    """The gradient of a function of no arguments by the module's parameters, or the derivatives along directions."""
+    theta = parameters_to_vector(module.parameters()).detach().clone()
+
+    def at(vector):
+        vector_to_parameters(vector, module.parameters())
+        value = float(function())
+        vector_to_parameters(theta, module.parameters())
+        return value
+
+    found = []  # five-point rule, error O(step^4)
+    for direction in torch.eye(len(theta), dtype=theta.dtype) if directions is None else directions:
+        e = step * direction
+        found.append((8 * (at(theta + e) - at(theta - e)) - (at(theta + 2 * e) - at(theta - 2 * e))) / (12 * step))
+    return torch.tensor(found, dtype=theta.dtype)
+
+
+def gradient_of(value, tensors):
+    """The gradient as one vector, 0 where a tensor is not used."""
+    return flat(torch.autograd.grad(value, list(tensors), allow_unused=True, materialize_grads=True))
 
 
 def flat(tensors):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nets import LABELS, POINTS, two_layers
 from oracles import dense_hessian, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -15,26 +16,19 @@ from lightning_hessian.curvature import (
     select_parameters,
 )
 
-X = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(12) % 2
-
-
-def network():
-    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
 
 def test_hessian_products_equal_the_dense_hessian():
-    net = network()
-    dense = dense_hessian(net, lambda call: F.cross_entropy(call(X), Y))
-    operator = HessianOperator(F.cross_entropy(net(X), Y), net.parameters())
+    net = two_layers()
+    dense = dense_hessian(net, lambda call: F.cross_entropy(call(POINTS), LABELS))
+    operator = HessianOperator(F.cross_entropy(net(POINTS), LABELS), net.parameters())
     products = torch.stack([operator.matvec(e) for e in torch.eye(operator.size, dtype=torch.float64)])
     assert relative_error(products, dense) < 1e-12
 
 
 def test_the_batched_hessian_is_that_of_the_mean_over_all_samples():
-    net = network()
-    dense = dense_hessian(net, lambda call: F.cross_entropy(call(X), Y))
-    batches = [(X[:7], Y[:7]), (X[7:], Y[7:])]
+    net = two_layers()
+    dense = dense_hessian(net, lambda call: F.cross_entropy(call(POINTS), LABELS))
+    batches = [(POINTS[:7], LABELS[:7]), (POINTS[7:], LABELS[7:])]
     operator = BatchedHessianOperator(
         lambda batch: F.cross_entropy(net(batch[0]), batch[1]), net.parameters(), batches, lambda batch: len(batch[0])
     )
@@ -42,10 +36,10 @@ def test_the_batched_hessian_is_that_of_the_mean_over_all_samples():
     assert relative_error(operator.matvec(v), dense @ v) < 1e-12
 
 
-@pytest.mark.parametrize(("batches", "message"), [([], "no batch"), ([(X[:0], Y[:0])], "no sample")])
+@pytest.mark.parametrize(("batches", "message"), [([], "no batch"), ([(POINTS[:0], LABELS[:0])], "no sample")])
 def test_batches_without_samples_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
-        BatchedHessianOperator(lambda batch: batch[0].sum(), network().parameters(), batches, lambda b: len(b[0]))
+        BatchedHessianOperator(lambda batch: batch[0].sum(), two_layers().parameters(), batches, lambda b: len(b[0]))
 
 
 def test_a_loss_linear_in_the_parameters_has_no_curvature():

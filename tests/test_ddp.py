@@ -1,13 +1,27 @@
 """Two ranks equal one rank with the joined batch; estimates are reduced for the logs."""
 
+import functools
+
 import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, data, fit, weights
-from oracles import by_differences
+from nets import (
+    CPU,
+    Classifier,
+    context_of,
+    context_of_inputs,
+    data,
+    fit,
+    plain_loop,
+    root_of_zero,
+    smooth,
+    task_loss,
+    weights,
+)
+from oracles import loss_by_differences
+from ranks import STEPS, Result, fit_two, joined
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -15,88 +29,21 @@ from torch.utils.data import DataLoader
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
 
-STEPS = 3
-
 
 def callback(penalty, **settings):
     return lh.HessianRegularizer(penalty, strength=0.02, **settings)
 
 
-class DealtInTurn(torch.utils.data.Sampler):
-    """Every second sample for each of two ranks, unshuffled (Lightning's own sampler shuffles)."""
-
-    def __init__(self, samples):
-        self.samples = samples
-
-    def __iter__(self):
-        return iter(range(dist.get_rank(), self.samples, 2))
-
-    def __len__(self):
-        return self.samples // 2
-
-
-class Result(L.Callback):
-    """Bring the weights of rank 0 and the logs home from the forked processes."""
-
-    def __init__(self, path):
-        self.path = path
-        self.logged = []
-
-    def on_train_batch_end(self, trainer, *_):
-        self.logged.append({name: float(value) for name, value in trainer.logged_metrics.items()})
-
-    def on_train_end(self, trainer, pl_module):
-        torch.save({"weights": weights(pl_module), "logged": self.logged}, self.path / f"{trainer.global_rank}.pt")
-
-
-def fit_two(tmp_path, module, regularizer, loader, **strategy):
-    result = Result(tmp_path)
-    dealt = DataLoader(loader.dataset, loader.batch_size, sampler=DealtInTurn(len(loader.dataset)))
-    trainer = L.Trainer(
-        **CPU,
-        max_steps=STEPS,
-        callbacks=[regularizer, result],
-        devices=2,
-        use_distributed_sampler=False,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo", **strategy),
-    )
-    trainer.fit(module, dealt)
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-
-
-def joined(loader, batches=STEPS):
-    """The batches of both ranks, rank 0 first."""
-    x, y = loader.dataset.tensors
-    size = loader.batch_size
-    for step in range(batches):
-        parts = [slice(2 * size * step + rank, 2 * size * (step + 1), 2) for rank in range(2)]
-        yield torch.cat([x[p] for p in parts]), torch.cat([y[p] for p in parts])
-
-
-def fit_one(module, penalty_of, loader):
-    """One process, joined batches, the mean of what each rank adds."""
-    optimizer = module.configure_optimizers()
-    for step, (x, y) in enumerate(joined(loader)):
-        optimizer.zero_grad()
-        penalty_of(module, x, y, step).backward()
-        optimizer.step()
-    return weights(module)
-
-
 def exact(module, x, y, step):
-    with lh.higher_order():
-        loss = F.cross_entropy(module.net(x), y)
-    return loss + 0.02 * lh.HessianTrace(probes=-1)(lh.StepContext(loss, dict(module.named_parameters())))
+    context = context_of(module, task_loss, (x, y))
+    return context.loss + 0.02 * lh.HessianTrace(probes=-1)(context)
 
 
-def with_each_ranks_own_probe(module, x, y, step):
+def with_each_ranks_own_probe(module, x, y, step, method="autograd"):
     total = 0
-    for rank, (inputs, targets) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
-        with lh.higher_order():
-            loss = F.cross_entropy(module.net(inputs), targets)
-        source = ProbeSource(0, step, step, rank)
-        trace = lh.HessianTrace()(lh.StepContext(loss, dict(module.named_parameters()), source))
-        total = total + (loss + 0.02 * trace) / 2
+    for rank, halves in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+        context = context_of(module, task_loss, halves, probes=ProbeSource(0, step, step, rank))
+        total = total + (context.loss + 0.02 * lh.HessianTrace(method=method)(context)) / 2
     return total
 
 
@@ -119,19 +66,17 @@ def test_two_ranks_equal_one(tmp_path, case):
     penalty, of_one, strategy = CASES[case]
 
     def module():
-        return Unused() if case == "unused parameters" else Classifier(middle=nn.LayerNorm(6))
+        return Unused() if case == "unused parameters" else smooth()
 
     loader = data(8)
     first, second = fit_two(tmp_path, module(), callback(penalty), loader, **strategy)
     assert torch.equal(first["weights"], second["weights"])
-    torch.testing.assert_close(first["weights"], fit_one(module(), of_one, loader), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first["weights"], plain_loop(module(), of_one, joined(loader)), rtol=1e-6, atol=1e-6)
     # The logged value is the mean over ranks, the same on both.
     assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
     if case == "exact":
         (x, y), fresh = next(joined(loader)), module()
-        with lh.higher_order():
-            loss = F.cross_entropy(fresh.net(x), y)
-        value = penalty(lh.StepContext(loss, dict(fresh.named_parameters())))
+        value = penalty(context_of(fresh, task_loss, (x, y)))
         assert first["logged"][0]["curvature/hessian_trace"] == pytest.approx(value.item())
 
 
@@ -158,31 +103,22 @@ def test_two_ranks_equal_one_for_methods_of_ordinary_passes(tmp_path, case):
     method, loader = case.partition(",")[0], data(8)
 
     def of_one(module, x, y, step):
+        if method == "gauss_newton":
+            return with_each_ranks_own_probe(module, x, y, step, method)
         total = 0
-        for rank, (inputs, targets) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+        for rank, halves in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
             key = {"step": step, "micro_batch": step, "rank": rank}
-
-            def loss(module, inputs=inputs, targets=targets):
-                return F.cross_entropy(module.net(inputs), targets)
-
-            if method == "gauss_newton":
-                with lh.higher_order(), lh.curvature.watch_losses() as seen:
-                    task = loss(module)
-                parameters = dict(module.named_parameters())
-                context = lh.StepContext(task, parameters, ProbeSource(0, **key), losses=seen)
-                total = total + (task + 0.02 * lh.HessianTrace(method=method)(context)) / 2
-            else:  # a scalar that has the gradient
-                gradient = by_differences(method, module, loss, 0.02, **key)
-                total = total + nn.utils.parameters_to_vector(module.parameters()) @ gradient / 2
+            loss = functools.partial(task_loss, batch=halves)
+            total = total + loss_by_differences(method, module, loss, 0.02, **key) / 2
         return total
 
     def module():
-        return Unused() if "unused" in case else Classifier(middle=nn.LayerNorm(6))
+        return Unused() if "unused" in case else smooth()
 
     regularizer = callback(lh.HessianTrace(method=method))
     first, second = fit_two(tmp_path, module(), regularizer, loader, **FIRST_ORDER[case])
     assert torch.equal(first["weights"], second["weights"])
-    torch.testing.assert_close(first["weights"], fit_one(module(), of_one, loader), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first["weights"], plain_loop(module(), of_one, joined(loader)), rtol=1e-6, atol=1e-6)
     logged = [rank["logged"][0]["curvature/hessian_trace"] for rank in (first, second)]
     assert logged[0] == logged[1]
 
@@ -192,14 +128,14 @@ def test_two_ranks_equal_one_for_the_norm_of_the_mean_hessian(tmp_path, method):
     """The same fit in one process, where a batch is that of both ranks."""
 
     def fitted():
-        module, result = Classifier(middle=nn.LayerNorm(6)), Result(tmp_path)
+        module, result = smooth(), Result(tmp_path)
         batches = DataLoader(list(joined(loader)), batch_size=None)
         fit(module, [callback(lh.HessianNorm(method=method)), result], batches, max_steps=STEPS)
         return weights(module), result.logged
 
     loader = data(8)
     regularizer = callback(lh.HessianNorm(method=method))
-    first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), regularizer, loader)
+    first, second = fit_two(tmp_path, smooth(), regularizer, loader)
     expected, logged = fitted()
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
@@ -208,22 +144,17 @@ def test_two_ranks_equal_one_for_the_norm_of_the_mean_hessian(tmp_path, method):
         assert one["curvature/hessian_norm"] == pytest.approx(joint["curvature/hessian_norm"], rel=1e-6)
 
 
-def context_of(module, x, y):
-    parameters = dict(module.named_parameters())
-    return lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, parameters)
-
-
 @pytest.mark.parametrize("name", ON_INPUTS)
 def test_two_ranks_equal_one_for_penalties_on_the_inputs(tmp_path, name):
     penalty, loader = ON_INPUTS[name], data(8)
 
     def of_one(module, x, y, step):
-        context = context_of(module, x, y)
+        context = context_of_inputs(module, x, y)
         return context.loss + 0.02 * penalty(context)
 
-    first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), callback(penalty), loader)
+    first, second = fit_two(tmp_path, smooth(), callback(penalty), loader)
     assert torch.equal(first["weights"], second["weights"])
-    expected = fit_one(Classifier(middle=nn.LayerNorm(6)), of_one, loader)
+    expected = plain_loop(smooth(), of_one, joined(loader))
     torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
     logged = [rank["logged"][0][f"curvature/{penalty.name}"] for rank in (first, second)]
     assert logged[0] == logged[1] > 0
@@ -261,7 +192,9 @@ def test_batch_norm_takes_its_second_pass_on_two_ranks(tmp_path):
         return total
 
     first, _ = fit_two(tmp_path, UnusedWithBatchNorm(), callback(penalty), loader, find_unused_parameters=True)
-    torch.testing.assert_close(first["weights"], fit_one(UnusedWithBatchNorm(), of_one, loader), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        first["weights"], plain_loop(UnusedWithBatchNorm(), of_one, joined(loader)), rtol=1e-6, atol=1e-6
+    )
 
 
 class NotFiniteOnOneRank(lh.Penalty):
@@ -274,12 +207,12 @@ class NotFiniteOnOneRank(lh.Penalty):
 
 def test_a_penalty_that_is_not_finite_on_one_rank_is_skipped_on_all(tmp_path):
     def task_loss_alone_at_step_1(module, x, y, step):
-        return (1.0 if step == 1 else 1.02) * F.cross_entropy(module.net(x), y)
+        return (1.0 if step == 1 else 1.02) * task_loss(module, (x, y))
 
     loader = data(8)
-    module = Classifier(middle=nn.LayerNorm(6))
+    module = smooth()
     first, _ = fit_two(tmp_path, module, callback(NotFiniteOnOneRank()), loader)
-    expected = fit_one(Classifier(middle=nn.LayerNorm(6)), task_loss_alone_at_step_1, loader)
+    expected = plain_loop(smooth(), task_loss_alone_at_step_1, joined(loader))
     torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-6)
 
 
@@ -315,20 +248,19 @@ class BadOnRankOne(lh.HessianTrace):
     def value(self, context):
         value = super().value(context)
         if dist.get_rank() == 1 and context.probes.step >= 1:
-            w = next(iter(context.parameters.values()))
-            value = value + (w - w.detach()).square().sum().sqrt()
+            value = value + root_of_zero(next(iter(context.parameters.values())))
         return value
 
 
 @pytest.mark.parametrize("strategy", [{}, {"gradient_as_bucket_view": True}], ids=str)
 def test_a_gradient_that_is_not_finite_on_one_rank_lets_all_train_on_the_task_loss(tmp_path, strategy):
     regularizer = callback(BadOnRankOne(probes=-1))
-    first, second = fit_two(tmp_path, Classifier(middle=nn.LayerNorm(6)), regularizer, data(8), **strategy)
+    first, second = fit_two(tmp_path, smooth(), regularizer, data(8), **strategy)
     assert torch.equal(first["weights"], second["weights"])
     assert first["logged"][-1]["train/hessian_trace_skipped"] == STEPS - 1
 
     def only_first(module, x, y, step):
-        return exact(module, x, y, step) if step == 0 else F.cross_entropy(module.net(x), y)
+        return exact(module, x, y, step) if step == 0 else task_loss(module, (x, y))
 
-    expected = fit_one(Classifier(middle=nn.LayerNorm(6)), only_first, data(8))
+    expected = plain_loop(smooth(), only_first, joined(data(8)))
     torch.testing.assert_close(first["weights"], expected, rtol=1e-6, atol=1e-8)

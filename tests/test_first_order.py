@@ -1,17 +1,17 @@
 """The methods of the trace penalty that need ordinary passes, and the Gauss-Newton trace."""
 
-import gc
+import functools
 import itertools
 import random
-import warnings
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import Classifier, Recorder, data, fit, weights
-from oracles import by_differences, relative_error
+from nets import Classifier, MovingAverage, data, fit, smooth, task_loss, weights
+from oracles import DIFFERENCES, by_differences, flat, gradient_of, relative_error
+from recorders import LiveTensors, Recorder, added_gradient, all_warnings, gradient_of_step
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Accuracy
@@ -21,37 +21,15 @@ from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.displacement import GradientSum
 
 STRENGTH = 1e-2
-DIFFERENCES = ("two_pass", "central_difference")
 
 
 def callback(method, strength=STRENGTH, **settings):
     return lh.HessianRegularizer(lh.HessianTrace(method=method, **settings), strength=strength)
 
 
-class Gradients(L.Callback):
-    """The gradients of every optimizer step."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.rows.append(torch.cat([p.grad.detach().reshape(-1).clone() for p in pl_module.parameters()]))
-
-
-def gradient_of_step(module, regularizer=None, loader=None, **settings):
+def penalty_gradient(regularizer):
     """Of the first step."""
-    seen = Gradients()
-    fit(module, [*([regularizer] if regularizer else []), seen], loader, max_steps=1, **settings)
-    return seen.rows[0]
-
-
-def smooth():
-    return Classifier(middle=nn.LayerNorm(6))
-
-
-def penalty_gradient(regularizer, module=smooth, strength=STRENGTH):
-    """What a penalty adds to the gradient of the first step, over its strength."""
-    return (gradient_of_step(module(), regularizer) - gradient_of_step(module())) / strength
+    return added_gradient(regularizer) / regularizer.strength
 
 
 SETTINGS = [
@@ -73,8 +51,8 @@ def test_central_difference_has_autograds_gradient_for_the_same_probe(settings):
 def test_two_passes_have_autograds_gradient_up_to_a_bias_of_order_s_squared():
     errors = []
     for strength in (4e-4, 1e-4, 2.5e-5):  # s is halved from one to the next
-        exact = penalty_gradient(callback("autograd", strength), strength=strength)
-        errors.append(relative_error(penalty_gradient(callback("two_pass", strength), strength=strength), exact))
+        exact = penalty_gradient(callback("autograd", strength))
+        errors.append(relative_error(penalty_gradient(callback("two_pass", strength)), exact))
     assert errors[0] < 0.1
     for coarse, fine in itertools.pairwise(errors):
         assert coarse / fine == pytest.approx(4, rel=0.1)
@@ -82,17 +60,16 @@ def test_two_passes_have_autograds_gradient_up_to_a_bias_of_order_s_squared():
 
 def test_two_passes_are_the_mean_of_the_losses_at_both_ends():
     module, seen = smooth(), Recorder()
-    gradient = gradient_of_step(smooth(), callback("two_pass"))
+    gradient = gradient_of_step(smooth(), [callback("two_pass")])
     fit(smooth(), [callback("two_pass"), seen], max_steps=1)
-    x, y = next(iter(data()))
+    batch = next(iter(data()))
     theta, s = nn.utils.parameters_to_vector(module.parameters()).detach(), (2 * STRENGTH) ** 0.5
     v = ProbeSource(0).rademacher(len(theta), 0, dtype=torch.float64)
     gradients, losses = [], []
     for sign in (1, -1):
         nn.utils.vector_to_parameters(theta + sign * s * v, module.parameters())
-        losses.append(F.cross_entropy(module.net(x), y))
-        found = torch.autograd.grad(losses[-1], list(module.parameters()))
-        gradients.append(torch.cat([g.reshape(-1) for g in found]))
+        losses.append(task_loss(module, batch))
+        gradients.append(gradient_of(losses[-1], module.parameters()))
     torch.testing.assert_close(gradient, (gradients[0] + gradients[1]) / 2, rtol=1e-12, atol=1e-14)
     estimate = ((gradients[0] - gradients[1]) @ v / (2 * s)).item()
     assert seen.rows[0]["curvature/hessian_trace"] == pytest.approx(estimate, rel=1e-6)
@@ -185,26 +162,19 @@ def test_a_failing_run_leaves_everything_as_found(method, call):
 
 @pytest.mark.parametrize("method", ["autograd", "gauss_newton", *DIFFERENCES])
 def test_memory_is_flat_and_parameters_do_not_drift(method):
-    module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32, lr=0.0)
-    before, alive = weights(module), []
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            if trainer.global_step in (100, 300):
-                gc.collect()
-                alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-
-    fit(module, [callback(method, 1e-9), Count()], data(dtype=torch.float32), max_steps=300, max_epochs=-1)
+    module = smooth(dtype=torch.float32, lr=0.0)
+    before, alive = weights(module), LiveTensors((100, 300), collect=True)
+    fit(module, [callback(method, 1e-9), alive], data(dtype=torch.float32), max_steps=300, max_epochs=-1)
     assert torch.equal(weights(module), before)
-    assert alive[1] <= alive[0] + 2
+    assert alive.counts[1] <= alive.counts[0] + 2
 
 
 @pytest.mark.parametrize("method", DIFFERENCES)
 def test_accumulation_averages_the_micro_batches(method):
-    accumulated = gradient_of_step(smooth(), callback(method), data(8), accumulate_grad_batches=2)
+    accumulated = gradient_of_step(smooth(), [callback(method)], data(8), accumulate_grad_batches=2)
     singles = [
-        by_differences(method, smooth(), lambda net, x=x, y=y: F.cross_entropy(net.net(x), y), STRENGTH, micro_batch=k)
-        for k, (x, y) in enumerate(list(data(8))[:2])
+        by_differences(method, smooth(), functools.partial(task_loss, batch=batch), STRENGTH, micro_batch=k)
+        for k, batch in enumerate(list(data(8))[:2])
     ]
     torch.testing.assert_close(accumulated, torch.stack(singles).mean(dim=0), rtol=1e-6, atol=1e-8)
 
@@ -212,20 +182,14 @@ def test_accumulation_averages_the_micro_batches(method):
 @pytest.mark.parametrize("method", DIFFERENCES)
 def test_with_other_penalties_each_sees_the_task_loss_alone(method):
     both = [callback(method), lh.HessianRegularizer(lh.InputGradientNorm(), strength=0.1)]
-    together = penalty_gradient(both[0], strength=1), penalty_gradient(both[1], strength=1)
-    seen = Gradients()
-    fit(smooth(), [*both, seen], max_steps=1)
-    torch.testing.assert_close(
-        seen.rows[0] - gradient_of_step(smooth()), together[0] + together[1], rtol=1e-6, atol=1e-8
-    )
+    alone = [added_gradient(one) for one in both]
+    torch.testing.assert_close(added_gradient(*both), alone[0] + alone[1], rtol=1e-6, atol=1e-8)
 
 
 def test_two_penalties_of_two_passes():
     first, second = callback("two_pass", parameters="*.weight"), callback("two_pass", 1e-3)
-    alone = [penalty_gradient(one, strength=1) for one in (first, second)]
-    seen = Gradients()
-    fit(smooth(), [first, second, seen], max_steps=1)
-    torch.testing.assert_close(seen.rows[0] - gradient_of_step(smooth()), alone[0] + alone[1], rtol=1e-9, atol=1e-12)
+    alone = [added_gradient(one) for one in (first, second)]
+    torch.testing.assert_close(added_gradient(first, second), alone[0] + alone[1], rtol=1e-9, atol=1e-12)
 
 
 def test_one_tensor_may_be_the_gradient_of_several_parameters():
@@ -259,8 +223,8 @@ def test_hooks_on_parameters_see_the_sum_once(method):
     module = smooth()
     module.net[0].weight.register_hook(lambda gradient: seen.append(1) or 0.1 * gradient)
     module.net[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(2))
-    gradient = gradient_of_step(module, callback(method))
-    expected = gradient_of_step(smooth(), callback(method))
+    gradient = gradient_of_step(module, [callback(method)])
+    expected = gradient_of_step(smooth(), [callback(method)])
     size = module.net[0].bias.numel() + module.net[0].weight.numel()
     torch.testing.assert_close(gradient[: module.net[0].weight.numel()], 0.1 * expected[: module.net[0].weight.numel()])
     torch.testing.assert_close(gradient[size:], expected[size:])
@@ -285,18 +249,8 @@ def test_random_numbers_of_numpy_and_python_are_the_same_in_every_pass(method):
 
 
 def test_a_step_that_changes_parameters_is_refused():
-    class MovingAverage(Classifier):
-        def __init__(self):
-            super().__init__(middle=nn.LayerNorm(6))
-            self.teacher = nn.Linear(4, 6).double().requires_grad_(False)
-
-        def training_step(self, batch, batch_idx):
-            with torch.no_grad():
-                self.teacher.weight.mul_(0.5).add_(self.net[0].weight, alpha=0.5)
-            return F.cross_entropy(self.net(batch[0]), batch[1])
-
     with pytest.raises(MisconfigurationException, match=r"changes the parameter 'teacher.weight'.*on_train_batch_end"):
-        penalized_step(MovingAverage(), "two_pass")
+        penalized_step(MovingAverage(middle=nn.LayerNorm(6)), "two_pass")
 
 
 def test_a_metric_that_is_computed_and_reset_inside_the_step():
@@ -334,9 +288,8 @@ def test_graphs_made_before_keep_their_parameters(method):
     gradient = gradient_of_step(module)
     plain = smooth()
     plain.net[0](next(iter(data()))[0]).square().mean().backward()
-    aside = torch.cat([torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)
-                       for p in plain.parameters()])  # fmt: skip
-    torch.testing.assert_close(gradient, gradient_of_step(smooth(), callback(method)) + aside)
+    aside = flat([torch.zeros_like(p) if p.grad is None else p.grad for p in plain.parameters()])
+    torch.testing.assert_close(gradient, gradient_of_step(smooth(), [callback(method)]) + aside)
 
 
 def test_a_forward_pass_that_begins_outside_is_refused():
@@ -357,10 +310,9 @@ def test_sparse_gradients_are_refused_by_name():
 
 
 def warnings_of(module, regularizer, **settings):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with all_warnings() as told:
         fit(module, [regularizer], **settings)
-    return [str(warning.message) for warning in caught]
+    return told
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -378,7 +330,7 @@ def test_kinks_are_warned_of_once_for_central_differences(compiled):
 
 def test_a_step_that_the_precision_does_not_see_is_warned_of_once():
     for strength, times in ((1e-12, 1), (1e-3, 0)):
-        module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32)
+        module = smooth(dtype=torch.float32)
         messages = warnings_of(module, callback("two_pass", strength), loader=data(dtype=torch.float32),
                                precision="bf16-mixed")  # fmt: skip
         assert sum("its value is rounding" in message for message in messages) == times

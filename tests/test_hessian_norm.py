@@ -1,21 +1,20 @@
 """HessianNorm: the largest absolute eigenvalue of the weight Hessian, followed from step to step."""
 
 import copy
-import gc
 import itertools
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, Recorder, data, fit, weights
-from oracles import dense_hessian, flat, relative_error
+from nets import CPU, Classifier, Mixed, context_of, data, fit, smooth, task_loss, weights
+from oracles import dense_hessian, flat, gradient_by_differences, gradient_of, relative_error
+from recorders import LiveTensors, Recorder, SaveAt, added_gradient
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_hessian as lh
-from lightning_hessian.curvature import ProbeSource
 
 METHODS = ("autograd", "central_difference")
 STRENGTH = 0.02
@@ -25,21 +24,12 @@ def callback(method="autograd", strength=STRENGTH, **settings):
     return lh.HessianRegularizer(lh.HessianNorm(method=method, **settings), strength=strength)
 
 
-def smooth(**settings):
-    return Classifier(middle=nn.LayerNorm(6), **settings)
-
-
 def batch():
     return next(iter(data()))
 
 
-def task_loss(module, x, y):
-    with lh.higher_order():
-        return F.cross_entropy(module.net(x), y)
-
-
-def context(module, probes=None):
-    return lh.StepContext(task_loss(module, *batch()), dict(module.named_parameters()), probes or ProbeSource())
+def context(module):
+    return context_of(module, task_loss, batch())
 
 
 class Written(nn.LayerNorm):
@@ -100,29 +90,17 @@ def test_eigenvalues_below_zero(curvatures):
 def test_the_gradient_is_that_of_the_dense_norm():
     module = smooth()
     penalty = converged(module)
-    parameters = list(module.net.parameters())
-    found = flat(torch.autograd.grad(penalty(context(module)), parameters))
-    theta = nn.utils.parameters_to_vector(parameters).detach().clone()
-    generator, h = torch.Generator().manual_seed(0), 1e-5
+    found = gradient_of(penalty(context(module)), module.parameters())
+    generator = torch.Generator().manual_seed(0)
     for _ in range(3):
-        direction = torch.randn(theta.shape, generator=generator, dtype=theta.dtype)
-        ends = []
-        for sign in (1, -1):
-            nn.utils.vector_to_parameters(theta + sign * h * direction, parameters)
-            ends.append(dense_norm(module))
-        nn.utils.vector_to_parameters(theta, parameters)
-        expected = (ends[0] - ends[1]) / (2 * h)
+        direction = torch.randn(found.shape, generator=generator, dtype=found.dtype)
+        (expected,) = gradient_by_differences(lambda: dense_norm(module), module, [direction]).tolist()
         assert (found @ direction).item() == pytest.approx(expected, rel=1e-5)
-
-
-class Gradients(L.Callback):
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.first = flat([p.grad for p in module.parameters()]).clone()
 
 
 def after_one_step(method):
     """From a state near the top: the gradient that the penalty adds, the value logged, and the next v."""
-    regularizer, plain, ours, row = callback(method), Gradients(), Gradients(), Recorder()
+    regularizer, row = callback(method), Recorder()
     start = converged(smooth()).state_dict()
     generator = torch.Generator().manual_seed(0)
     v = flat(start["v"].values())
@@ -134,10 +112,8 @@ def after_one_step(method):
         def on_train_start(self, *_):
             regularizer.penalty.load_state_dict(start)
 
-    fit(smooth(), [regularizer, Begin(), ours, row], max_steps=1)
-    fit(smooth(), [plain], max_steps=1)
-    penalty = regularizer.penalty
-    return (ours.first - plain.first) / STRENGTH, row.rows[0]["curvature/hessian_norm"], vector(penalty), v / v.norm()
+    gradient = added_gradient(regularizer, Begin(), row) / STRENGTH
+    return gradient, row.rows[0]["curvature/hessian_norm"], vector(regularizer.penalty), v / v.norm()
 
 
 def test_central_differences_have_autograds_next_v_and_nearly_its_gradient():
@@ -155,10 +131,7 @@ def test_the_gradient_of_central_differences_is_autograds_at_convergence():
     """The first step of a run searches long enough."""
 
     def gradient(method):
-        seen, plain = Gradients(), Gradients()
-        fit(smooth(), [callback(method, iterations=60), seen], max_steps=1)
-        fit(smooth(), [plain], max_steps=1)
-        return (seen.first - plain.first) / STRENGTH
+        return added_gradient(callback(method, iterations=60)) / STRENGTH
 
     assert relative_error(gradient("central_difference"), gradient("autograd")) < 1e-4
 
@@ -209,19 +182,12 @@ def test_products_of_a_step(iterations, monkeypatch):
 @pytest.mark.parametrize("method", METHODS)
 def test_at_rest_the_value_converges_and_nothing_drifts_or_piles_up(method):
     module = smooth(lr=0.0)
-    before, recorder, alive = weights(module), Recorder(), []
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step in (100, 300):
-                gc.collect()
-                alive.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-
+    before, recorder, alive = weights(module), Recorder(), LiveTensors((100, 300), collect=True)
     loader = DataLoader([batch()] * 300, batch_size=None)
-    fit(module, [callback(method), recorder, Count()], loader, max_steps=300)
+    fit(module, [callback(method), recorder, alive], loader, max_steps=300)
     assert torch.equal(weights(module), before)
     assert recorder.rows[-1]["curvature/hessian_norm"] == pytest.approx(dense_norm(module), rel=1e-5)
-    assert alive[1] <= alive[0] + 2
+    assert alive.counts[1] <= alive.counts[0] + 2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -235,13 +201,8 @@ def test_it_brings_the_norm_down(method):
     assert norm_after(0.1) < 0.8 * norm_after(0.0)
 
 
-class Mixed(lh.HessianRegularizationMixin, Classifier):
-    def __init__(self, regularizer):
-        super().__init__(middle=nn.LayerNorm(6), dtype=torch.float32)
-        self.regularizer = regularizer
-
-    def training_step(self, batch, batch_idx):
-        return self.regularized(lambda: F.cross_entropy(self.net(batch[0]), batch[1]))
+def mixed(regularizer):
+    return Mixed(regularizer, middle=nn.LayerNorm(6), dtype=torch.float32)
 
 
 def by_callback(regularizers):
@@ -249,16 +210,7 @@ def by_callback(regularizers):
 
 
 def by_mixin(regularizers):
-    return Mixed(list(regularizers)), []
-
-
-class SaveAt(L.Callback):
-    def __init__(self, path, step=2):
-        self.path, self.step = path, step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
+    return mixed(list(regularizers)), []
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -300,9 +252,9 @@ def test_a_fresh_fit_starts_anew(given):
 def test_a_checkpoint_that_no_fit_resumes_from_leaves_the_penalty_alone(tmp_path):
     path, loader = tmp_path / "c.ckpt", data(dtype=torch.float32)
     regularizer = callback()
-    module = Mixed(callback())
+    module = mixed(callback())
     fit(module, [SaveAt(path)], loader)
-    second = Mixed(callback())
+    second = mixed(callback())
     second.on_load_checkpoint(torch.load(path))  # as `load_from_checkpoint` does
     L.Trainer(**CPU, callbacks=[regularizer]).test(second, loader, ckpt_path=path)
     assert second.regularizer.penalty.state_dict() == regularizer.penalty.state_dict() == {}
@@ -410,7 +362,7 @@ def test_a_batch_that_the_step_skips_leaves_v_as_it_was(method):
 
 def test_verify_holds_u_and_v_and_keeps_the_state():
     module, penalty = smooth(), lh.HessianNorm()
-    report = lh.verify(module, batch(), penalty, loss=lambda module, batch: task_loss(module, *batch))
+    report = lh.verify(module, batch(), penalty, loss=task_loss)
     assert report.ok
     assert report.penalty_gradient_error < 1e-6
     assert penalty.state_dict() == {}

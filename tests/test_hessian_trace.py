@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from oracles import dense_hessian, flat, relative_error
+from nets import context_of
+from oracles import dense_hessian, flat, gradient_by_differences, gradient_of, relative_error
 from torch import nn
 from torch.nn import functional as F
 
@@ -42,24 +43,26 @@ def exact_trace(net, positions=None):
     return total, flat(torch.autograd.grad(total, leaves))
 
 
+def loss_of(net):
+    return F.cross_entropy(net(X), Y)
+
+
 def context(net, **key):
-    with lh.higher_order(net):
-        loss = F.cross_entropy(net(X), Y)
-    return lh.StepContext(loss, dict(net.named_parameters()), ProbeSource(**key))
+    return context_of(net, loss_of, probes=ProbeSource(**key))
 
 
 def test_exact_value_and_gradient(net):
     expected, expected_gradient = exact_trace(net)
     value = lh.HessianTrace(probes=-1)(context(net))
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert relative_error(flat(torch.autograd.grad(value, list(net.parameters()))), expected_gradient) < 1e-7
+    assert relative_error(gradient_of(value, net.parameters()), expected_gradient) < 1e-7
 
 
 def test_exact_value_over_chosen_parameters(net):
     expected, expected_gradient = exact_trace(net, positions=[0, 4])
     value = lh.HessianTrace(probes=-1, parameters=["0.weight", "3.weight"])(context(net))
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert relative_error(flat(torch.autograd.grad(value, list(net.parameters()))), expected_gradient) < 1e-7
+    assert relative_error(gradient_of(value, net.parameters()), expected_gradient) < 1e-7
 
 
 def test_the_gradient_agrees_with_differences_of_the_dense_trace():
@@ -68,30 +71,16 @@ def test_the_gradient_agrees_with_differences_of_the_dense_trace():
     def dense_trace():
         return dense_hessian(net, lambda call: F.cross_entropy(call(X), Y)).trace().item()
 
-    with lh.higher_order(net):
-        loss = F.cross_entropy(net(X), Y)
-    value = lh.HessianTrace(probes=-1)(lh.StepContext(loss, dict(net.named_parameters())))
+    value = lh.HessianTrace(probes=-1)(context(net))
     assert value.item() == pytest.approx(dense_trace(), rel=1e-10)
-    gradient = flat(torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True))
-    differences = []
-    for parameter in net.parameters():
-        for i in range(parameter.numel()):
-            with torch.no_grad():
-                entry = parameter.view(-1)
-                before = entry[i].clone()
-                entry[i] = before + 1e-5
-                ahead = dense_trace()
-                entry[i] = before - 1e-5
-                behind = dense_trace()
-                entry[i] = before
-            differences.append((ahead - behind) / 2e-5)
-    assert relative_error(gradient, torch.tensor(differences, dtype=torch.float64)) < 1e-7
+    gradient = gradient_of(value, net.parameters())
+    assert relative_error(gradient, gradient_by_differences(dense_trace, net)) < 1e-7
 
 
 def test_the_penalty_is_not_detached(net):
     value = lh.HessianTrace()(context(net))
-    gradient = torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True)
-    assert flat(gradient).norm() > 0.1 * value.abs()
+    gradient = gradient_of(value, net.parameters())
+    assert gradient.norm() > 0.1 * value.abs()
 
 
 @pytest.mark.parametrize(
@@ -115,9 +104,7 @@ def test_unbiased_value_and_gradient_within_four_standard_errors(net, settings):
         value = penalty(context(net, step=step))
         values.append(value.detach())
         gradients.append(
-            flat(torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True))
-            if value.requires_grad
-            else torch.zeros_like(expected_gradient)
+            gradient_of(value, net.parameters()) if value.requires_grad else torch.zeros_like(expected_gradient)
         )
     values, gradients = torch.stack(values), torch.stack(gradients)
     assert abs(values.mean() - expected) < 4 * values.std() / len(values) ** 0.5

@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
-from nets import OnceDifferentiable
-from oracles import Differences, flat, hessian_by_differences, relative_error
+from nets import Checkpointed, OnceDifferentiable, context_of
+from oracles import Differences, gradient_of, hessian_by_differences, relative_error
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import HessianOperator, ProbeSource
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class First(nn.Module):
@@ -55,14 +56,8 @@ class LowLevelNorms(nn.Module):
         return torch.layer_norm(x.tanh(), x.shape[-1:])
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
-        super().__init__()
-        self.inside = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh())
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        return checkpoint(self.inside, x, use_reentrant=self.reentrant)
+def checkpointed(use_reentrant):
+    return Checkpointed(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()), use_reentrant)
 
 
 def evaluated(layer):
@@ -110,7 +105,7 @@ ZOO = {
     "average pool": lambda: nn.AvgPool1d(2),
     "adaptive pool": lambda: nn.AdaptiveAvgPool1d(3),
     "dropout": lambda: nn.Dropout(0.3),
-    "checkpoint": lambda: Checkpointed(reentrant=False),
+    "checkpoint": lambda: checkpointed(use_reentrant=False),
 }  # fmt: skip
 ACTIVATIONS = [
     nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Softplus(), nn.Mish(), nn.ELU(), nn.CELU(),
@@ -143,13 +138,6 @@ class Surrounded(nn.Module):
         return self.after(self.layer(self.before(x)).flatten(1))
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def surrounded(layer):
     torch.manual_seed(3)
     net = Surrounded(layer).double()
@@ -161,12 +149,8 @@ def surrounded(layer):
 
 def penalty_and_gradient(net, loss, source):
     torch.manual_seed(0)
-    with lh.higher_order(net):
-        task = loss(net)
-    parameters = dict(net.named_parameters())
-    value = lh.HessianTrace()(lh.StepContext(task, parameters, source))
-    gradient = torch.autograd.grad(value, list(parameters.values()), allow_unused=True, materialize_grads=True)
-    return value.item(), flat(gradient)
+    value = lh.HessianTrace()(context_of(net, loss, probes=source))
+    return value.item(), gradient_of(value, net.parameters())
 
 
 def check(net, loss, step=3e-4):
@@ -289,7 +273,7 @@ def test_compiled_modules_run_eagerly():
 
 
 def test_reentrant_checkpoint_is_refused_by_name():
-    net, loss = surrounded(Checkpointed(reentrant=True))
+    net, loss = surrounded(checkpointed(use_reentrant=True))
     with pytest.raises(lh.HigherOrderError, match=r"layer uses a reentrant checkpoint.*use_reentrant=False"):
         penalty_and_gradient(net, loss, ProbeSource())
 
@@ -328,10 +312,9 @@ def test_an_operator_without_double_backward_is_named(net, x, message):
 @pytest.mark.parametrize("settings", [{}, {"parameters": "before.*"}, {"keep": 0.3}], ids=str)
 def test_a_function_marked_once_differentiable_is_not_left_out_in_silence(settings):
     net, loss = surrounded(OnceDifferentiable())
-    with lh.higher_order(net):
-        task = loss(net)
+    context = context_of(net, loss)
     with pytest.raises(lh.HigherOrderError, match=r"OnceDifferentiable\.Function.*@once_differentiable"):
-        lh.HessianTrace(**settings)(lh.StepContext(task, dict(net.named_parameters())))
+        lh.HessianTrace(**settings)(context)
 
 
 @torch.jit.script
@@ -366,17 +349,9 @@ def test_spectral_norm_in_training_and_sparse_embeddings_are_refused_by_name():
 
 
 def test_checkpointed_batch_norm_counts_a_batch_once():
-    class Region(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
-
-        def forward(self, x):
-            return checkpoint(self.norm, x, use_reentrant=False)
-
-    net, loss = surrounded(Region())
+    net, loss = surrounded(Checkpointed(nn.BatchNorm1d(4), use_reentrant=False))
     fused = copy.deepcopy(net)
-    fused.layer.forward = fused.layer.norm
+    fused.layer.forward = fused.layer.block
     loss(fused)
     penalty_and_gradient(net, loss, ProbeSource())
     for name, buffer in fused.named_buffers():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import relative_error
+from oracles import gradient_by_differences, gradient_of, relative_error
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,27 +47,6 @@ def dense_norm(module, x, y, parameters=None):
     return torch.linalg.eigvalsh(dense_hessians(module, x, y, parameters)).abs().amax(dim=1)
 
 
-def gradient(value, module):
-    parts = torch.autograd.grad(value, list(module.parameters()), allow_unused=True, materialize_grads=True)
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def differences(function, module, step=1e-4):
-    """The gradient of a function of the parameters by five-point differences."""
-    theta = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
-
-    def at(vector):
-        nn.utils.vector_to_parameters(vector, module.parameters())
-        value = function()
-        nn.utils.vector_to_parameters(theta, module.parameters())
-        return float(value)
-
-    columns = []
-    for e in torch.eye(len(theta), dtype=torch.float64) * step:
-        columns.append((8 * (at(theta + e) - at(theta - e)) - (at(theta + 2 * e) - at(theta - 2 * e))) / (12 * step))
-    return torch.tensor(columns, dtype=torch.float64)
-
-
 CONVERGED = {"power": 300, "lanczos": FEATURES}
 
 
@@ -82,16 +61,16 @@ def test_converged_search_gives_the_exact_norm(search, x, y):
 def test_gradient_is_that_of_the_dense_norm(search, x, y):
     module = net()
     value = lh.InputHessianNorm(CONVERGED[search], search).value(context(module, x, y))
-    expected = differences(lambda: dense_norm(module, x, y).mean(), module)
-    assert relative_error(gradient(value, module), expected) < 1e-5
+    expected = gradient_by_differences(lambda: dense_norm(module, x, y).mean(), module)
+    assert relative_error(gradient_of(value, module.parameters()), expected) < 1e-5
 
 
 def test_squared_is_the_mean_of_the_squares(x, y):
     module = net()
     value = lh.InputHessianNorm(FEATURES, "lanczos", squared=True).value(context(module, x, y))
     assert value.item() == pytest.approx(dense_norm(module, x, y).square().mean().item(), rel=1e-6)
-    expected = differences(lambda: dense_norm(module, x, y).square().mean(), module)
-    assert relative_error(gradient(value, module), expected) < 1e-5
+    expected = gradient_by_differences(lambda: dense_norm(module, x, y).square().mean(), module)
+    assert relative_error(gradient_of(value, module.parameters()), expected) < 1e-5
 
 
 @pytest.mark.parametrize("find", [power_iteration, lanczos])
@@ -128,7 +107,7 @@ def test_gradient_where_the_eigenvalues_of_a_network_tie(search):
     value = lh.InputHessianNorm(CONVERGED[search], search).value(seen)
     norm = torch.linalg.svdvals(module.a.weight.mT @ module.b.weight)[0]
     assert value.item() == pytest.approx(norm.item(), rel=1e-6)
-    assert relative_error(gradient(value, module), gradient(norm, module)) < 1e-5
+    assert relative_error(gradient_of(value, module.parameters()), gradient_of(norm, module.parameters())) < 1e-5
 
 
 def test_lanczos_stops_where_the_krylov_space_ends():
@@ -155,7 +134,7 @@ def test_finite_differences_tend_to_the_exact_norm_with_its_gradient(x, y):
     value = lh.InputHessianNorm(**settings).value(context(module, x, y))
     assert value.item() == pytest.approx(dense_norm(module, x, y).mean().item(), rel=1e-4)
     exact = lh.InputHessianNorm(300).value(context(module, x, y))
-    assert relative_error(gradient(value, module), gradient(exact, module)) < 1e-4
+    assert relative_error(gradient_of(value, module.parameters()), gradient_of(exact, module.parameters())) < 1e-4
 
 
 def test_finite_differences_of_negative_curvature_count_by_their_size(x, y):
@@ -189,7 +168,7 @@ def test_no_curvature_gives_zero_with_a_finite_gradient(squared, x):
     of = lh.StepContext.of(lambda x: module(x).mean() + 0 * (module(x) ** 2).mean(), x, dict(module.named_parameters()))
     value = lh.InputHessianNorm(squared=squared).value(of)
     assert value.item() == 0
-    assert gradient(value, module).isfinite().all()
+    assert gradient_of(value, module.parameters()).isfinite().all()
 
 
 def test_a_loss_linear_in_the_input_has_no_curvature(x):
@@ -207,7 +186,7 @@ def test_input_gradient_norm_is_the_mean_of_each_samples_own(x, y):
     def dense():
         return lh.InputGradientNorm().value(context(module, x, y))
 
-    assert relative_error(gradient(value, module), differences(dense, module)) < 1e-7
+    assert relative_error(gradient_of(value, module.parameters()), gradient_by_differences(dense, module)) < 1e-7
 
 
 def test_exact_jacobian_norm(x, y):
@@ -219,7 +198,7 @@ def test_exact_jacobian_norm(x, y):
     def dense():
         return torch.stack([torch.func.jacrev(module)(one) for one in x]).square().sum((1, 2)).mean()
 
-    assert relative_error(gradient(value, module), differences(dense, module)) < 1e-7
+    assert relative_error(gradient_of(value, module.parameters()), gradient_by_differences(dense, module)) < 1e-7
 
 
 def test_random_projections_are_unbiased(x, y):
@@ -417,7 +396,7 @@ def test_finite_differences_know_the_gradient_of_a_factor(x, y):
         return torch.exp(-module.scale) * F.cross_entropy(module(x), y) + module.scale
 
     found = [
-        gradient(penalty.value(lh.StepContext.of(loss, x, dict(module.named_parameters()))), module)
+        gradient_of(penalty.value(lh.StepContext.of(loss, x, dict(module.named_parameters()))), module.parameters())
         for penalty in (lh.InputHessianNorm(200), lh.InputHessianNorm(200, method="finite_difference", step=1e-4))
     ]
     assert relative_error(*found) < 1e-4

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import gc
 import warnings
 from collections import namedtuple
 from typing import NamedTuple
@@ -11,8 +10,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, Recorder, data, fit, weights
+from nets import CPU, Classifier, context_of_inputs, data, fit, plain_loop, weights
 from oracles import relative_error
+from recorders import LiveTensors, Recorder, all_warnings, no_garbage_collector
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -34,8 +34,7 @@ STRENGTH = 0.05
 each_penalty = pytest.mark.parametrize("name", PENALTIES)
 
 
-def smooth(**settings):
-    """Without batch norm."""
+def without_norm(**settings):
     return Classifier(middle=nn.Identity(), **settings)
 
 
@@ -43,17 +42,14 @@ def callback(penalty, **settings):
     return lh.HessianRegularizer(penalty, **{"strength": STRENGTH, **settings})
 
 
-def by_hand(module, penalty, steps=2, loader=None, run=lambda module, x: module.net(x)):
+def by_hand(module, penalty, steps=2, **settings):
     """Training on loss + strength * penalty in a plain loop."""
-    optimizer = module.configure_optimizers()
-    for _, (x, y) in zip(range(steps), loader or data(), strict=False):
-        context = lh.StepContext.of(
-            lambda x, y=y: F.cross_entropy(run(module, x), y), x, dict(module.named_parameters())
-        )
-        optimizer.zero_grad()
-        (context.loss + STRENGTH * penalty(context)).backward()
-        optimizer.step()
-    return weights(module)
+
+    def loss_of(module, x, y, step):
+        context = context_of_inputs(module, x, y, **settings)
+        return context.loss + STRENGTH * penalty(context)
+
+    return plain_loop(module, loss_of, list(data())[:steps])
 
 
 def passes_of(module, batch, penalty, **settings):
@@ -67,19 +63,19 @@ def quiet(module):
 
 @each_penalty
 def test_training_is_that_of_the_loop_by_hand(name):
-    module = smooth()
+    module = without_norm()
     fit(module, [callback(PENALTIES[name]())], max_steps=2)
-    torch.testing.assert_close(weights(module), by_hand(smooth(), PENALTIES[name]()), rtol=1e-9, atol=1e-9)
-    assert not torch.equal(weights(module), by_hand(smooth(), lambda context: 0 * context.loss))
+    torch.testing.assert_close(weights(module), by_hand(without_norm(), PENALTIES[name]()), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(weights(module), by_hand(without_norm(), lambda context: 0 * context.loss))
 
 
 @each_penalty
 def test_logs_hold_the_value_and_what_was_added_and_the_task_loss(name):
-    module, recorder = smooth(), Recorder()
+    module, recorder = without_norm(), Recorder()
     fit(module, [callback(PENALTIES[name]()), recorder], max_steps=1)
     row, penalty = recorder.rows[0], PENALTIES[name]()
-    fresh, (x, y) = smooth(), next(iter(data()))
-    context = lh.StepContext.of(lambda x: F.cross_entropy(fresh.net(x), y), x, dict(fresh.named_parameters()))
+    fresh, (x, y) = without_norm(), next(iter(data()))
+    context = context_of_inputs(fresh, x, y)
     assert row[f"curvature/{penalty.name}"] == pytest.approx(penalty.value(context).item(), rel=1e-6)
     assert row["train/penalty"] == pytest.approx(STRENGTH * row[f"curvature/{penalty.name}"], rel=1e-6)
     assert row["train/loss"] == pytest.approx(context.loss.item(), rel=1e-6)
@@ -131,9 +127,7 @@ def test_inputs_are_found_in_any_batch(name, shape):
     module = Reads(middle=nn.Identity())
     penalty = PENALTIES[name](inputs=inputs)
     value = penalty.value(passes_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
-    expected = PENALTIES[name]().value(
-        lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, dict(module.named_parameters()))
-    )
+    expected = PENALTIES[name]().value(context_of_inputs(module, x, y))
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
     assert not x.requires_grad  # the user's own tensor is as it was
 
@@ -146,7 +140,7 @@ def test_a_step_that_changes_its_batch_in_place_works():
 
     module = InPlace(middle=nn.Identity())
     fit(module, [callback(lh.InputHessianNorm())], max_steps=1)
-    expected = by_hand(smooth(), lh.InputHessianNorm(), steps=1, run=lambda module, x: module.net(2 * x))
+    expected = by_hand(without_norm(), lh.InputHessianNorm(), steps=1, run=lambda module, x: module.net(2 * x))
     torch.testing.assert_close(weights(module), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -266,7 +260,7 @@ class Unseen(Classifier):
 @each_penalty
 def test_a_first_batch_of_one_sample(name):
     loader = DataLoader(data().dataset, 1)
-    fit(Classifier(middle=nn.Identity()), [callback(PENALTIES[name]())], loader, max_steps=1)
+    fit(without_norm(), [callback(PENALTIES[name]())], loader, max_steps=1)
 
 
 COUPLED = [
@@ -282,10 +276,9 @@ COUPLED = [
 
 @pytest.mark.parametrize(("kind", "times"), COUPLED)
 def test_coupled_samples_are_warned_of_once(kind, times):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with all_warnings() as told:
         fit(kind(middle=nn.Identity()), [callback(lh.InputGradientNorm())])
-    assert sum("The samples of a batch are coupled" in str(w.message) for w in caught) == times
+    assert sum("The samples of a batch are coupled" in message for message in told) == times
 
 
 def test_a_sum_is_understood_in_bfloat16():
@@ -359,7 +352,7 @@ def test_the_layer_must_exist_and_be_called():
 )
 def test_inputs_that_cannot_be_found(inputs, message):
     with pytest.raises(MisconfigurationException, match=message):
-        fit(smooth(), [callback(lh.InputHessianNorm(inputs=inputs))])
+        fit(without_norm(), [callback(lh.InputHessianNorm(inputs=inputs))])
 
 
 class Pair(Classifier):
@@ -377,7 +370,7 @@ def test_several_inputs_together(name):
     for inputs in (["left", "right"], lambda batch: (batch["left"], batch["right"])):
         penalty = PENALTIES[name](inputs=inputs)
         value = penalty.value(passes_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
-        whole = lh.StepContext.of(lambda x: F.cross_entropy(module.net(x), y), x, dict(module.named_parameters()))
+        whole = context_of_inputs(module, x, y)
         assert value.item() == pytest.approx(PENALTIES[name]().value(whole).item(), rel=1e-6)
 
 
@@ -435,10 +428,9 @@ def test_no_value_of_a_sample_changes_with_another(middle):
 @each_penalty
 def test_batch_norm_is_said_once_and_its_statistics_move_once(name):
     module = Classifier()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with all_warnings() as told:
         fit(module, [callback(PENALTIES[name](), strength=1e-30)], max_steps=3)
-    said = [str(w.message) for w in caught if "couples the samples" in str(w.message)]
+    said = [message for message in told if "couples the samples" in message]
     assert len(said) == 1
     assert "net.1" in said[0]
     plain = Classifier()
@@ -516,7 +508,7 @@ def test_several_penalties_share_one_forward_and_add_up():
             return super().training_step(batch, batch_idx)
 
     penalties, strengths = [lh.InputGradientNorm(), lh.InputHessianNorm(), lh.HessianTrace()], [0.1, 0.2, 0.01]
-    one, several, recorder = Counted(middle=nn.Identity()), smooth(), Recorder()
+    one, several, recorder = Counted(middle=nn.Identity()), without_norm(), Recorder()
     fit(one, [lh.HessianRegularizer(penalties, strength=strengths), recorder], max_steps=2)
     assert len(calls) == 2
     fit(several, [lh.HessianRegularizer(p, strength=s) for p, s in zip(penalties, strengths, strict=True)], max_steps=2)
@@ -529,7 +521,7 @@ def test_several_penalties_share_one_forward_and_add_up():
 def test_a_penalty_keeps_its_name_whichever_others_act():
     recorder = Recorder()
     penalties = [callback(lh.InputGradientNorm(), every_n_steps=2), callback(lh.InputGradientNorm())]
-    fit(smooth(lr=0.0), [*penalties, recorder], DataLoader(data().dataset, 48), max_epochs=2)
+    fit(without_norm(lr=0.0), [*penalties, recorder], DataLoader(data().dataset, 48), max_epochs=2)
     first, second = recorder.rows
     assert second["curvature/input_gradient_norm_2"] == pytest.approx(first["curvature/input_gradient_norm_2"])
 
@@ -547,9 +539,9 @@ def test_with_a_trace_penalty_on_a_net_with_batch_norm_each_sees_its_own_pass():
 
 @each_penalty
 def test_compiled_equals_eager(name):
-    compiled = smooth(dtype=torch.float32)
+    compiled = without_norm(dtype=torch.float32)
     compiled.net.compile(backend="eager")
-    eager = smooth(dtype=torch.float32)
+    eager = without_norm(dtype=torch.float32)
     for module in (compiled, eager):
         fit(module, [callback(PENALTIES[name]())], data(dtype=torch.float32), max_steps=2)
     torch.testing.assert_close(weights(compiled), weights(eager))
@@ -559,21 +551,11 @@ def test_compiled_equals_eager(name):
 @pytest.mark.parametrize("middle", [nn.BatchNorm1d(6), nn.Identity()], ids=["batch norm", "none"])
 def test_nothing_is_kept_alive_without_the_garbage_collector(name, middle):
     module = Classifier(middle=middle)
-    alive = []
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, *_):
-            alive.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
-
-    gc.collect()
-    gc.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fit(module, [callback(PENALTIES[name]()), Count()], max_epochs=2)
-    finally:
-        gc.enable()
-    assert alive[-1] <= alive[3] + 1
+    alive = LiveTensors()
+    with no_garbage_collector(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(module, [callback(PENALTIES[name]()), alive], max_epochs=2)
+    assert alive.counts[-1] <= alive.counts[3] + 1
 
 
 def test_a_list_of_penalties_needs_as_many_strengths():
@@ -599,14 +581,14 @@ class Returns(Classifier):
 def test_logits_that_the_step_returns_are_taken():
     module = Returns(middle=nn.Identity(), returns="dict")
     fit(module, [callback(lh.JacobianNorm(-1))], max_steps=2)
-    torch.testing.assert_close(weights(module), by_hand(smooth(), lh.JacobianNorm(-1)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weights(module), by_hand(without_norm(), lh.JacobianNorm(-1)), rtol=1e-9, atol=1e-9)
     with pytest.raises(MisconfigurationException, match=r'Return \{"loss": \.\.\., "logits": \.\.\.\}'):
         fit(Returns(middle=nn.Identity()), [callback(lh.JacobianNorm())])
 
 
 @each_penalty
 def test_accumulation_is_the_large_batch(name):
-    small, large = smooth(), smooth()
+    small, large = without_norm(), without_norm()
     fit(small, [callback(PENALTIES[name]())], data(8), max_steps=2, accumulate_grad_batches=2)
     fit(large, [callback(PENALTIES[name]())], data(16), max_steps=2)
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-6, atol=1e-7)
@@ -624,18 +606,18 @@ def test_fit_validate_and_test_on_one_device(name):
 
 @pytest.mark.parametrize("name", [name for name in PENALTIES if name != "finite differences"])
 def test_bf16(name):
-    module, recorder = smooth(dtype=torch.float32), Recorder()
+    module, recorder = without_norm(dtype=torch.float32), Recorder()
     loader = data(dtype=torch.float32)
     fit(module, [callback(PENALTIES[name]()), recorder], loader, max_steps=1, precision="bf16-mixed")
     exact = Recorder()
-    fit(smooth(dtype=torch.float32), [callback(PENALTIES[name]()), exact], loader, max_steps=1)
+    fit(without_norm(dtype=torch.float32), [callback(PENALTIES[name]()), exact], loader, max_steps=1)
     key = f"curvature/{PENALTIES[name]().name}"
     assert recorder.rows[0][key] == pytest.approx(exact.rows[0][key], rel=0.05)
 
 
 def test_finite_differences_in_half_precision_are_refused():
     with pytest.raises(MisconfigurationException, match=r"would train on noise.*method='autograd'"):
-        fit(smooth(dtype=torch.float32), [callback(lh.InputHessianNorm(method="finite_difference"))],
+        fit(without_norm(dtype=torch.float32), [callback(lh.InputHessianNorm(method="finite_difference"))],
             data(dtype=torch.float32), precision="bf16-mixed")  # fmt: skip
 
 
@@ -710,7 +692,7 @@ class Mixed(lh.HessianRegularizationMixin, Classifier):
 def test_the_mixin_takes_the_inputs(name, manual):
     module = Mixed(PENALTIES[name](), manual)
     fit(module, max_steps=2)
-    torch.testing.assert_close(weights(module), by_hand(smooth(), PENALTIES[name]()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weights(module), by_hand(without_norm(), PENALTIES[name]()), rtol=1e-9, atol=1e-9)
 
 
 def test_the_mixin_asks_for_the_inputs():
@@ -740,10 +722,10 @@ def test_verify_finds_the_gradient_right(name):
 
 
 def test_hooks_on_parameters_act_once():
-    modules = smooth(), smooth()
+    modules = without_norm(), without_norm()
     modules[0].net[0].weight.register_hook(lambda gradient: 0.5 * gradient)
     for module in modules:
         fit(module, [callback(lh.InputHessianNorm())], max_steps=1)
-    before = smooth().net[0].weight
+    before = without_norm().net[0].weight
     halved, whole = (module.net[0].weight - before for module in modules)
     torch.testing.assert_close(halved, 0.5 * whole, rtol=1e-9, atol=1e-12)

@@ -6,46 +6,34 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, Recorder, data, fit, weights
-from torch.nn import functional as F
+from nets import CPU, Classifier, Manual, Mixed, Silent, data, fit, task_loss, weights
+from recorders import Recorder
 
 import lightning_hessian as lh
 
 
-class Manual(lh.HessianRegularizationMixin, Classifier):
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.automatic_optimization = False
-        self.regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
+def trace_regularizer(strength=0.02):
+    return lh.HessianRegularizer(lh.HessianTrace(), strength=strength)
+
+
+class Automatic(Mixed):
+    """Its loss is in a dictionary."""
 
     def training_step(self, batch, batch_idx):
-        x, y = batch
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(x), y)))
-        optimizer.step()
-
-
-class Automatic(lh.HessianRegularizationMixin, Classifier):
-    def __init__(self, regularizer):
-        super().__init__()
-        self.regularizer = regularizer
-
-    def training_step(self, batch, batch_idx):
-        return self.regularized(lambda: {"loss": F.cross_entropy(self.net(batch[0]), batch[1])})
+        return self.regularized(lambda: {"loss": task_loss(self, batch)})
 
 
 def test_manual_optimization_equals_the_callback():
-    manual, automatic = Manual(), Classifier()
+    manual, automatic = Manual(trace_regularizer()), Classifier()
     recorder = Recorder()
     fit(manual, [recorder])
-    fit(automatic, [lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)])
+    fit(automatic, [trace_regularizer()])
     torch.testing.assert_close(weights(manual), weights(automatic), rtol=1e-10, atol=1e-10)
     assert "curvature/hessian_trace" in recorder.rows[0]
 
 
 def test_automatic_optimization_equals_the_callback():
-    regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
+    regularizer = trace_regularizer()
     mixed, automatic = Automatic(regularizer), Classifier()
     fit(mixed)
     fit(automatic, [regularizer])
@@ -61,7 +49,7 @@ def test_every_n_steps_counts_batches_where_several_optimizers_step():
             for optimizer, regularizer in zip(self.optimizers(), self.both, strict=True):
                 self.regularizer = regularizer
                 optimizer.zero_grad()
-                self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(batch[0]), batch[1])))
+                self.manual_backward(self.regularized(lambda: task_loss(self, batch)))
                 optimizer.step()
 
     acted = []
@@ -71,7 +59,7 @@ def test_every_n_steps_counts_batches_where_several_optimizers_step():
             acted.append((self, context.probes.micro_batch))
             return super().value(context)
 
-    module = Two()
+    module = Two(trace_regularizer())
     module.both = [lh.HessianRegularizer(Watched(), strength=0.01, every_n_steps=2) for _ in range(2)]
     fit(module)
     for regularizer in module.both:
@@ -83,20 +71,20 @@ def test_a_validation_step_may_use_the_regularized_loss():
         def validation_step(self, batch, batch_idx):
             self.training_step(batch, batch_idx)
 
-    module = Shared(lh.HessianRegularizer(lh.HessianTrace(), strength=0.02))
+    module = Shared(trace_regularizer())
     trainer = L.Trainer(**CPU, max_epochs=1)
     trainer.fit(module, data(), data())
 
 
 def test_callback_and_mixin_together_are_refused():
-    regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
+    regularizer = trace_regularizer()
     with pytest.raises(MisconfigurationException, match="Keep one"):
         fit(Automatic(regularizer), [lh.HessianRegularizer(lh.HessianTrace())])
 
 
 def test_several_regularizers():
-    halves = [lh.HessianRegularizer(lh.HessianTrace(), strength=0.01) for _ in range(2)]
-    both, one = Automatic(halves), Automatic(lh.HessianRegularizer(lh.HessianTrace(), strength=0.02))
+    halves = [trace_regularizer(0.01) for _ in range(2)]
+    both, one = Automatic(halves), Automatic(trace_regularizer())
     fit(both)
     fit(one)
     torch.testing.assert_close(weights(both), weights(one), rtol=1e-10, atol=1e-10)
@@ -108,33 +96,34 @@ def test_without_a_regularizer_the_error_says_how_to_set_it():
 
 
 def test_a_frozen_model_is_refused():
-    module = Manual()
+    module = Manual(trace_regularizer())
     module.requires_grad_(False)
     with pytest.raises(MisconfigurationException, match="requires_grad_"):
         fit(module)
 
 
 def test_strength_0_is_bit_equal_to_no_penalty():
-    module, plain = Automatic(lh.HessianRegularizer(lh.HessianTrace(), strength=0.0)), Classifier()
+    module, plain = Automatic(trace_regularizer(0.0)), Classifier()
     fit(module)
     fit(plain)
     assert torch.equal(weights(module), weights(plain))
 
 
 class Forgetful(Automatic):
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+    training_step = Silent.training_step
 
 
 def test_a_regularizer_that_is_never_used_is_warned_of_once():
-    regularizer = lh.HessianRegularizer(lh.HessianTrace(), strength=0.02)
+    regularizer = trace_regularizer()
     for given in (regularizer, [regularizer]):
         with pytest.warns(UserWarning, match=r"without a call of `self\.regularized`") as warned:
             fit(Forgetful(given), max_epochs=3)
         assert len([one for one in warned if "self.regularized" in str(one.message)]) == 1
 
 
-@pytest.mark.parametrize("module", [Forgetful(None), Manual(), Automatic(lh.HessianRegularizer(lh.HessianTrace()))])
+@pytest.mark.parametrize(
+    "module", [Forgetful(None), Manual(trace_regularizer()), Automatic(lh.HessianRegularizer(lh.HessianTrace()))]
+)
 def test_one_that_is_used_or_not_there_is_not_warned_of(module):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*self.regularized")

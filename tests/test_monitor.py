@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, data, fit, weights
+from nets import CPU, Classifier, Mixed, MovingAverage, Silent, data, fit, task_loss, weights
 from oracles import dense_hessian, hessian_by_differences
-from test_ddp import DealtInTurn
+from ranks import dealt, hand_over, handed_over, two_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -43,11 +43,6 @@ class Net(Classifier):
         return F.cross_entropy(logits, y)
 
 
-class Plain(Classifier):
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-
 def monitor(**settings):
     return lh.CurvatureMonitor(**{"figures": False, **settings})
 
@@ -60,7 +55,7 @@ def dense(module, x=X, y=Y):
 @pytest.fixture(scope="module")
 def measured():
     """The whole data set, with all that can be measured, before and after training."""
-    module = Plain()
+    module = Silent()
     before = dense(module)
     callback = monitor(
         probes=200, eigenvalues=3, iterations=SIZE, layers=["net.0.*", "*.bias"], overlap={"net.3.*": 2}, density_runs=2
@@ -92,7 +87,7 @@ def test_the_overlap_is_that_of_the_dense_eigenspaces(measured):
     assert history[0].overlaps == {}
     first, last = (torch.linalg.eigh(exact[42:, 42:])[1][:, -2:] for exact in (before, after))
     # Of the two steps in between each has its own overlap; the whole way's is checked by a run that skips one.
-    module, callback = Plain(), monitor(overlap={"net.3.*": 2}, every_n_epochs=2, layers=[])
+    module, callback = Silent(), monitor(overlap={"net.3.*": 2}, every_n_epochs=2, layers=[])
     fit(module, [callback], data(ALL), max_epochs=2)
     expected = (first.T @ last).square().sum().item() / 2
     assert callback.history[-1].overlaps["net.3"] == pytest.approx(expected, rel=1e-6)
@@ -164,13 +159,13 @@ def loaders():
 def test_training_gets_the_batches_that_it_would_get(name):
     ends = []
     for callbacks in ([], [monitor(n_batches=2, every_n_steps=4)]):
-        module = Plain()
+        module = Silent()
         fit(module, callbacks, loaders()[name], max_epochs=2)
         ends.append(weights(module))
     assert torch.equal(*ends)
 
 
-class Awkward(Plain):
+class Awkward(Silent):
     """Needs its own start hooks, uses its metric's value, and has a hook on a gradient."""
 
     def __init__(self):
@@ -198,22 +193,12 @@ def test_hooks_on_gradients_and_metrics_that_have_seen_nothing_do_not_matter():
     assert torch.equal(weights(module), weights(plain))
 
 
-class Teacher(Plain):
-    def __init__(self):
-        super().__init__()
-        self.teacher = nn.Linear(4, 6).double().requires_grad_(False)
-
-    def training_step(self, batch, batch_idx):
-        self.teacher.weight.lerp_(self.net[0].weight.detach(), 0.1)
-        return super().training_step(batch, batch_idx)
-
-
 def test_a_step_that_changes_parameters_is_refused_before_it_trains():
     with pytest.raises(MisconfigurationException, match=r"'teacher.weight'.*CurvatureMonitor\(loss=...\)"):
-        fit(Teacher(), [monitor()])
+        fit(MovingAverage(), [monitor()])
 
 
-class Skips(Plain):
+class Skips(Silent):
     def training_step(self, batch, batch_idx):
         return None if self.trainer.global_step >= 6 else super().training_step(batch, batch_idx)
 
@@ -234,13 +219,13 @@ def test_what_happens_later_does_not_stop_training(tmp_path):
     with pytest.warns(UserWarning, match="At step 6 nothing is measured"):
         fit(Skips(), [callback], max_epochs=2)
     assert [one.step for one in callback.history] == [0]
-    callback, module = monitor(iterations=SIZE, layers=[]), Plain()
+    callback, module = monitor(iterations=SIZE, layers=[]), Silent()
     fit(module, [Freezes(), callback], data(ALL), max_epochs=2)
     exact = torch.linalg.eigvalsh(dense(module))
     assert callback.history[-1].largest[0][0] == pytest.approx(exact[-1].item(), rel=1e-8)
     assert not module.net[0].weight.requires_grad
     callback = monitor(density_runs=1, png_directory=tmp_path)
-    fit(Plain(), [Diverges(), callback])
+    fit(Silent(), [Diverges(), callback])
     assert callback.history[-1].trace.estimate != callback.history[-1].trace.estimate
     assert callback.history[-1].largest[0][0] != callback.history[-1].largest[0][0]
 
@@ -270,7 +255,7 @@ def test_the_history_is_that_of_the_run_also_after_a_test_of_another_checkpoint(
 def test_shuffled_loaders_without_a_generator_give_the_batches_of_the_seed():
     def first_batch(seed, before):
         torch.manual_seed(before)
-        module, callback = Plain(), monitor(seed=seed, iterations=SIZE, layers=[])
+        module, callback = Silent(), monitor(seed=seed, iterations=SIZE, layers=[])
         fit(module, [callback], DataLoader(data().dataset, 8, shuffle=True), max_steps=1, limit_train_batches=1)
         return callback.history[0].largest[0][0]
 
@@ -287,7 +272,7 @@ def test_measured_again_at_the_same_weights_the_values_are_the_same(mode):
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_batch_norm_is_as_the_mode_says(mode):
-    module, callback = Plain(), monitor(mode=mode, iterations=SIZE, layers=[])
+    module, callback = Silent(), monitor(mode=mode, iterations=SIZE, layers=[])
     net = copy.deepcopy(module.net).train(mode == "train")
     exact = hessian_by_differences(net, lambda net: F.cross_entropy(net(X), Y))
     fit(module, [callback], data(ALL), max_steps=1)
@@ -295,7 +280,7 @@ def test_batch_norm_is_as_the_mode_says(mode):
 
 
 def test_several_batches_are_weighted_by_their_samples():
-    module, callback = Plain(), monitor(n_batches=2, iterations=SIZE, layers=[])
+    module, callback = Silent(), monitor(n_batches=2, iterations=SIZE, layers=[])
     exact = torch.linalg.eigvalsh(dense(module))
     fit(module, [callback], data(30), max_steps=1)  # 30 and 18
     assert callback.history[0].largest[0][0] == pytest.approx(exact[-1].item(), rel=1e-8)
@@ -313,7 +298,7 @@ def test_several_batches_are_weighted_by_their_samples():
 def test_schedule_and_step_axis(settings, trainer, steps, tmp_path):
     callback = monitor(probes=2, iterations=2, layers=[], **settings)
     logger = CSVLogger(tmp_path)
-    fit(Plain(), [callback], logger=logger, **trainer)
+    fit(Silent(), [callback], logger=logger, **trainer)
     assert [one.step for one in callback.history] == steps
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["curvature/trace"]]
@@ -324,12 +309,12 @@ def test_schedule_and_step_axis(settings, trainer, steps, tmp_path):
 def test_other_callbacks_can_look_at_the_values(tmp_path):
     best = ModelCheckpoint(tmp_path, monitor="curvature/largest_eigenvalue")
     callback = monitor(probes=2, layers=[])
-    fit(Plain(), [callback, best], max_epochs=2, enable_checkpointing=True)
+    fit(Silent(), [callback, best], max_epochs=2, enable_checkpointing=True)
     lowest = min(one.largest[0][0] for one in callback.history[1:])
     assert best.best_model_score.item() == pytest.approx(lowest)
 
 
-class Validated(Plain):
+class Validated(Silent):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.inference = torch.is_inference_mode_enabled()
         self.log("val/loss", F.cross_entropy(self.net(batch[0]), batch[1]))
@@ -360,15 +345,6 @@ def test_on_validation_data_during_training():
     assert "curvature/val/trace" in trainer.callback_metrics
 
 
-class Mixed(lh.HessianRegularizationMixin, Plain):
-    def __init__(self):
-        super().__init__()
-        self.regularizer = lh.HessianRegularizer(lh.HessianTrace(probes=-1), strength=0.5)
-
-    def training_step(self, batch, batch_idx):
-        return self.regularized(lambda: F.cross_entropy(self.net(batch[0]), batch[1]))
-
-
 def test_the_task_loss_is_measured_without_penalties():
     def first(module, *others):
         callback = monitor(iterations=SIZE, layers=[])
@@ -376,12 +352,16 @@ def test_the_task_loss_is_measured_without_penalties():
         return callback.history[0].scalars()
 
     penalty = lh.HessianRegularizer(lh.HessianTrace(), strength=0.5)
-    assert first(Plain()) == first(Plain(), penalty) == first(Mixed())
+    assert (
+        first(Silent())
+        == first(Silent(), penalty)
+        == first(Mixed(lh.HessianRegularizer(lh.HessianTrace(probes=-1), strength=0.5)))
+    )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 def test_precision(precision):
-    module, callback = Plain(dtype=torch.float32, lr=0.01), monitor(iterations=10, layers=[])
+    module, callback = Silent(dtype=torch.float32, lr=0.01), monitor(iterations=10, layers=[])
     exact = torch.linalg.eigvalsh(dense(module, X.float()))
     fit(module, [callback], data(ALL, dtype=torch.float32), max_steps=2, max_epochs=2, precision=precision)
     tolerance = 0.1 if precision == "bf16-true" else 1e-4  # the weights themselves are rounded
@@ -389,7 +369,7 @@ def test_precision(precision):
 
 
 def test_stability_has_the_largest_real_learning_rate():
-    class Groups(Plain):
+    class Groups(Silent):
         def configure_optimizers(self):
             groups = [{"params": self.net[0].parameters(), "lr": 0.5}, {"params": self.net[3].parameters()}]
             optimizer = torch.optim.SGD(groups, lr=0.1)
@@ -403,7 +383,7 @@ def test_stability_has_the_largest_real_learning_rate():
 
 
 def test_without_an_optimizer_there_is_no_stability():
-    class Still(Plain):
+    class Still(Silent):
         def configure_optimizers(self):
             return None
 
@@ -414,7 +394,7 @@ def test_without_an_optimizer_there_is_no_stability():
 
 
 def test_manual_optimization_with_several_optimizers_and_a_loss_of_ones_own():
-    class Manual(Plain):
+    class Manual(Silent):
         def __init__(self):
             super().__init__()
             self.automatic_optimization = False
@@ -430,10 +410,7 @@ def test_manual_optimization_with_several_optimizers_and_a_loss_of_ones_own():
         def configure_optimizers(self):
             return [torch.optim.SGD(self.net[0].parameters(), 0.3), torch.optim.SGD(self.net[3].parameters(), 0.1)]
 
-    def loss(module, batch):
-        return F.cross_entropy(module.net(batch[0]), batch[1])
-
-    module, callback = Manual(), monitor(loss=loss, iterations=SIZE, layers=[], every_n_steps=1)
+    module, callback = Manual(), monitor(loss=task_loss, iterations=SIZE, layers=[], every_n_steps=1)
     exact = torch.linalg.eigvalsh(dense(module))
     fit(module, [callback], data(ALL), max_epochs=2)
     assert callback.history[0].largest[0][0] == pytest.approx(exact[-1].item(), rel=1e-8)
@@ -446,7 +423,7 @@ def test_manual_optimization_with_several_optimizers_and_a_loss_of_ones_own():
 def test_a_resumed_run_goes_on_with_its_history(tmp_path):
     def run(epochs, path=None):
         callback = monitor(layers=["net.0.*"], density_runs=1, overlap={"net.3.*": 2})
-        trainer = fit(Plain(), [callback], max_epochs=epochs, ckpt_path=path)
+        trainer = fit(Silent(), [callback], max_epochs=epochs, ckpt_path=path)
         return callback, trainer
 
     whole, _ = run(3)
@@ -462,7 +439,7 @@ def test_tensorboard_has_scalars_and_images_and_png_files_are_written(tmp_path):
 
     logger = TensorBoardLogger(tmp_path, name="", version="")
     callback = lh.CurvatureMonitor(density_runs=1, png_directory=tmp_path / "png")
-    fit(Plain(), [callback], logger=logger)
+    fit(Silent(), [callback], logger=logger)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert {"curvature/trace", "curvature/largest_eigenvalue", "curvature/stability", "curvature/trace/net.0"} <= set(
         events.Tags()["scalars"]
@@ -476,7 +453,7 @@ def test_tensorboard_has_scalars_and_images_and_png_files_are_written(tmp_path):
     assert {path.name for path in (tmp_path / "png").iterdir()} == names
 
 
-class Attending(Plain):
+class Attending(Silent):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
@@ -496,7 +473,7 @@ def test_attention_and_layer_norm_have_the_right_second_derivatives():
     assert callback.history[0].largest[0][0] == pytest.approx(torch.linalg.eigvalsh(exact)[-1].item(), rel=1e-5)
 
 
-class Failing(Plain):
+class Failing(Silent):
     def training_step(self, batch, batch_idx):
         if not self.net.training:
             self.net[1].running_mean.add_(1)
@@ -535,7 +512,7 @@ def test_after_an_exception_everything_is_as_it_was():
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_the_first_step(settings, message):
-    module = Plain()
+    module = Silent()
     before = weights(module)
     with pytest.raises(MisconfigurationException, match=message):
         fit(module, [monitor(**settings)])
@@ -570,7 +547,7 @@ def test_arguments_out_of_range(settings, message):
         lh.CurvatureMonitor(**settings)
 
 
-class Finetuned(Plain):
+class Finetuned(Silent):
     """A backbone that is unfrozen after two epochs of three."""
 
     @property
@@ -609,7 +586,7 @@ def test_layers_are_measured_from_when_they_are_unfrozen():
 
 
 def test_layers_that_are_frozen_later_are_measured_all_the_same():
-    class Freezes(Plain):
+    class Freezes(Silent):
         def on_train_epoch_start(self):
             self.net[0].requires_grad_(self.current_epoch == 0)
 
@@ -619,14 +596,14 @@ def test_layers_that_are_frozen_later_are_measured_all_the_same():
 
 
 def test_parameters_that_are_all_frozen_are_refused():
-    module = Plain()
+    module = Silent()
     module.net[0].requires_grad_(False)
     with pytest.raises(MisconfigurationException, match=r"parameters='net\.0\.\*' matches only frozen parameters"):
         fit(module, [monitor(parameters="net.0.*")])
 
 
 def test_fewer_batches_than_asked_for_are_all_measured_and_said():
-    module, callback = Plain(), monitor(n_batches=9, iterations=SIZE, layers=[])
+    module, callback = Silent(), monitor(n_batches=9, iterations=SIZE, layers=[])
     exact = torch.linalg.eigvalsh(dense(module))
     with pytest.warns(UserWarning, match="n_batches=9, and the train dataloader has 6"):
         fit(module, [callback], max_steps=1)
@@ -635,7 +612,7 @@ def test_fewer_batches_than_asked_for_are_all_measured_and_said():
 
 def test_two_monitors_on_the_same_data_are_refused_and_on_different_data_are_not():
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `CurvatureMonitor`"):
-        fit(Plain(), [monitor(), monitor()])
+        fit(Silent(), [monitor(), monitor()])
     both = [monitor(), monitor(batches="val")]
     trainer = L.Trainer(**CPU, max_epochs=1, callbacks=both, num_sanity_val_steps=0)
     trainer.fit(Validated(), data(), data())
@@ -644,14 +621,14 @@ def test_two_monitors_on_the_same_data_are_refused_and_on_different_data_are_not
 
 def test_a_dataloader_that_is_an_iterator_is_refused():
     with pytest.raises(MisconfigurationException, match="The data are an iterator"):
-        fit(Plain(), [monitor()], iter([(X, Y)]))
+        fit(Silent(), [monitor()], iter([(X, Y)]))
 
 
 def test_sharded_parameters_are_refused(monkeypatch):
     trainer = L.Trainer(**CPU)
     monkeypatch.setattr(L.Trainer, "strategy", FSDPStrategy.__new__(FSDPStrategy))
     with pytest.raises(MisconfigurationException, match="FSDPStrategy shards the parameters"):
-        monitor().setup(trainer, Plain(), "fit")
+        monitor().setup(trainer, Silent(), "fit")
 
 
 def test_two_ranks_equal_one(tmp_path):
@@ -659,24 +636,17 @@ def test_two_ranks_equal_one(tmp_path):
 
     class Save(L.Callback):
         def on_train_end(self, trainer, pl_module):
-            history = [one.state_dict() for one in trainer.callbacks[0].history]
-            torch.save(history, tmp_path / f"{trainer.global_rank}.pt")
+            hand_over([one.state_dict() for one in trainer.callbacks[0].history], trainer, tmp_path)
 
     def normalized():
-        return Plain(middle=nn.LayerNorm(6))
+        return Silent(middle=nn.LayerNorm(6))
 
     loader = data(8)
-    dealt = DataLoader(loader.dataset, 8, sampler=DealtInTurn(48))
     trainer = L.Trainer(
-        **CPU,
-        max_epochs=2,
-        callbacks=[monitor(**settings), Save()],
-        devices=2,
-        use_distributed_sampler=False,
-        strategy=DDPStrategy(start_method="fork", process_group_backend="gloo"),
+        **CPU, **two_ranks(), max_epochs=2, callbacks=[monitor(**settings), Save()], use_distributed_sampler=False
     )
-    trainer.fit(normalized(), dealt)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    trainer.fit(normalized(), dealt(loader))
+    first, second = handed_over(tmp_path)
     one = monitor(**settings)
     joined = DataLoader(loader.dataset, 16)
     fit(normalized(), [one], joined, max_epochs=2)

@@ -6,6 +6,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from nets import fit, root_of_zero
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,12 +61,8 @@ class Manual(lh.HessianRegularizationMixin, Model):
         optimizer.step()
 
 
-def fit(module, callbacks=(), **settings):
-    trainer = L.Trainer(**{"max_steps": 3, "logger": False, "enable_checkpointing": False, "accelerator": "cpu",
-                           "enable_progress_bar": False, "enable_model_summary": False, "callbacks": list(callbacks),
-                           **settings})  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(x), 3))
-    return trainer
+def train(module, callbacks=(), **settings):
+    return fit(module, callbacks, DataLoader(TensorDataset(x), 3), **{"max_steps": 3, "max_epochs": -1, **settings})
 
 
 @pytest.mark.parametrize("loss", [distances, own_distances, cumulated])
@@ -86,10 +83,10 @@ def test_verify_does_not_call_a_gradient_right_that_is_not_a_number(loss):
 def test_the_step_trains_on_the_task_loss_alone(loss, accumulate):
     plain = Model(loss)
     settings = {"accumulate_grad_batches": accumulate, "max_steps": 2, "max_epochs": 3}
-    fit(plain, **settings)
+    train(plain, **settings)
     module, regularizer = Model(loss), lh.HessianRegularizer(BadGradient(), 1e-3)
     with pytest.warns(UserWarning, match=r"gradient of the penalty bad is not finite at step 0.*train/bad_skipped"):
-        trainer = fit(module, [regularizer], **settings)
+        trainer = train(module, [regularizer], **settings)
     assert regularizer.nonfinite_steps == 2 * accumulate
     assert trainer.callback_metrics["train/bad_skipped"] == 2 * accumulate
     for ours, expected in zip(module.parameters(), plain.parameters(), strict=True):
@@ -102,15 +99,14 @@ class BadGradient(lh.HessianTrace):
     name = "bad"
 
     def value(self, context):
-        w = next(iter(context.parameters.values()))
-        return super().value(context) + (w - w.detach()).square().sum().sqrt()
+        return super().value(context) + root_of_zero(next(iter(context.parameters.values())))
 
 
 def test_the_step_stops_on_request_and_leaves_gradients_and_weights():
     module = Model(lambda z: z.square().mean())
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(FloatingPointError, match="gradient of the penalty bad is not finite at step 0"):
-        fit(module, [lh.HessianRegularizer(BadGradient(), 1e-3, on_nonfinite="raise")])
+        train(module, [lh.HessianRegularizer(BadGradient(), 1e-3, on_nonfinite="raise")])
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
 
@@ -123,7 +119,7 @@ def test_one_bad_step_of_many():
             return (BadGradient if context.probes.step == 1 else lh.HessianTrace).value(self, context)
 
     module, regularizer = Model(lambda z: z.square().mean()), lh.HessianRegularizer(SecondStep(), 1e-2)
-    fit(module, [regularizer])
+    train(module, [regularizer])
     assert regularizer.nonfinite_steps == 1
     assert all(parameter.isfinite().all() for parameter in module.parameters())
 
@@ -132,13 +128,12 @@ def test_a_task_gradient_that_is_not_finite_is_not_put_down_to_the_penalty():
     class Root(Model):
         def training_step(self, batch, batch_idx):
             loss = self.net(batch[0]).square().mean()
-            w = self.net[0].weight
-            return loss + (w - w.detach()).square().sum().sqrt()
+            return loss + root_of_zero(self.net[0].weight)
 
     regularizer = lh.HessianRegularizer(lh.HessianTrace(method="two_pass"), 1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit(Root(None), [regularizer], max_steps=1)
+        train(Root(None), [regularizer], max_steps=1)
     assert regularizer.nonfinite_steps <= 1
 
 
@@ -167,10 +162,10 @@ class Hidden(Model):
 def test_a_step_that_cannot_be_run_again_is_left_out_as_a_whole(kind, alone):
     plain, module = (kind(lambda z: z.square().mean()) for _ in range(2))
     before = copy.deepcopy(module.state_dict())
-    fit(plain, max_steps=1)
+    train(plain, max_steps=1)
     did = "trains on the task loss alone" if alone else "whole gradient of this backward pass is left out"
     with pytest.warns(UserWarning, match=did):
-        fit(module, [lh.HessianRegularizer(BadGradient(), 1e-3)], max_steps=1)
+        train(module, [lh.HessianRegularizer(BadGradient(), 1e-3)], max_steps=1)
     expected = plain.state_dict() if alone else before
     assert all(torch.allclose(value, expected[name]) for name, value in module.state_dict().items())
 
@@ -194,7 +189,7 @@ def test_backward_by_hand_is_looked_at_too():
     module.regularizer = lh.HessianRegularizer(BadGradient(), 1e-3)
     before = copy.deepcopy(module.state_dict())
     with pytest.warns(UserWarning, match="whole gradient of this backward pass is left out"):
-        trainer = fit(module, max_steps=4, max_epochs=1)
+        trainer = train(module, max_steps=4, max_epochs=1)
     assert module.regularizer.nonfinite_steps == 2
     assert trainer.callback_metrics["train/bad_skipped"] >= 1
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -208,7 +203,7 @@ def test_in_manual_optimization(aside):
     before = copy.deepcopy(module.state_dict())
     what = "whole gradient of this backward pass is left out" if aside else "trains on the task loss alone"
     with pytest.warns(UserWarning, match=what):
-        fit(module, max_steps=1)
+        train(module, max_steps=1)
     assert module.regularizer.nonfinite_steps == 1
     assert all(value.isfinite().all() for value in module.state_dict().values())
     unchanged = all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -220,4 +215,4 @@ def test_weights_that_are_not_finite_are_named():
     with torch.no_grad():
         module.net[0].bias[0] = torch.nan
     with pytest.warns(UserWarning, match=r"'net\.0\.bias' holds NaN.*diverged"):
-        fit(module, [lh.HessianRegularizer(lh.HessianTrace(), 1e-3)], max_steps=1)
+        train(module, [lh.HessianRegularizer(lh.HessianTrace(), 1e-3)], max_steps=1)

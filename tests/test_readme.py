@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nets import CPU
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,7 +65,7 @@ def test_what_the_page_on_plain_pytorch_trains(run):
         assert all(parameter.grad is not None for parameter in net.parameters())
     manual = namespace["Manual"]()
     before = torch.cat([p.detach().flatten() for p in manual.parameters()])
-    trainer = namespace["L"].Trainer(max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer = namespace["L"].Trainer(**CPU, max_epochs=1)
     trainer.fit(manual, namespace["data"])
     assert not torch.equal(before, torch.cat([p.detach().flatten() for p in manual.parameters()]))
 

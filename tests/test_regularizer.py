@@ -11,7 +11,19 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, Recorder, data, fit, weights
+from nets import (
+    CPU,
+    Classifier,
+    context_of,
+    data,
+    fit,
+    plain_loop,
+    smooth,
+    task_loss,
+    weights,
+    without_automatic_optimization,
+)
+from recorders import LiveTensors, Recorder, SaveAt, no_garbage_collector
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -25,19 +37,16 @@ def regularizer(strength=0.02, **settings):
     return lh.HessianRegularizer(penalty, strength=strength, **settings)
 
 
-def by_hand(module, strength_at, steps, penalty=None, loader=None, seed=0):
+def by_hand(module, strength_at, steps, penalty=None):
     """The same training written as a plain loop."""
     penalty = penalty or lh.HessianTrace()
-    optimizer = module.configure_optimizers()
-    for step, (x, y) in zip(range(steps), loader or data()):  # noqa: B905
-        with lh.higher_order():
-            loss = F.cross_entropy(module.net(x), y)
-        if strength := strength_at(step):
-            probes = ProbeSource(seed, step, step)
-            loss = loss + strength * penalty(lh.StepContext(loss, dict(module.named_parameters()), probes))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+
+    def loss_of(module, x, y, step):
+        context = context_of(module, task_loss, (x, y), probes=ProbeSource(0, step, step))
+        strength = strength_at(step)
+        return context.loss + strength * penalty(context) if strength else context.loss
+
+    plain_loop(module, loss_of, list(data())[:steps])
 
 
 def assert_same(a, b, rtol=1e-10):
@@ -57,12 +66,9 @@ def test_trains_on_loss_plus_strength_times_trace(returns):
 def test_a_large_strength_brings_the_trace_down():
     def trace_after(strength):
         torch.manual_seed(0)
-        module = Classifier(middle=nn.LayerNorm(6))
+        module = smooth()
         fit(module, [regularizer(strength, penalty=lh.HessianTrace(probes=2))], max_epochs=15)
-        x, y = data().dataset.tensors
-        with lh.higher_order():
-            loss = F.cross_entropy(module.net(x), y)
-        return lh.HessianTrace(probes=-1)(lh.StepContext(loss, dict(module.named_parameters()))).item()
+        return lh.HessianTrace(probes=-1)(context_of(module, task_loss, data().dataset.tensors)).item()
 
     assert trace_after(0.05) < 0.5 * trace_after(0.0)
 
@@ -80,15 +86,12 @@ def test_none_skips_the_batch():
     ours, reference = Classifier(returns="every other None"), Classifier()
     fit(ours, [regularizer()])
     optimizer = reference.configure_optimizers()
-    for index, (x, y) in enumerate(data()):
-        with lh.higher_order():
-            loss = F.cross_entropy(reference.net(x), y)
+    for index, batch in enumerate(data()):
+        # A skipped batch is an optimizer step to Lightning all the same.
+        context = context_of(reference, task_loss, batch, probes=ProbeSource(0, index, index))
         if index % 2 == 0:
-            # A skipped batch is an optimizer step to Lightning all the same.
-            probes = ProbeSource(0, index, index)
-            penalty = lh.HessianTrace()(lh.StepContext(loss, dict(reference.named_parameters()), probes))
             optimizer.zero_grad()
-            (loss + 0.02 * penalty).backward()
+            (context.loss + 0.02 * lh.HessianTrace()(context)).backward()
             optimizer.step()
     assert_same(ours, reference)
 
@@ -124,7 +127,7 @@ def test_the_strength_is_a_plain_attribute_that_a_schedule_may_set():
 
 def test_accumulation_equals_the_large_batch():
     exact = lh.HessianTrace(probes=-1)
-    accumulated, large = Classifier(middle=nn.LayerNorm(6)), Classifier(middle=nn.LayerNorm(6))
+    accumulated, large = smooth(), smooth()
     recorder = Recorder()
     fit(accumulated, [regularizer(penalty=exact), recorder], data(8), accumulate_grad_batches=2)
     fit(large, [regularizer(penalty=exact)], data(16))
@@ -134,7 +137,7 @@ def test_accumulation_equals_the_large_batch():
 
 
 def test_every_n_steps_counts_optimizer_steps_under_accumulation():
-    accumulated, large = Classifier(middle=nn.LayerNorm(6)), Classifier(middle=nn.LayerNorm(6))
+    accumulated, large = smooth(), smooth()
     settings = {"penalty": lh.HessianTrace(probes=-1), "every_n_steps": 2}
     fit(accumulated, [regularizer(**settings)], data(8), accumulate_grad_batches=2)
     fit(large, [regularizer(**settings)], data(16))
@@ -142,7 +145,7 @@ def test_every_n_steps_counts_optimizer_steps_under_accumulation():
 
 
 def test_micro_batches_draw_different_probes():
-    module = Classifier(lr=0.0, middle=nn.LayerNorm(6))
+    module = smooth(lr=0.0)
     batch = next(iter(data(8)))
     loader = DataLoader([batch] * 4, batch_size=None)
     recorder = Recorder()
@@ -296,12 +299,7 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path):
     loader = DataLoader([next(iter(data(dtype=torch.float32)))] * 6, batch_size=None)
     whole, second = Classifier(dtype=torch.float32), Classifier(dtype=torch.float32)
 
-    class SaveAtTwo(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 2:
-                trainer.save_checkpoint(tmp_path / "at-two.ckpt")
-
-    fit(whole, [regularizer(), SaveAtTwo()], loader)
+    fit(whole, [regularizer(), SaveAt(tmp_path / "at-two.ckpt")], loader)
     fit(second, [regularizer()], loader, ckpt_path=tmp_path / "at-two.ckpt")
     assert torch.equal(weights(whole), weights(second))
 
@@ -379,22 +377,12 @@ def test_a_failing_step_leaves_everything_as_found():
 
 def test_memory_is_flat_and_nothing_is_kept_alive():
     module = Classifier(dtype=torch.float32)
-    counts = []
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step in (20, 300):
-                gc.collect()
-                counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
-
-    gc.disable()
-    try:
-        fit(module, [regularizer(), Count()], data(dtype=torch.float32), max_steps=301, max_epochs=-1)
-    finally:
-        gc.enable()
-    assert counts[0] == counts[1]
+    live = LiveTensors((20, 300), collect=True)
+    with no_garbage_collector():
+        fit(module, [regularizer(), live], data(dtype=torch.float32), max_steps=301, max_epochs=-1)
+    assert live.counts[0] == live.counts[1]
     alive = weakref.ref(module)
-    del module
+    del module, live  # Lightning hands the module's methods to a callback
     gc.collect()
     assert alive() is None
 
@@ -402,20 +390,10 @@ def test_memory_is_flat_and_nothing_is_kept_alive():
 def test_no_step_leaves_a_cycle_behind():
     """Without the collector the number of tensors stays the same from step to step."""
     module = Classifier(dtype=torch.float32)
-    counts = []
-
-    class Count(L.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step in (10, 30):
-                counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
-
-    gc.collect()
-    gc.disable()
-    try:
-        fit(module, [regularizer(), Count()], data(dtype=torch.float32), max_steps=30, max_epochs=-1)
-    finally:
-        gc.enable()
-    assert counts[0] == counts[1]
+    live = LiveTensors((10, 30))
+    with no_garbage_collector():
+        fit(module, [regularizer(), live], data(dtype=torch.float32), max_steps=30, max_epochs=-1)
+    assert live.counts[0] == live.counts[1]
 
 
 class NotFinite(lh.Penalty):
@@ -431,12 +409,9 @@ def test_a_nonfinite_penalty_trains_that_step_on_the_task_loss_counts_and_warns_
     with pytest.warns(UserWarning, match=r"penalty odd is nan at step 1.*task loss alone") as warned:
         fit(ours, [callback, recorder])
     assert sum("task loss alone" in str(w.message) for w in warned) == 1
-    optimizer = reference.configure_optimizers()
-    for step, (x, y) in enumerate(data()):
-        loss = F.cross_entropy(reference.net(x), y)
-        optimizer.zero_grad()
-        ((1.0 if step in (1, 3) else 1.5) * loss).backward()
-        optimizer.step()
+    plain_loop(
+        reference, lambda module, x, y, step: (1.0 if step in (1, 3) else 1.5) * task_loss(module, (x, y)), data()
+    )
     assert_same(ours, reference)
     assert callback.nonfinite_steps == 2
     assert recorder.rows[-1]["train/odd_skipped"] == 2
@@ -466,12 +441,6 @@ def test_bad_arguments(settings, message):
         lh.HessianRegularizer(**{"penalty": lh.HessianTrace(), **settings})
 
 
-class Manual(Classifier):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Returns(Classifier):
     def __init__(self, output):
         super().__init__()
@@ -490,7 +459,7 @@ def frozen():
 @pytest.mark.parametrize(
     ("module", "callback", "message"),
     [
-        (Manual, regularizer, "HessianRegularizationMixin"),
+        (without_automatic_optimization, regularizer, "HessianRegularizationMixin"),
         (frozen, regularizer, "requires_grad_"),
         (Classifier, lambda: regularizer(penalty=lh.HessianTrace(parameters="net.O.*")), r"Near names: .*net\.0\.bias"),
         (lambda: Returns(lambda loss: loss.detach()), regularizer, "has no graph"),

@@ -1,6 +1,5 @@
 """Penalties that run the step several times need a step that can be run again."""
 
-import warnings
 from collections import deque
 
 import lightning as L
@@ -8,26 +7,18 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from nets import Silent, data, fit
+from recorders import all_warnings
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_hessian as lh
 
-DATA = TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3)
 
-
-class Net(L.LightningModule):
+class Net(Silent):
     def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        super().__init__(dtype=torch.float32)
 
 
 class HiddenState(Net):
@@ -90,12 +81,8 @@ class Repeatable(Net):
         return F.cross_entropy(logits, batch[1])
 
 
-def fit(module, callbacks, **settings):
-    trainer = L.Trainer(**{"max_steps": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu",
-                           "enable_progress_bar": False, "enable_model_summary": False, **settings},
-                        callbacks=callbacks)  # fmt: skip
-    trainer.fit(module, DataLoader(DATA, 4))
-    return trainer
+def train(module, callbacks):
+    return fit(module, callbacks, data(4, 8, torch.float32), max_steps=2)
 
 
 PENALTIES = {
@@ -113,25 +100,25 @@ STATES = {HiddenState: "hidden", MemoryBank: "bank", Generator: "noise", Elsewhe
 def test_a_state_of_the_step_is_refused_and_named(penalty, kind):
     message = r"gives another loss when it is run again.*" + (f"changed: .*{STATES[kind]}" if STATES[kind] else "")
     with pytest.raises(MisconfigurationException, match=message):
-        fit(kind(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
+        train(kind(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
 
 
 @pytest.mark.parametrize("kind", STATES)
 def test_the_monitor_and_the_suggestion_refuse_it_too(kind):
     with pytest.raises(MisconfigurationException, match="gives another loss when it is run again"):
-        fit(kind(), [lh.CurvatureMonitor(mode="train")])
+        train(kind(), [lh.CurvatureMonitor(mode="train")])
     if kind is not Elsewhere:  # a copy for each batch has a state of its own
         with pytest.raises(MisconfigurationException, match="gives another loss when it is run again"):
-            lh.suggest_strength(kind(), DataLoader(DATA, 4), lh.HessianTrace(method="two_pass"))
+            lh.suggest_strength(kind(), data(4, 8, torch.float32), lh.HessianTrace(method="two_pass"))
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_step_that_can_be_run_again_is_not_refused(penalty):
-    fit(Repeatable(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
+    train(Repeatable(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
 
 
 def test_a_penalty_that_runs_the_step_once_takes_any_state():
-    fit(HiddenState(), [lh.HessianRegularizer(lh.HessianTrace(), 1e-4)])
+    train(HiddenState(), [lh.HessianRegularizer(lh.HessianTrace(), 1e-4)])
 
 
 class Late(HiddenState):
@@ -144,7 +131,7 @@ class Late(HiddenState):
 
 def test_what_the_runs_change_is_told_where_the_loss_is_the_same():
     with pytest.warns(UserWarning, match=r"changes hidden, and HessianTrace.*register_buffer"):
-        fit(Late(), [lh.HessianRegularizer(lh.HessianTrace(method="two_pass"), 1e-4)])
+        train(Late(), [lh.HessianRegularizer(lh.HessianTrace(method="two_pass"), 1e-4)])
 
 
 class Strange(Net):
@@ -163,7 +150,7 @@ class Strange(Net):
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_attributes_of_any_kind_do_no_harm(penalty):
-    fit(Strange(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
+    train(Strange(), [lh.HessianRegularizer(PENALTIES[penalty](), 1e-4)])
 
 
 class Keys(Net):
@@ -178,10 +165,9 @@ class Keys(Net):
 
 @pytest.mark.parametrize(("kind", "times"), [(Keys, 1), (Net, 0)])
 def test_moved_parameters_that_the_step_uses_as_constants_are_warned_of_once(kind, times):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(kind(), [lh.HessianRegularizer(lh.HessianTrace(method="two_pass"), 1e-4)])
-    assert sum("under torch.no_grad()" in str(w.message) and "'net.0'" in str(w.message) for w in caught) == times
+    with all_warnings() as told:
+        train(kind(), [lh.HessianRegularizer(lh.HessianTrace(method="two_pass"), 1e-4)])
+    assert sum("under torch.no_grad()" in message and "'net.0'" in message for message in told) == times
 
 
 class Tokens(L.LightningModule):
@@ -206,9 +192,7 @@ class Tokens(L.LightningModule):
 @pytest.mark.parametrize("penalty", ["two_pass", "central_difference", "norm by differences"])
 def test_differences_do_not_move_padding_rows(penalty, kind):
     module = Tokens(kind)
-    trainer = L.Trainer(max_steps=2, logger=False, enable_checkpointing=False, accelerator="cpu",
-                        enable_progress_bar=False, enable_model_summary=False,
-                        callbacks=[lh.HessianRegularizer(PENALTIES[penalty](), 1e-3)])  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(torch.tensor([[0, 2, 3], [2, 1, 2]])), 2))
+    loader = DataLoader(TensorDataset(torch.tensor([[0, 2, 3], [2, 1, 2]])), 2)
+    fit(module, [lh.HessianRegularizer(PENALTIES[penalty](), 1e-3)], loader, max_steps=2, max_epochs=-1)
     assert len(module.rows) > 3
     assert all(torch.equal(row, torch.zeros(4)) for row in module.rows)

@@ -1,14 +1,14 @@
 """AdversarialAccuracy: what it logs, when, on which samples, and that nothing else changes."""
 
 import dataclasses
-import warnings
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import CPU, Classifier, data, fit, weights
+from ranks import hand_over, handed_over, two_ranks
+from recorders import all_warnings
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -258,20 +258,14 @@ class DropsOutAlways(Net):
         return self.net(F.dropout(x, 0.5))
 
 
-def warnings_of(module, callbacks, times=1):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(times):
-            run("validate", module, callbacks)
-    return [str(warning.message) for warning in caught]
-
-
 @pytest.mark.parametrize(("kind", "times"), [(DropsOutAlways, 1), (Net, 0)])
 def test_random_predictions_in_evaluation_are_warned_of_once(kind, times):
     module, states = kind(), []
     for callbacks in ([AdversarialAccuracy(FGSM(0.1))], []):
         torch.manual_seed(0)
-        messages = warnings_of(module, callbacks, times=2)
+        with all_warnings() as messages:
+            for _ in range(2):
+                run("validate", module, callbacks)
         states.append(torch.get_rng_state())
         if callbacks:
             assert sum("are random in evaluation mode" in message for message in messages) == times
@@ -293,11 +287,10 @@ def test_masked_gradients_are_warned_of_once(kind, times):
     stronger = PGD(0.3, steps=5, loss="cw")  # than any by cross-entropy here, so it tells nothing about gradients
     attacks = [PGD(0.3, steps=3), PGD(0.3, steps=3, loss="cw"), PGD(0.2, steps=3, loss="dlr"), stronger]
     measure = AdversarialAccuracy(attacks)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with all_warnings() as told:
         for _ in range(2):
             logged = run("validate", module, [measure], loader)
-    masked = [str(w.message) for w in caught if "masked" in str(w.message)]
+    masked = [message for message in told if "masked" in message]
     assert len(masked) == times
     if times:
         assert "pgd_cw_linf_0.3_3x1 leaves" in masked[0]
@@ -308,11 +301,10 @@ def test_an_attack_that_was_given_more_steps_is_no_sign_of_masking():
     module, (x, _) = Net(), data().dataset.tensors
     loader = DataLoader(torch.utils.data.TensorDataset(x, module.eval()(x).argmax(1).detach()), 8)
     attacks = [PGD(1.0, steps=1, step_size=1e-6, restarts=1), PGD(1.0, steps=20, loss="cw")]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with all_warnings() as told:
         logged = run("validate", module, [AdversarialAccuracy(attacks)], loader)
     assert logged["robust/pgd_cw_linf_1/accuracy"] < logged["robust/pgd_linf_1/accuracy"] - 0.05
-    assert not any("masked" in str(warning.message) for warning in caught)
+    assert not any("masked" in message for message in told)
 
 
 class CountsCalls(Net):
@@ -339,17 +331,16 @@ class Result(L.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save(logged, self.path / f"{trainer.global_rank}.pt")
+        hand_over(logged, trainer, self.path)
 
 
 @pytest.mark.parametrize("max_samples", [None, 9, 1])
 def test_two_ranks_equal_one(tmp_path, max_samples):
     module = Net()
     measure = AdversarialAccuracy(FGSM(0.2), max_samples=max_samples, radius_estimate=True)
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
     # Lightning deals the samples out in turn, so both ranks' first ones are the first of all.
-    run("validate", module, [measure, Result(tmp_path)], strategy=strategy, devices=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    run("validate", module, [measure, Result(tmp_path)], **two_ranks())
+    first, second = handed_over(tmp_path)
     x, y = (tensor[:max_samples] for tensor in data().dataset.tensors)
     assert first == second
     assert first == pytest.approx(

@@ -4,6 +4,7 @@ import curvlinops
 import hessian_eigenthings
 import pytest
 import torch
+from nets import LABELS, POINTS, two_layers
 from oracles import dense_hessian
 from scipy.sparse.linalg import eigsh
 from torch import nn
@@ -111,27 +112,18 @@ def test_moments_are_within_four_standard_errors():
         assert estimate.matvecs == 300
 
 
-def network():
-    torch.manual_seed(4)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
-
-
-X = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(12) % 2
-
-
 @pytest.mark.parametrize("cuts", [[12], [5, 4, 3]], ids=["one batch", "several batches"])
 def test_a_networks_spectrum_equals_that_of_the_dense_hessian(cuts):
-    net = network()
+    net = two_layers()
     calls = []
 
     def loss(batch):
         calls.append(1)
         return F.cross_entropy(net(batch[0]), batch[1])
 
-    batches = list(zip(X.split(cuts), Y.split(cuts), strict=True))
+    batches = list(zip(POINTS.split(cuts), LABELS.split(cuts), strict=True))
     operator = BatchedHessianOperator(loss, net.parameters(), batches, lambda batch: len(batch[1]))
-    dense = dense_hessian(net, lambda call: F.cross_entropy(call(X), Y))
+    dense = dense_hessian(net, lambda call: F.cross_entropy(call(POINTS), LABELS))
     exact = torch.linalg.eigvalsh(dense)
     ends = extreme_eigenvalues(operator, 3, 3, iterations=operator.size)
     torch.testing.assert_close(ends.largest.values, exact.flip(0)[:3])
@@ -165,8 +157,8 @@ def test_overlap_is_one_for_the_same_space_in_another_basis_and_zero_for_orthogo
 @pytest.fixture(scope="module")
 def witnesses():
     """The same Hessian, of two batches of the same size, here and in two other libraries."""
-    net = network()
-    batches = [(X[:6], Y[:6]), (X[6:], Y[6:])]
+    net = two_layers()
+    batches = [(POINTS[:6], LABELS[:6]), (POINTS[6:], LABELS[6:])]
 
     def loss(net, batch):
         return F.cross_entropy(net(batch[0]), batch[1])

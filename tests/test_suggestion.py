@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import Classifier, data, fit
-from oracles import by_differences, dense_hessian, flat
+from nets import (
+    Classifier,
+    Mixed,
+    data,
+    exponential,
+    fit,
+    smooth,
+    task_loss,
+    without_automatic_optimization,
+)
+from oracles import DIFFERENCES, by_differences, dense_hessian, gradient_by_differences, gradient_of
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_hessian as lh
@@ -19,33 +28,24 @@ import lightning_hessian as lh
 BATCHES = list(data())
 
 
-def smooth():
-    return Classifier(middle=nn.LayerNorm(6))
-
-
 def task_gradient(module, batch):
-    return flat(torch.autograd.grad(module.training_step(batch, 0), list(module.parameters())))
+    return gradient_of(module.training_step(batch, 0), module.parameters())
 
 
 def test_the_exact_trace_against_differences_of_the_dense_one():
     module = Classifier(middle=nn.Identity())
     x, y = BATCHES[0]
-    theta = parameters_to_vector(module.parameters()).detach()
 
-    def trace(at):
-        vector_to_parameters(at, module.parameters())
+    def trace():
         return dense_hessian(module.net, lambda net: F.cross_entropy(net(x), y)).trace()
 
-    h = 1e-4
-    steps = h * torch.eye(len(theta), dtype=theta.dtype)
-    gradient = torch.stack([(trace(theta + step) - trace(theta - step)) / (2 * h) for step in steps])
-    vector_to_parameters(theta, module.parameters())
+    gradient = gradient_by_differences(trace, module)
     expected = 0.3 * task_gradient(module, (x, y)).norm() / gradient.norm()
     found = lh.suggest_strength(module, BATCHES[:1], lh.HessianTrace(probes=-1), share=0.3)
     assert float(found) == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["two_pass", "central_difference"])
+@pytest.mark.parametrize("method", DIFFERENCES)
 def test_differences_have_the_share_at_the_strength_that_they_are_taken_at(method):
     module = smooth()
     found = lh.suggest_strength(module, BATCHES[:2], lh.HessianTrace(method=method), share=0.2)
@@ -119,11 +119,6 @@ def test_kinks_make_the_share_jump_and_a_strength_is_found_between():
     fit(module, max_epochs=5)
     penalty = lh.HessianTrace(method="two_pass")
     assert len(lh.suggest_strength(module, data(batch_size=24), penalty, share=0.1).by_batch) == 2
-
-
-def exponential(net, x):
-    """exp(w x): the trace's gradient is x^2 times the loss's."""
-    return net(x).exp().mean()
 
 
 def line():
@@ -255,28 +250,15 @@ def test_what_cannot_be_suggested_is_refused_with_the_reason(settings, message):
         lh.suggest_strength(line(), **given)
 
 
-class Mixed(lh.HessianRegularizationMixin, Classifier):
-    pass
-
-
-def manual():
-    module = Classifier()
-    module.automatic_optimization = False
-    return module
-
-
-@pytest.mark.parametrize("module", [line, manual, Mixed])
+@pytest.mark.parametrize("module", [line, without_automatic_optimization, Mixed])
 def test_a_step_that_returns_no_task_loss_needs_one(module):
     with pytest.raises(MisconfigurationException, match="Pass `loss="):
         lh.suggest_strength(module(), BATCHES, lh.HessianTrace())
 
 
 def test_manual_optimization_with_the_loss_given():
-    def loss(module, batch):
-        return F.cross_entropy(module.net(batch[0]), batch[1])
-
     expected = lh.suggest_strength(Classifier(), BATCHES, lh.HessianTrace())
-    assert lh.suggest_strength(manual(), BATCHES, lh.HessianTrace(), loss=loss) == expected
+    assert lh.suggest_strength(without_automatic_optimization(), BATCHES, lh.HessianTrace(), loss=task_loss) == expected
 
 
 def test_a_step_without_the_batch_index():

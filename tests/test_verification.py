@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import OnceDifferentiable
+from nets import CPU, OnceDifferentiable
 from torch import nn
 from torch.nn import functional as F
 
@@ -152,7 +152,7 @@ def test_a_step_may_look_at_its_trainer():
             return super().training_step(batch, batch_idx)
 
     net = Looks()
-    net.trainer = L.Trainer(max_epochs=7, logger=False, enable_checkpointing=False, accelerator="cpu")
+    net.trainer = L.Trainer(**CPU, max_epochs=7)
     assert lh.verify(net, BATCH, lh.HessianTrace()).ok
 
 

@@ -1,5 +1,7 @@
 """The methods of the trace penalty in the surroundings of ordinary training: precision, compilers, kernels, devices."""
 
+import functools
+
 import lightning as L
 import pytest
 import torch
@@ -7,18 +9,28 @@ import torch._dynamo.testing
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import CPU, Classifier, data, fit, weights
-from oracles import by_differences, relative_error
-from test_ddp import STEPS, DealtInTurn, Result, fit_two, joined
+from nets import (
+    CPU,
+    Checkpointed,
+    Classifier,
+    Manual,
+    Silent,
+    context_of,
+    data,
+    fit,
+    plain_loop,
+    smooth,
+    task_loss,
+    weights,
+)
+from oracles import DIFFERENCES, loss_by_differences, relative_error
+from ranks import STEPS, Result, dealt, fit_two, handed_over, joined
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 
 import lightning_hessian as lh
 
 STRENGTH = 1e-2
-DIFFERENCES = ("two_pass", "central_difference")
 METHODS = (*DIFFERENCES, "gauss_newton", "autograd")
 
 
@@ -37,10 +49,6 @@ class Images(Classifier):
     def __init__(self, net, dtype=torch.float64):
         super().__init__()
         self.net = net.to(dtype)
-
-
-def sequences(dtype=torch.float64):
-    return data(8, dtype=dtype)
 
 
 class Attends(nn.Module):
@@ -68,37 +76,25 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x.unsqueeze(2))[0][:, -1])
 
 
-class Checkpointed(nn.Module):
+class WithCheckpoint(nn.Sequential):
     def __init__(self, use_reentrant=None):
-        super().__init__()
         torch.manual_seed(3)
-        self.first, self.block = nn.Linear(4, 6), nn.Sequential(nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6))
-        self.head = nn.Linear(6, 3)
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x):
-        hidden = self.first(x)
-        if self.use_reentrant is None:
-            return self.head(self.block(hidden))
-        return self.head(checkpoint(self.block, hidden, use_reentrant=self.use_reentrant))
+        block = nn.Sequential(nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6))
+        super().__init__(nn.Linear(4, 6), Checkpointed(block, use_reentrant), nn.Linear(6, 3))
 
 
 def expected(net, method):
     """Two steps in plain code."""
-    module = Images(net)
-    optimizer = module.configure_optimizers()
-    for step, (x, y) in enumerate(list(data(8))[:2]):
-        gradient = by_differences(
-            method, module, lambda m, x=x, y=y: F.cross_entropy(m.net(x), y), STRENGTH, step=step, micro_batch=step
-        )
-        optimizer.zero_grad()
-        (nn.utils.parameters_to_vector(module.parameters()) @ gradient).backward()
-        optimizer.step()
-    return weights(module)
+
+    def loss_of(module, x, y, step):
+        loss = functools.partial(task_loss, batch=(x, y))
+        return loss_by_differences(method, module, loss, STRENGTH, step=step, micro_batch=step)
+
+    return plain_loop(Images(net), loss_of, list(data(8))[:2])
 
 
 @pytest.mark.parametrize("method", DIFFERENCES)
-@pytest.mark.parametrize("net", [Attends, Recurrent, Checkpointed])
+@pytest.mark.parametrize("net", [Attends, Recurrent, WithCheckpoint])
 def test_fused_attention_and_recurrent_layers_run_as_they_are(net, method):
     torch.testing.assert_close(trained(Images(net()), method), expected(net(), method), rtol=1e-6, atol=1e-7)
 
@@ -106,14 +102,14 @@ def test_fused_attention_and_recurrent_layers_run_as_they_are(net, method):
 @pytest.mark.parametrize("method", DIFFERENCES)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpoints_of_both_kinds_change_nothing(use_reentrant, method):
-    ours = trained(Images(Checkpointed(use_reentrant)), method)
-    torch.testing.assert_close(ours, trained(Images(Checkpointed()), method), rtol=1e-9, atol=1e-10)
+    ours = trained(Images(WithCheckpoint(use_reentrant)), method)
+    torch.testing.assert_close(ours, trained(Images(WithCheckpoint()), method), rtol=1e-9, atol=1e-10)
 
 
 def test_reentrant_checkpoints_in_a_static_graph_are_refused(tmp_path):
     message = "DDP with static_graph=True counts the backward passes"
     with pytest.raises(Exception, match=message):
-        fit_two(tmp_path, Images(Checkpointed(True)), callback("two_pass"), data(8), static_graph=True)
+        fit_two(tmp_path, Images(WithCheckpoint(True)), callback("two_pass"), data(8), static_graph=True)
 
 
 @pytest.mark.parametrize("net", [Attends, Recurrent])
@@ -122,10 +118,8 @@ def test_gauss_newton_through_attention_and_recurrent_layers_equals_the_context(
     fit(module, [callback("gauss_newton")], max_steps=1)
     x, y = next(iter(data(8)))
     optimizer = plain.configure_optimizers()
-    with lh.higher_order(plain), lh.curvature.watch_losses() as seen:
-        task = F.cross_entropy(plain.net(x), y)
-    context = lh.StepContext(task, dict(plain.named_parameters()), lh.ProbeSource(), losses=seen)
-    (task + STRENGTH * lh.HessianTrace(method="gauss_newton")(context)).backward()
+    context = context_of(plain, task_loss, (x, y))
+    (context.loss + STRENGTH * lh.HessianTrace(method="gauss_newton")(context)).backward()
     optimizer.step()
     torch.testing.assert_close(weights(module), weights(plain), rtol=1e-9, atol=1e-10)
 
@@ -138,12 +132,7 @@ def test_gauss_newton_with_a_compiled_network_runs_it_eagerly():
 
 def test_the_refusal_of_a_reentrant_checkpoint_names_a_method_that_works():
     with pytest.raises(lh.HigherOrderError, match=r"method='two_pass'"):
-        trained(Images(Checkpointed(use_reentrant=True)), "autograd")
-
-
-class Silent(Classifier):
-    def training_step(self, batch, batch_idx):  # a compiled one cannot log
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        trained(Images(WithCheckpoint(use_reentrant=True)), "autograd")
 
 
 @pytest.mark.parametrize("method", DIFFERENCES)
@@ -167,7 +156,7 @@ def test_compiled_steps_stay_compiled(what, method):
 @pytest.mark.parametrize("method", ["two_pass", "gauss_newton"])
 def test_bfloat16_is_near_float32(method):
     def step(precision):
-        module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32, lr=1.0)
+        module = smooth(dtype=torch.float32, lr=1.0)
         before = weights(module)
         fit(module, [callback(method)], data(16, 16, torch.float32), precision=precision)
         return weights(module) - before
@@ -204,7 +193,7 @@ def test_float16_with_a_scaler_is_near_float32(method):
 
 
 def test_a_float16_overflow_is_left_to_the_scaler():
-    module = Classifier(middle=nn.LayerNorm(6), dtype=torch.float32)
+    module = smooth(dtype=torch.float32)
     before = weights(module)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     trainer = fit(
@@ -221,19 +210,9 @@ def test_a_float16_overflow_is_left_to_the_scaler():
 
 @pytest.mark.parametrize("method", [*DIFFERENCES, "gauss_newton"])
 def test_manual_optimization_equals_the_callback(method):
-    class Manual(lh.HessianRegularizationMixin, Classifier):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-            self.regularizer = callback(method)
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(self.regularized(lambda: F.cross_entropy(self.net(batch[0]), batch[1])))
-            optimizer.step()
-
-    torch.testing.assert_close(trained(Manual(), None), trained(Classifier(), method), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        trained(Manual(callback(method)), None), trained(Classifier(), method), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_a_step_that_takes_the_iterator_is_refused():
@@ -257,24 +236,20 @@ def test_every_fourth_step_and_a_schedule(method):
     regularizer = lh.HessianRegularizer(lh.HessianTrace(method=method), strength=schedule, every_n_steps=4)
     assert regularizer.strengths_at(4) == [4 * 1e-3 * 5]
     assert regularizer.strengths_at(5) == [0.0]
-    module = Classifier(middle=nn.LayerNorm(6))
+    module = smooth()
     fit(module, [regularizer], data(8), max_steps=5)
     assert strengths[-1] == 4
     if method in DIFFERENCES:
-        plain = Classifier(middle=nn.LayerNorm(6))
-        optimizer = plain.configure_optimizers()
-        for step, (x, y) in zip(range(5), data(8), strict=False):
+        acting = {0: 4e-3, 4: 20e-3}
 
-            def loss(module, x=x, y=y):
-                return F.cross_entropy(module.net(x), y)
+        def loss_of(module, x, y, step):
+            loss = functools.partial(task_loss, batch=(x, y))
+            if step not in acting:
+                return loss(module)
+            return loss_by_differences(method, module, loss, acting[step], step=step, micro_batch=step)
 
-            optimizer.zero_grad()
-            loss(plain).backward()
-            if strength := {0: 4e-3, 4: 20e-3}.get(step):
-                gradient = by_differences(method, plain, loss, strength, step=step, micro_batch=step)
-                nn.utils.vector_to_parameters(gradient, [p.grad for p in plain.parameters()])
-            optimizer.step()
-        torch.testing.assert_close(weights(module), weights(plain), rtol=1e-7, atol=1e-9)
+        plain = plain_loop(smooth(), loss_of, list(data(8))[:5])
+        torch.testing.assert_close(weights(module), plain, rtol=1e-7, atol=1e-9)
 
 
 def test_a_schedule_that_turns_negative_is_refused():
@@ -292,9 +267,8 @@ class Sharded(Classifier):
 
 
 class Gathered(Result):
-    def on_train_end(self, trainer, pl_module):
-        whole = torch.cat([p.detach().full_tensor().reshape(-1) for p in pl_module.parameters()])
-        torch.save({"weights": whole, "logged": self.logged}, self.path / f"{trainer.global_rank}.pt")
+    def weights(self, module):
+        return torch.cat([p.detach().full_tensor().reshape(-1) for p in module.parameters()])
 
 
 def sharded_fit(rank, path, method, settings, port):
@@ -306,13 +280,12 @@ def sharded_fit(rank, path, method, settings, port):
     dtype = torch.float32 if "precision" in settings else torch.float64
     accumulated = settings.get("accumulate_grad_batches", 1)
     loader = data(8 // accumulated, dtype=dtype)
-    dealt = DataLoader(loader.dataset, loader.batch_size, sampler=DealtInTurn(len(loader.dataset)))
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     trainer = L.Trainer(
         **CPU, max_steps=STEPS, callbacks=[callback(method), Gathered(path)], devices=2, strategy=strategy,
         use_distributed_sampler=False, **settings,
     )  # fmt: skip
-    trainer.fit(Sharded(middle=nn.LayerNorm(6), dtype=dtype), dealt)
+    trainer.fit(Sharded(middle=nn.LayerNorm(6), dtype=dtype), dealt(loader))
 
 
 @pytest.mark.skipif(
@@ -333,19 +306,18 @@ def test_fsdp2_on_two_processes_equals_one(tmp_path, method, settings):
     torch.multiprocessing.start_processes(
         sharded_fit, (tmp_path, method, settings, get_free_port()), nprocs=2, start_method="fork"
     )
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = handed_over(tmp_path)
     assert torch.equal(first["weights"], second["weights"])
     assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
-    module = Classifier(middle=nn.LayerNorm(6))
+    module = smooth()
     before = nn.utils.parameters_to_vector(module.parameters()).detach()
     optimizer = module.configure_optimizers()
     accumulated = settings.get("accumulate_grad_batches", 1)
     for count, (x, y) in enumerate(joined(data(8 // accumulated), STEPS * accumulated)):
         step = count // accumulated
-        gradient = by_differences(
-            method, module, lambda m, x=x, y=y: F.cross_entropy(m.net(x), y), STRENGTH, step=step, micro_batch=count
-        )
-        (nn.utils.parameters_to_vector(module.parameters()) @ gradient / accumulated).backward()
+        loss = functools.partial(task_loss, batch=(x, y))
+        whole = loss_by_differences(method, module, loss, STRENGTH, step=step, micro_batch=count)
+        (whole / accumulated).backward()
         if (count + 1) % accumulated == 0:
             optimizer.step()
             optimizer.zero_grad()

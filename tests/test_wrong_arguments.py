@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from nets import Classifier, data, fit
+from nets import Classifier, data, exponential, fit
 from torch import nn
 
 import lightning_hessian as lh
@@ -23,17 +23,13 @@ def test_an_attack_that_is_a_class_is_refused(attacks):
         lh.AdversarialAccuracy(attacks)
 
 
-def loss(net, x):
-    return net(x).exp().mean()
-
-
 @pytest.mark.parametrize(
     "call",
     [
         lambda: lh.HessianRegularizer(lh.HessianTrace),
         lambda: lh.HessianRegularizer([lh.HessianTrace(), lh.JacobianNorm]),
-        lambda: lh.suggest_strength(nn.Linear(1, 1), [torch.ones(1, 1)], lh.HessianTrace, loss=loss),
-        lambda: lh.verify(nn.Linear(1, 1), torch.ones(1, 1), lh.HessianTrace, loss=loss),
+        lambda: lh.suggest_strength(nn.Linear(1, 1), [torch.ones(1, 1)], lh.HessianTrace, loss=exponential),
+        lambda: lh.verify(nn.Linear(1, 1), torch.ones(1, 1), lh.HessianTrace, loss=exponential),
     ],
 )
 def test_a_penalty_that_is_a_class_is_refused(call):

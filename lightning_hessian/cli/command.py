@@ -215,7 +215,7 @@ def _takes_words(hint: Any) -> bool:
 
 def _reports(config: DictConfig, directory: Path) -> dict[str, Report]:
     """The run that the settings ask for, and the one to compare it with, if they ask for one; both are told."""
-    choices = {path.stem: path for path in sorted((config_directory() / "regularizer").glob("*.yaml"))}
+    choices = sorted(path.stem for path in (config_directory() / "regularizer").glob("*.yaml"))
     if config.compare is not None and config.compare not in choices:
         raise ValueError(
             f"compare={config.compare} is not a regularizer to compare with. Choose one of {', '.join(choices)}, or "
@@ -225,17 +225,16 @@ def _reports(config: DictConfig, directory: Path) -> dict[str, Report]:
     _print(reports["this run"])
     if config.compare is not None:
         name = f"compare_{config.compare}"
-        other = _with_regularizer(config, _defaults_of(choices[config.compare]), name, directory / name)
+        other = _with_regularizer(config, _defaults_of(config.compare), name, directory / name)
         reports[f"compare={config.compare}"] = train(other, directory / name)
         _print(side_by_side(reports))
     return reports
 
 
-def _defaults_of(regularizer: Path) -> Any:
+def _defaults_of(regularizer: str) -> Any:
     """A regularizer's settings, with those that this run's model needs."""
-    settings = OmegaConf.load(regularizer)
-    tuned = config_directory() / "tuned" / f"{HydraConfig.get().runtime.choices['model']}_{regularizer.name}"
-    return OmegaConf.merge(settings, OmegaConf.load(tuned).regularizer) if tuned.exists() else settings
+    model = HydraConfig.get().runtime.choices["model"]
+    return hydra.compose("config", [f"model={model}", f"regularizer={regularizer}"]).regularizer
 
 
 @rank_zero_only
