@@ -50,7 +50,7 @@ from lightning_hessian.cli.command import config_directory  # noqa: E402
 from lightning_hessian.cli.data import ImageData  # noqa: E402
 from lightning_hessian.cli.report import LANCZOS  # noqa: E402
 from lightning_hessian.curvature import select_parameters  # noqa: E402
-from lightning_hessian.monitoring.measurement import Measurement, Settings  # noqa: E402
+from lightning_hessian.monitoring.measurement import Measurement, MeasurementConfig  # noqa: E402
 
 REGULARIZERS = (
     "none",
@@ -127,13 +127,15 @@ def curvature(
     trainer: L.Trainer, module: Classifier, batches: list, probes: int, training: bool, lanczos: int = LANCZOS
 ) -> dict:
     """With all layers in evaluation mode, or in training mode."""
-    settings = Settings(probes, 1, lanczos, 0, {}, {}, 0)
+    config = MeasurementConfig(
+        probes=probes, eigenvalues=1, iterations=lanczos, density_runs=0, layers={}, spaces={}, seed=0
+    )
     parameters = select_parameters(dict(module.named_parameters()))
     was = module.training
     module.train(training)
     found, _ = Measurement(
-        trainer, module, batches, parameters, settings, training, lambda module, batch: module.loss(batch)
-    ).take(0, None)
+        trainer, module, batches, parameters, config, training, lambda module, batch: module.loss(batch)
+    ).measure(0, None)
     module.train(was)
     return {"trace": found.trace.estimate, "largest": found.largest[0][0], "smallest": found.smallest[0][0]}
 
@@ -143,7 +145,7 @@ def on_inputs(module: Classifier, data: ImageData) -> dict:
     module.eval()
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    context = lh.StepContext.of(lambda x: module.loss((x, labels)), images, dict(module.named_parameters()))
+    context = lh.StepContext.evaluate(lambda x: module.loss((x, labels)), images, dict(module.named_parameters()))
     row = {name: penalty()(context).item() for name, penalty in ON_INPUTS.items()}
     (mean,), (std,) = data.mean, data.std
     for radius in RADII:
@@ -180,7 +182,7 @@ class Along(L.Callback):
             found = curvature(trainer, module, batches, 5, training, 15)
             row |= {mode + name: value for name, value in found.items()}
         row["weights"] = torch.cat([p.detach().flatten() for p in module.parameters()]).norm().item()
-        if self.regularizer is not None and not self.regularizer.penalties[0].by_differences:
+        if self.regularizer is not None and not self.regularizer.penalties[0].needs.differences:
             strength = self.regularizer.strengths_at(trainer.global_step)[0]
             penalty = self.regularizer.penalties[0]
             try:

@@ -34,8 +34,7 @@ from step_cost import timed  # noqa: E402
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli import data, models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource, SampleHessians, lanczos, power_iteration  # noqa: E402
-from lightning_hessian.regularization.injection import loss_of  # noqa: E402
-from lightning_hessian.step.passes import Passes  # noqa: E402
+from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for  # noqa: E402
 
 MODELS = {"softplus_cnn": {"width": 16}, "cnn": {"width": 32}}
 PRODUCTS = (1, 2, 3, 5)
@@ -72,7 +71,7 @@ def quality() -> None:
             loss = F.cross_entropy(net(x), labels, reduction="sum")
         hessians = SampleHessians(loss, [x])
         gradient = hessians.gradient.detach()
-        random = ProbeSource().rademacher(gradient.numel(), 0, dtype=torch.float64).view_as(gradient)
+        random = ProbeSource().draw(gradient.numel(), 0, dtype=torch.float64).view_as(gradient)
 
         def norm(v: torch.Tensor, hessians: SampleHessians = hessians) -> torch.Tensor:
             return hessians.matvec(v).norm(dim=1)
@@ -136,9 +135,9 @@ class Case:
         def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-        passes = Passes(self.net, step, (self.x, self.y), [penalty], loss_of)
-        loss = passes.task().loss
-        (loss + 1e-3 * penalty(passes.context(penalty, ProbeSource(step=self.step)))).backward()
+        runs = PenaltyRuns(step_for([penalty], self.net, step, (self.x, self.y)), [penalty])
+        loss = runs.run().loss
+        (loss + 1e-3 * penalty(runs.context(penalty, ProbeSource(step=self.step)))).backward()
 
 
 def cost(rounds: int) -> None:

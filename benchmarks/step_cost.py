@@ -49,7 +49,7 @@ import lightning as L  # noqa: E402
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli import models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
-from lightning_hessian.regularization.injection import penalized  # noqa: E402
+from lightning_hessian.regularization.callback import new_fit  # noqa: E402
 from lightning_hessian.regularization.nonfinite import BackwardWatch  # noqa: E402
 
 STRENGTH = 1e-4
@@ -189,12 +189,12 @@ class Case(L.LightningModule):
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
     def penalized(self, penalty: lh.Penalty) -> Callable[[], None]:
-        regularizer = lh.HessianRegularizer(penalty, STRENGTH)
+        fit = new_fit(self, [lh.HessianRegularizer(penalty, STRENGTH)])
 
         def step() -> None:
-            if not regularizer.has_begun(self.trainer):
-                regularizer.begin(self)
-            self.update(penalized(self, [regularizer], lambda _: self.loss()))
+            if not fit.has_started:
+                fit.start()
+            self.update(fit(lambda _: self.loss()))
 
         return step
 
@@ -284,7 +284,7 @@ def idle_overhead(rounds: int = 2000) -> float:
 def probe_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) -> float:
     size = sum(p.numel() for p in Case(name, arguments).parameters())
     source = ProbeSource()
-    return statistics.median(timed(lambda: source.rademacher(size, 0, DEVICE)) for _ in range(rounds))
+    return statistics.median(timed(lambda: source.draw(size, 0, DEVICE)) for _ in range(rounds))
 
 
 def check_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) -> float:

@@ -38,7 +38,7 @@ import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli import data, models  # noqa: E402
 from lightning_hessian.cli.classifier import Classifier  # noqa: E402
 from lightning_hessian.curvature import BatchedHessianOperator, hutchinson_trace, lanczos  # noqa: E402
-from lightning_hessian.step.isolation import evaluation_mode  # noqa: E402
+from lightning_hessian.curvature.modes import evaluation_mode  # noqa: E402
 
 STRENGTHS: dict[str, list[float]] = {
     "none": [0.0],

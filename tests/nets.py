@@ -146,7 +146,7 @@ def context_of(module, loss, *batch, probes=None):
 
 def context_of_inputs(module, x, y, run=lambda module, x: module.net(x)):
     """What a penalty on the inputs of a classifier sees."""
-    return lh.StepContext.of(lambda x: F.cross_entropy(run(module, x), y), x, dict(module.named_parameters()))
+    return lh.StepContext.evaluate(lambda x: F.cross_entropy(run(module, x), y), x, dict(module.named_parameters()))
 
 
 def plain_loop(module, loss_of, batches):

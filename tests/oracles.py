@@ -75,7 +75,7 @@ def by_differences(method, module, loss, strength, **key):
         vector_to_parameters(theta, parameters)
         return found
 
-    v = ProbeSource(0, **key).rademacher(len(theta), 0, dtype=theta.dtype)
+    v = ProbeSource(0, **key).draw(len(theta), 0, dtype=theta.dtype)
     e = (2 * strength) ** 0.5
     if method == "central_difference":
         e = torch.finfo(theta.dtype).eps ** 0.25 / 2 * theta.square().mean().sqrt().item()

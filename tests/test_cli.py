@@ -66,13 +66,18 @@ def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run,
     assert float(residual) < 0.1 * float(eigenvalue)
     assert re.search(r"TensorBoard +\S*tensorboard --logdir '.*here'", out)
     logged = scalars(tmp_path / "here")
-    assert {"curvature/hessian_trace", "train/penalty", "train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= (
-        set(logged)
-    )
+    assert {
+        "curvature/gauss_newton_trace",
+        "train/penalty",
+        "train/loss",
+        "train/accuracy",
+        "val/loss",
+        "val/accuracy",
+    } <= (set(logged))
     # Both were recorded in float32, at every step but the first, where the warm-up begins with 0.
     ramp = torch.arange(1, 8) / 200
     torch.testing.assert_close(
-        torch.tensor(logged["train/penalty"]), 3e-2 * ramp * torch.tensor(logged["curvature/hessian_trace"])
+        torch.tensor(logged["train/penalty"]), 3e-2 * ramp * torch.tensor(logged["curvature/gauss_newton_trace"])
     )
     assert (tmp_path / "here/checkpoints/last.ckpt").is_file()
     assert OmegaConf.load(tmp_path / "here/config.yaml").regularizer.strength == 3e-2
@@ -84,9 +89,12 @@ def test_the_monitor_logs_beside_the_penalty_and_changes_nothing(run, tmp_path):
     assert status == 0, err
     assert plain.split("files")[0] == watched.split("files")[0]
     logged = scalars(tmp_path / "here")
-    assert {"curvature/hessian_trace", "curvature/trace", "curvature/largest_eigenvalue", "curvature/stability"} <= set(
-        logged
-    )
+    assert {
+        "curvature/gauss_newton_trace",
+        "curvature/trace",
+        "curvature/largest_eigenvalue",
+        "curvature/stability",
+    } <= set(logged)
     assert len(logged["curvature/trace"]) == 3
 
 
@@ -119,8 +127,8 @@ def test_a_sweep_over_the_strength(run, tmp_path):
     out, _, status = run("-m", *QUICK, "regularizer.strength=0,1e-2,3e-2", "hydra.sweep.dir=sweep")
     assert status == 0
     assert out.count("test accuracy") == 3
-    assert "curvature/hessian_trace" not in scalars(tmp_path / "sweep/0")
-    assert "curvature/hessian_trace" in scalars(tmp_path / "sweep/2")
+    assert "curvature/gauss_newton_trace" not in scalars(tmp_path / "sweep/0")
+    assert "curvature/gauss_newton_trace" in scalars(tmp_path / "sweep/2")
 
 
 def test_auto_chooses_a_strength_saves_it_and_trains_as_with_that_number(run):
@@ -131,7 +139,8 @@ def test_auto_chooses_a_strength_saves_it_and_trains_as_with_that_number(run):
     chosen = OmegaConf.load("auto/config.yaml").regularizer.strength
     assert isinstance(chosen, float)
     assert re.fullmatch(
-        rf"strength +{chosen:.4g} \(\S+ to \S+ over 4 batches\), .* of hessian_trace is 10 % of the task loss's", line
+        rf"strength +{chosen:.4g} \(\S+ to \S+ over 4 batches\), .* of gauss_newton_trace is 10 % of the task loss's",
+        line,
     )
     given, _, _ = run(*QUICK, "data.augment=true", f"regularizer.strength={chosen}", "hydra.run.dir=given")
     assert rest.split("files")[0] == given.split("files")[0]

@@ -77,7 +77,7 @@ def test_hutchinson_refuses_one_probe():
 
 def test_probes_are_signs_with_unit_covariance():
     n = 200_000
-    v = ProbeSource(seed=5).rademacher(n, 0)
+    v = ProbeSource(seed=5).draw(n, 0)
     assert v.shape == (n,)
     assert set(v.tolist()) == {-1.0, 1.0}
     assert abs(v.mean().item()) < 4 / n**0.5
@@ -86,7 +86,7 @@ def test_probes_are_signs_with_unit_covariance():
 
 
 def test_sparse_probes_have_unit_second_moment():
-    v = ProbeSource().sparse_rademacher(100_000, 0.25, 0)
+    v = ProbeSource().draw(100_000, 0, keep=0.25)
     assert set(v.tolist()) == {-2.0, 0.0, 2.0}
     kept = (v != 0).double()
     assert abs(kept.mean().item() - 0.25) < 4 * (0.25 * 0.75 / 100_000) ** 0.5
@@ -104,13 +104,13 @@ def test_kept_tensors_are_never_none_and_the_factor_is_their_probability(count, 
 
 @pytest.mark.parametrize("field", ["seed", "step", "micro_batch", "rank"])
 def test_every_part_of_the_key_changes_the_probe(field):
-    assert not torch.equal(ProbeSource(**{field: 1}).rademacher(64, 0), ProbeSource().rademacher(64, 0))
-    assert not torch.equal(ProbeSource().rademacher(64, 1), ProbeSource().rademacher(64, 0))
+    assert not torch.equal(ProbeSource(**{field: 1}).draw(64, 0), ProbeSource().draw(64, 0))
+    assert not torch.equal(ProbeSource().draw(64, 1), ProbeSource().draw(64, 0))
 
 
 def test_probes_leave_the_global_random_state_alone():
     state = torch.get_rng_state()
-    ProbeSource().sparse_rademacher(10, 0.5, 0)
+    ProbeSource().draw(10, 0, keep=0.5)
     ProbeSource().kept_tensors(3, 0.5, 0)
     assert torch.equal(state, torch.get_rng_state())
 

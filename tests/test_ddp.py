@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.regularization.callback import new_fit
 
 
 def callback(penalty, **settings):
@@ -119,7 +120,7 @@ def test_two_ranks_equal_one_for_methods_of_ordinary_passes(tmp_path, case):
     first, second = fit_two(tmp_path, module(), regularizer, loader, **FIRST_ORDER[case])
     assert torch.equal(first["weights"], second["weights"])
     torch.testing.assert_close(first["weights"], plain_loop(module(), of_one, joined(loader)), rtol=1e-6, atol=1e-6)
-    logged = [rank["logged"][0]["curvature/hessian_trace"] for rank in (first, second)]
+    logged = [rank["logged"][0][f"curvature/{regularizer.penalty.name}"] for rank in (first, second)]
     assert logged[0] == logged[1]
 
 
@@ -182,7 +183,7 @@ def test_batch_norm_takes_its_second_pass_on_two_ranks(tmp_path):
 
         for inputs, targets in zip(x.chunk(2), y.chunk(2), strict=True):
             task = F.cross_entropy(run(inputs, training=True), targets)
-            context = lh.StepContext.of(
+            context = lh.StepContext.evaluate(
                 lambda inputs, targets=targets: F.cross_entropy(run(inputs, training=False), targets),
                 inputs,
                 dict(module.named_parameters()),
@@ -239,7 +240,7 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     message = rf"{strategy} shards the parameters.*HessianTrace\(method='two_pass'\)"
     for penalty in (lh.HessianTrace(), lh.HessianNorm(), lh.HessianNorm(method="central_difference")):
         with pytest.raises(MisconfigurationException, match=message):
-            callback(penalty).begin(module)
+            new_fit(module, [callback(penalty)]).start()
 
 
 class BadOnRankOne(lh.HessianTrace):

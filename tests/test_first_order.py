@@ -18,7 +18,7 @@ from torchmetrics import Accuracy
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.curvature.displacement import GradientSum
+from lightning_hessian.curvature.displacement import GradientSum, loss_gradient
 
 STRENGTH = 1e-2
 
@@ -64,7 +64,7 @@ def test_two_passes_are_the_mean_of_the_losses_at_both_ends():
     fit(smooth(), [callback("two_pass"), seen], max_steps=1)
     batch = next(iter(data()))
     theta, s = nn.utils.parameters_to_vector(module.parameters()).detach(), (2 * STRENGTH) ** 0.5
-    v = ProbeSource(0).rademacher(len(theta), 0, dtype=torch.float64)
+    v = ProbeSource(0).draw(len(theta), 0, dtype=torch.float64)
     gradients, losses = [], []
     for sign in (1, -1):
         nn.utils.vector_to_parameters(theta + sign * s * v, module.parameters())
@@ -196,7 +196,8 @@ def test_one_tensor_may_be_the_gradient_of_several_parameters():
     a, b = (torch.ones(3, requires_grad=True) for _ in range(2))
     total = GradientSum([a, b])
     for weight in (0.5, 0.25):
-        total.add(((a + b) ** 2).sum(), weight)
+        loss = ((a + b) ** 2).sum()
+        total.add(weight, loss.detach(), loss_gradient(loss, [a, b]))
     total.loss().backward()
     for tensor in (a, b):
         torch.testing.assert_close(tensor.grad, torch.full((3,), 0.75 * 4.0))
@@ -205,7 +206,7 @@ def test_one_tensor_may_be_the_gradient_of_several_parameters():
 def test_the_loss_can_be_differentiated_once():
     a = torch.ones(3, requires_grad=True)
     total = GradientSum([a])
-    total.add(a.sum(), 1.0)
+    total.add(1.0, a.sum().detach(), loss_gradient(a.sum(), [a]))
     loss = total.loss()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gone after the first backward"):

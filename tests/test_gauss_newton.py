@@ -130,7 +130,7 @@ def test_the_gradient_is_exact_for_its_probe(settings, x):
 def test_the_callback_sees_the_outputs_where_the_step_calls_its_loss():
     module = Classifier()
     trainer = fit(module, [lh.HessianRegularizer(lh.HessianTrace(method="gauss_newton"), strength=0.1)], max_steps=3)
-    assert trainer.logged_metrics["curvature/hessian_trace"] > 0
+    assert trainer.logged_metrics["curvature/gauss_newton_trace"] > 0
 
 
 def test_losses_without_a_formula_are_refused(x):

@@ -157,7 +157,7 @@ def check(net, loss, step=3e-4):
     source = ProbeSource(seed=1)
     reference = Differences(copy.deepcopy(net), loss, step)
     value, gradient = penalty_and_gradient(net, loss, source)
-    v = source.rademacher(gradient.numel(), 0, dtype=torch.float64)
+    v = source.draw(gradient.numel(), 0, dtype=torch.float64)
     assert relative_error(value, reference.quadratic_form(v)) < 1e-5
     assert relative_error(gradient, reference.gradient_of_quadratic_form(v)) < 1e-5
 

@@ -30,7 +30,9 @@ def y():
 
 
 def context(module, x, y, reduction="mean", loss=F.cross_entropy):
-    return lh.StepContext.of(lambda x: loss(module(x), y, reduction=reduction), x, dict(module.named_parameters()))
+    return lh.StepContext.evaluate(
+        lambda x: loss(module(x), y, reduction=reduction), x, dict(module.named_parameters())
+    )
 
 
 def dense_hessians(module, x, y, parameters=None):
@@ -103,7 +105,7 @@ def test_gradient_where_the_eigenvalues_of_a_network_tie(search):
             return (self.a(p) * self.b(q)).sum(dim=1)
 
     module, x = Products(), torch.randn(SAMPLES, FEATURES, dtype=torch.float64)
-    seen = lh.StepContext.of(lambda x: module(x).mean(), x, dict(module.named_parameters()))
+    seen = lh.StepContext.evaluate(lambda x: module(x).mean(), x, dict(module.named_parameters()))
     value = lh.InputHessianNorm(CONVERGED[search], search).value(seen)
     norm = torch.linalg.svdvals(module.a.weight.mT @ module.b.weight)[0]
     assert value.item() == pytest.approx(norm.item(), rel=1e-6)
@@ -144,7 +146,7 @@ def test_finite_differences_of_negative_curvature_count_by_their_size(x, y):
     def loss(x):  # saturating, so that some curvatures are negative
         return F.mse_loss(torch.tanh(3 * module(x)), 4 * probabilities)
 
-    of = lh.StepContext.of(loss, x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(loss, x, dict(module.named_parameters()))
     by_autograd = lh.InputHessianNorm(50, "lanczos").value(of).item()
     by_differences = lh.InputHessianNorm(50, "lanczos", "finite_difference", step=1e-3).value(of).item()
     assert by_differences == pytest.approx(by_autograd, rel=1e-3)
@@ -156,7 +158,7 @@ def test_a_zero_gradient_starts_at_random(y):
     def loss(x):
         return (module(x) ** 2).sum(1).mean()
 
-    of = lh.StepContext.of(loss, torch.zeros(3, 2, dtype=torch.float64), dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(loss, torch.zeros(3, 2, dtype=torch.float64), dict(module.named_parameters()))
     w = module[0].weight.detach()
     expected = 2 * torch.linalg.eigvalsh(w.T @ w).max().item()
     assert lh.InputHessianNorm(100).value(of).item() == pytest.approx(expected, rel=1e-6)
@@ -165,7 +167,9 @@ def test_a_zero_gradient_starts_at_random(y):
 @pytest.mark.parametrize("squared", [False, True])
 def test_no_curvature_gives_zero_with_a_finite_gradient(squared, x):
     module = nn.Linear(FEATURES, 1).double()
-    of = lh.StepContext.of(lambda x: module(x).mean() + 0 * (module(x) ** 2).mean(), x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(
+        lambda x: module(x).mean() + 0 * (module(x) ** 2).mean(), x, dict(module.named_parameters())
+    )
     value = lh.InputHessianNorm(squared=squared).value(of)
     assert value.item() == 0
     assert gradient_of(value, module.parameters()).isfinite().all()
@@ -173,7 +177,7 @@ def test_no_curvature_gives_zero_with_a_finite_gradient(squared, x):
 
 def test_a_loss_linear_in_the_input_has_no_curvature(x):
     module = nn.Linear(FEATURES, 1).double()
-    of = lh.StepContext.of(lambda x: module(x).mean(), x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(lambda x: module(x).mean(), x, dict(module.named_parameters()))
     assert lh.InputHessianNorm().value(of).item() == 0
 
 
@@ -246,7 +250,7 @@ def test_a_step_that_reduces_by_itself_is_understood(name, x, y):
     parameters = dict(module.named_parameters())
     expected = penalty.value(context(module, x, y)).item()
     for reduce in (torch.mean, torch.sum):
-        of = lh.StepContext.of(
+        of = lh.StepContext.evaluate(
             lambda x, reduce=reduce: reduce(F.cross_entropy(module(x), y, reduction="none")), x, parameters
         )
         assert penalty.value(of).item() == pytest.approx(expected, rel=1e-6)
@@ -268,7 +272,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_losses_of_the_samples_are_seen(name, x, y):
     module = net()
-    of = lh.StepContext.of(lambda x: LOSSES[name](module(x), y), x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(lambda x: LOSSES[name](module(x), y), x, dict(module.named_parameters()))
     torch.testing.assert_close(of.sample_losses.mean(), of.loss)
     parts = torch.autograd.grad(of.sample_losses.mean(), list(module.parameters()), retain_graph=True)
     torch.testing.assert_close(
@@ -285,7 +289,7 @@ def test_the_losses_of_the_samples_are_seen(name, x, y):
 def test_several_inputs_are_one_long_vector(x, y):
     module = net()
     left, right = x[:, :2].contiguous(), x[:, 2:].contiguous()
-    of = lh.StepContext.of(
+    of = lh.StepContext.evaluate(
         lambda a, b: F.cross_entropy(module(torch.cat([a, b], 1)), y), [left, right], dict(module.named_parameters())
     )
     for penalty in PENALTIES.values():
@@ -294,14 +298,16 @@ def test_several_inputs_are_one_long_vector(x, y):
 
 def test_inputs_with_different_numbers_of_samples_are_refused(x):
     module = net()
-    of = lh.StepContext.of(lambda a, b: (module(a).sum() + b.sum()) / 5, [x, x[:2]], dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(
+        lambda a, b: (module(a).sum() + b.sum()) / 5, [x, x[:2]], dict(module.named_parameters())
+    )
     with pytest.raises(ValueError, match=r"shapes \(5, 6\), \(2, 6\): their first dimension"):
         lh.InputHessianNorm().value(of)
 
 
 def test_no_loss_function_seen():
     module = net()
-    of = lh.StepContext.of(
+    of = lh.StepContext.evaluate(
         lambda x: module(x).square().mean(), torch.ones(2, FEATURES).double(), dict(module.named_parameters())
     )
     with pytest.raises(ValueError, match=r'Return \{"loss": \.\.\., "logits": \.\.\.\}'):
@@ -313,7 +319,7 @@ def test_no_loss_function_seen():
 @pytest.mark.parametrize("name", PENALTIES)
 def test_a_loss_that_does_not_depend_on_the_inputs_is_an_error(name, x, y):
     module = net()
-    of = lh.StepContext.of(
+    of = lh.StepContext.evaluate(
         lambda x: F.cross_entropy(module(x.detach()), y) + 0 * x.detach().sum(), x, dict(module.named_parameters())
     )
     with pytest.raises(ValueError, match="do not depend on the inputs"):
@@ -339,7 +345,7 @@ def test_a_loss_that_does_not_depend_on_the_inputs_is_an_error(name, x, y):
 def test_factors_of_the_loss_are_understood(loss, factor, method, x, y):
     module, penalty = net(), lh.InputHessianNorm(6, "lanczos", method, step=1e-3)
     expected = penalty.value(context(module, x, y)).item()
-    of = lh.StepContext.of(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
     assert penalty.value(of).item() == pytest.approx(factor * expected, rel=1e-5)
 
 
@@ -349,7 +355,7 @@ def test_a_sum_over_the_targets_that_count_is_a_mean_whatever_the_batch(x):
 
     def value(copies, loss):
         return penalty.value(
-            lh.StepContext.of(
+            lh.StepContext.evaluate(
                 lambda x: loss(module(x), y.repeat(copies)), x.repeat(copies, 1), dict(module.named_parameters())
             )
         ).item()
@@ -368,7 +374,7 @@ def test_a_sum_over_the_targets_that_count_is_a_mean_whatever_the_batch(x):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_sum_with_a_factor_of_its_own_is_refused(reduction, x, y):
     module = net()
-    of = lh.StepContext.of(
+    of = lh.StepContext.evaluate(
         lambda x: 0.01 * F.cross_entropy(module(x), y, reduction=reduction).sum(), x, dict(module.named_parameters())
     )
     with pytest.raises(ValueError, match=r"a mean cannot be told from a sum.*reduction='mean'"):
@@ -383,7 +389,7 @@ def focal(z, y):
 @pytest.mark.parametrize("loss", [focal, lambda z, y: F.cross_entropy(z, y) + z.square().mean()])
 def test_finite_differences_refuse_a_loss_that_is_not_all_seen(loss, x, y):
     module = net()
-    of = lh.StepContext.of(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(lambda x: loss(module(x), y), x, dict(module.named_parameters()))
     with pytest.raises(ValueError, match="other terms depend on the inputs, or a factor does"):
         lh.InputHessianNorm(method="finite_difference").value(of)
 
@@ -396,7 +402,9 @@ def test_finite_differences_know_the_gradient_of_a_factor(x, y):
         return torch.exp(-module.scale) * F.cross_entropy(module(x), y) + module.scale
 
     found = [
-        gradient_of(penalty.value(lh.StepContext.of(loss, x, dict(module.named_parameters()))), module.parameters())
+        gradient_of(
+            penalty.value(lh.StepContext.evaluate(loss, x, dict(module.named_parameters()))), module.parameters()
+        )
         for penalty in (lh.InputHessianNorm(200), lh.InputHessianNorm(200, method="finite_difference", step=1e-4))
     ]
     assert relative_error(*found) < 1e-4
@@ -406,7 +414,9 @@ def test_finite_differences_know_the_gradient_of_a_factor(x, y):
 def test_outputs_of_some_samples_only_are_refused(first, x, y):
     module, x, y = net(), torch.cat([x, x[:1]]), torch.cat([y, y[:1]])
     chosen = torch.arange(6) % 2 == int(first)
-    of = lh.StepContext.of(lambda x: F.cross_entropy(module(x)[chosen], y[chosen]), x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(
+        lambda x: F.cross_entropy(module(x)[chosen], y[chosen]), x, dict(module.named_parameters())
+    )
     for penalty in (lh.JacobianNorm(), lh.InputHessianNorm(method="finite_difference")):
         with pytest.raises(ValueError, match="its rows cannot be told apart by sample"):
             penalty.value(of)
@@ -415,7 +425,7 @@ def test_outputs_of_some_samples_only_are_refused(first, x, y):
 def test_the_outputs_of_an_autoencoder_are_what_has_parameters(x):
     module = nn.Linear(FEATURES, FEATURES).double()
     norms = [
-        lh.JacobianNorm(-1).value(lh.StepContext.of(loss, x, dict(module.named_parameters()))).item()
+        lh.JacobianNorm(-1).value(lh.StepContext.evaluate(loss, x, dict(module.named_parameters()))).item()
         for loss in (lambda x: F.mse_loss(module(x), x), lambda x: F.mse_loss(x, module(x)))
     ]
     assert norms == pytest.approx([module.weight.square().sum().item()] * 2)
@@ -424,7 +434,7 @@ def test_the_outputs_of_an_autoencoder_are_what_has_parameters(x):
 def test_a_sample_that_is_not_a_number_makes_the_value_so():
     module, x = nn.Linear(3, 2).double(), torch.tensor([[1.0, 2, 3], [0, 0, 0]], dtype=torch.float64)
     y = torch.tensor([0, 1])
-    of = lh.StepContext.of(
+    of = lh.StepContext.evaluate(
         lambda x: F.cross_entropy(module(x) * x.norm(dim=1, keepdim=True), y), x, dict(module.named_parameters())
     )
     assert lh.InputHessianNorm().value(of).isnan()
@@ -438,7 +448,7 @@ def test_a_loss_for_the_logs_alone_does_not_count(x, y):
         F.cross_entropy(3 * logits, y, reduction="sum")
         return F.cross_entropy(logits, y)
 
-    of = lh.StepContext.of(loss, x, dict(module.named_parameters()))
+    of = lh.StepContext.evaluate(loss, x, dict(module.named_parameters()))
     for penalty in PENALTIES.values():
         assert penalty.value(of).item() == pytest.approx(penalty.value(context(module, x, y)).item(), rel=1e-6)
 
@@ -447,12 +457,12 @@ def test_rows_of_tokens_belong_to_their_samples_and_mixed_rows_are_refused(x, y)
     module = net()
     tokens, labels = x.repeat(1, 2).view(SAMPLES, 2, FEATURES), y.repeat_interleave(2)
     parameters = dict(module.named_parameters())
-    flat = lh.StepContext.of(lambda t: F.cross_entropy(module(t).flatten(0, 1), labels), tokens, parameters)
+    flat = lh.StepContext.evaluate(lambda t: F.cross_entropy(module(t).flatten(0, 1), labels), tokens, parameters)
     for method in ("autograd", "finite_difference"):
         value = lh.InputHessianNorm(12, "lanczos", method, step=1e-3).value(flat).item()
         expected = dense_norm(module, x, y).mean().item() / 2  # the mean of two tokens' losses, each in its own entries
         assert value == pytest.approx(expected, rel=1e-4)
-    mixed = lh.StepContext.of(
+    mixed = lh.StepContext.evaluate(
         lambda x: F.cross_entropy(torch.cat([module(x), module(2 * x)]), torch.cat([y, y])), x, parameters
     )
     for penalty in (lh.JacobianNorm(), lh.InputHessianNorm(method="finite_difference")):
@@ -481,7 +491,7 @@ def test_batch_statistics_are_refused_outside_of_lightning(name, x, y):
 def test_no_inputs_in_the_context():
     w = torch.ones(1, requires_grad=True)
     for penalty in PENALTIES.values():
-        with pytest.raises(ValueError, match=r"StepContext\.of"):
+        with pytest.raises(ValueError, match=r"StepContext\.evaluate"):
             penalty.value(lh.StepContext((w**2).sum(), {"w": w}))
 
 

@@ -20,8 +20,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_hessian as lh
-from lightning_hessian.regularization.injection import loss_of
-from lightning_hessian.step.passes import Passes
+from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
 
 PENALTIES = {
     "hessian": lambda **place: lh.InputHessianNorm(**place),
@@ -52,8 +51,8 @@ def by_hand(module, penalty, steps=2, **settings):
     return plain_loop(module, loss_of, list(data())[:steps])
 
 
-def passes_of(module, batch, penalty, **settings):
-    return Passes(module, lambda batch: module.training_step(batch, 0), batch, [penalty], loss_of, **settings)
+def runs_of(module, batch, penalty):
+    return PenaltyRuns(step_for([penalty], module, lambda batch: module.training_step(batch, 0), batch), [penalty])
 
 
 def quiet(module):
@@ -126,7 +125,7 @@ def test_inputs_are_found_in_any_batch(name, shape):
 
     module = Reads(middle=nn.Identity())
     penalty = PENALTIES[name](inputs=inputs)
-    value = penalty.value(passes_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
+    value = penalty.value(runs_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
     expected = PENALTIES[name]().value(context_of_inputs(module, x, y))
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
     assert not x.requires_grad  # the user's own tensor is as it was
@@ -162,7 +161,7 @@ def test_every_run_gets_the_batch_as_it_was(name, layer, middle):
     penalty = PENALTIES[name](layer=layer)
     values = [
         penalty.value(
-            passes_of(kind(middle=copy.deepcopy(middle)), {"x": x.clone(), "y": y}, penalty).context(
+            runs_of(kind(middle=copy.deepcopy(middle)), {"x": x.clone(), "y": y}, penalty).context(
                 penalty, lh.curvature.ProbeSource()
             )
         ).item()
@@ -303,7 +302,7 @@ def test_embeddings_are_penalized_by_naming_their_layer(name):
     optimizer = reference.configure_optimizers()
     ids, y = next(iter(tokens()))
     embedded = reference.embedding(ids)
-    seen = lh.StepContext.of(
+    seen = lh.StepContext.evaluate(
         lambda e: F.cross_entropy(reference.net(e).mean(1), y), embedded, dict(reference.named_parameters())
     )
     gradients = torch.autograd.grad(
@@ -369,7 +368,7 @@ def test_several_inputs_together(name):
     module = Pair(middle=nn.Identity())
     for inputs in (["left", "right"], lambda batch: (batch["left"], batch["right"])):
         penalty = PENALTIES[name](inputs=inputs)
-        value = penalty.value(passes_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
+        value = penalty.value(runs_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
         whole = context_of_inputs(module, x, y)
         assert value.item() == pytest.approx(PENALTIES[name]().value(whole).item(), rel=1e-6)
 
@@ -377,7 +376,7 @@ def test_several_inputs_together(name):
 def sample_values(module, x, y):
     """Each sample's ||H_i v_i||, ||grad l_i||^2 and ||J_i||^2, from the run that the penalties look at."""
     penalty = lh.InputHessianNorm()
-    context = passes_of(module, (x, y), penalty).context(penalty, lh.curvature.ProbeSource())
+    context = runs_of(module, (x, y), penalty).context(penalty, lh.curvature.ProbeSource())
     hessians = lh.curvature.SampleHessians(context.summed_loss, context.inputs)
     v = lh.curvature.power_iteration(hessians.matvec, hessians.gradient.detach(), 1)
     (logits,), inputs = context.outputs, context.inputs
@@ -396,9 +395,9 @@ def test_batch_norm_lets_no_sample_touch_another(name):
         module.train()
         with torch.no_grad():
             module.net[1].running_mean.normal_(generator=torch.Generator().manual_seed(0))
-        passes = passes_of(module, (x, y), penalty)
-        assert list(passes.coupling) == ["net.1"]
-        return len(x) * penalty.value(passes.context(penalty, lh.curvature.ProbeSource())).item()
+        runs = runs_of(module, (x, y), penalty)
+        assert list(runs.batch_norms) == ["net.1"]
+        return len(x) * penalty.value(runs.context(penalty, lh.curvature.ProbeSource())).item()
 
     x, y = next(iter(data()))
     changed = x.clone()

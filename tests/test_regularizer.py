@@ -246,7 +246,7 @@ def test_a_closure_sees_one_function_in_all_its_calls():
 
     class Watched(lh.HessianTrace):
         def value(self, context):
-            drawn.append((context.probes.step, context.probes.rademacher(16, 0).tolist()))
+            drawn.append((context.probes.step, context.probes.draw(16, 0).tolist()))
             return super().value(context)
 
     fit(WithClosure(), [regularizer(penalty=Watched())], max_steps=2)

@@ -14,8 +14,8 @@ from lightning_hessian.curvature import (
     BatchedHessianOperator,
     MatrixOperator,
     extreme_eigenvalues,
+    hutchinson_moments,
     lanczos,
-    moments,
     spectral_density,
     subspace_overlap,
 )
@@ -100,7 +100,7 @@ def test_quadrature_with_all_products_has_the_eigenvalues_for_nodes():
 def test_moments_are_within_four_standard_errors():
     matrix, values, _ = planted()
     blocks = {"head": [slice(0, 100)], "ends": [slice(0, 10), slice(290, 300)]}
-    found = moments(MatrixOperator(matrix), probes=300, seed=2, blocks=blocks)
+    found = hutchinson_moments(MatrixOperator(matrix), probes=300, seed=2, blocks=blocks)
     expected = {
         "trace": (found.trace, values.sum()),
         "norm": (found.frobenius_norm, values.square().sum().sqrt()),
@@ -185,7 +185,7 @@ def test_eigenvalues_agree_with_other_libraries(witnesses):
 
 def test_trace_norm_and_density_agree_with_other_libraries_within_four_standard_errors(witnesses):
     ours, theirs, eigenthings = witnesses
-    found = moments(ours, probes=200, seed=1)
+    found = hutchinson_moments(ours, probes=200, seed=1)
     trace = hessian_eigenthings.trace(eigenthings, num_matvecs=200, method="hutchinson", seed=2)
     combined = (found.trace.standard_error**2 + float(trace.stderr) ** 2) ** 0.5
     assert abs(found.trace.estimate - float(trace.estimate)) < 4 * combined

@@ -191,6 +191,8 @@ class HessianTrace(WeightPenalty):
         return value if self.clamp is None else value.clamp(min=self.clamp)
 
     def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        if self.scale == "none":
+            return self
         estimator = self._estimator
         sizes = estimator.sizes(list(self.selected(context).values()))
         fixed = replace(estimator, sizes=lambda tensors: sizes)
