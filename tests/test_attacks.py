@@ -61,7 +61,11 @@ def test_on_a_linear_model_exactly_the_samples_nearer_than_the_radius_fall(kind,
     net, x, y, margin, w = linear()
     distance = margin / (w.norm() if norm == "l2" else w.abs().sum())
     radius = distance.median().item() * 1.001  # between two samples
-    attack = FGSM(radius, norm, loss) if kind == "fgsm" else PGD(radius, norm, 100, radius / 4, loss)
+    attack = (
+        FGSM(radius, norm, loss=loss)
+        if kind == "fgsm"
+        else PGD(radius, norm, steps=100, step_size=radius / 4, loss=loss)
+    )
     assert torch.equal(right(net, x, y, attack), distance > radius)
 
 
@@ -74,7 +78,7 @@ def test_dlr_is_as_exact_on_a_linear_model_of_three_classes(norm):
     def third_class_far_below(x):
         return F.pad(net(x), (0, 1), value=-100.0)
 
-    attack = PGD(radius, norm, 100, radius / 4, "dlr")
+    attack = PGD(radius, norm, steps=100, step_size=radius / 4, loss="dlr")
     assert torch.equal(right(third_class_far_below, x, y, attack), distance > radius)
 
 

@@ -71,6 +71,7 @@ class ImageData(LightningDataModule):
 
     def __init__(
         self,
+        *,
         batch_size: int = 128,
         validation: int = 200,
         train_samples: int | None = None,

@@ -31,7 +31,7 @@ _SEEN = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossCall:
     """One call of a loss function: its arguments by name, what it returned, and the value of that at the time."""
 
@@ -124,7 +124,14 @@ class watch_losses(TorchFunctionMode):
         if func is F.batch_norm and _arguments(func, args, kwargs)["training"]:
             self.batch_statistics = True
         if func in _SEEN and result.requires_grad:
-            self.calls.append(LossCall(func, _arguments(func, args, kwargs), result, result.detach().clone()))
+            self.calls.append(
+                LossCall(
+                    function=func,
+                    arguments=_arguments(func, args, kwargs),
+                    result=result,
+                    value=result.detach().clone(),
+                )
+            )
             # The step may go on with it in place.
             return result.clone()
         return result

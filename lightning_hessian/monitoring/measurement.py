@@ -250,7 +250,7 @@ class Measurement:
                     loss,
                     [self.parameters[name] for name in names],
                     range(len(self.batches)),
-                    lambda index: samples_in(self.batches[index]),
+                    lambda index: samples_in(self.batches[index]) or 1,
                     (lambda local: trainer.strategy.reduce(local, reduce_op="sum")) if several else None,
                 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 
 import torch
@@ -43,6 +43,7 @@ class StepContext:
     loss: Tensor
     parameters: Mapping[str, Tensor]
     probes: ProbeSource = field(default_factory=ProbeSource.fresh)
+    _: KW_ONLY
     inputs: Sequence[Tensor] = ()
     losses: watch_losses = field(default_factory=watch_losses)
     outputs: Sequence[Tensor] = ()
@@ -83,7 +84,15 @@ class StepContext:
         def run(x: Sequence[Tensor]) -> StepContext:
             with higher_order(), watch_losses() as seen:
                 value = loss(*x)
-            return cls(value, parameters, own_probes, x, seen, seen.outputs(value), at_shifted_inputs=shifted)
+            return cls(
+                value,
+                parameters,
+                probes=own_probes,
+                inputs=x,
+                losses=seen,
+                outputs=seen.outputs(value),
+                at_shifted_inputs=shifted,
+            )
 
         def shifted(shifts: Sequence[Tensor]) -> StepContext:
             with random.rewound():  # the same dropout masks

@@ -183,13 +183,13 @@ class PenaltyRuns:
         return StepContext(
             served.run.loss,
             dict(self.step.module.named_parameters()),
-            probes,
-            own if isinstance(penalty, InputPenalty) else tuple(everyones.values()),
-            served.run.losses_seen,
-            served.run.outputs(),
-            self.mean_over_ranks,
-            at_shifted_inputs,
-            samples_in(self.step.batch) if any(True for _ in tensors_in(self.step.batch)) else None,
+            probes=probes,
+            inputs=own if isinstance(penalty, InputPenalty) else tuple(everyones.values()),
+            losses=served.run.losses_seen,
+            outputs=served.run.outputs(),
+            mean_over_ranks=self.mean_over_ranks,
+            at_shifted_inputs=at_shifted_inputs,
+            batch_size=samples_in(self.step.batch),
         )
 
 

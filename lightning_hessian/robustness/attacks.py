@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
@@ -89,6 +89,7 @@ class FGSM(GradientAttack):
 
     radius: float
     norm: Norm = "linf"
+    _: KW_ONLY
     loss: AttackLoss = "cross_entropy"
     bounds: Bounds = None
 
@@ -152,6 +153,7 @@ class PGD(GradientAttack):
 
     radius: float
     norm: Norm = "linf"
+    _: KW_ONLY
     steps: int = 40
     step_size: float | None = None
     loss: AttackLoss = "cross_entropy"

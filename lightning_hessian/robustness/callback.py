@@ -68,6 +68,7 @@ class AdversarialAccuracy(Callback):
     def __init__(
         self,
         attacks: GradientAttack | Sequence[GradientAttack] | Attack | Sequence[Attack],
+        *,
         every_n_epochs: int = 1,
         max_samples: int | None = None,
         radius_estimate: bool = False,

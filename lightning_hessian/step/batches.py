@@ -77,9 +77,15 @@ def copied(batch: Any, convert: Callable[[Tensor], Tensor] = lambda tensor: tens
     return copy.deepcopy(batch, {id(tensor): convert(tensor) for tensor in tensors_in(batch)})
 
 
-def samples_in(batch: Any) -> int:
-    """The first dimension of the first tensor that has one; 1 where none has."""
-    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), 1)
+def samples_in(batch: Any) -> int | None:
+    """The first dimension of the first tensor that has one; None where no tensor has.
+
+    Example:
+        >>> import torch
+        >>> samples_in({"x": torch.ones(4, 2), "y": torch.ones(4)})
+        4
+    """
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.dim() > 0), None)
 
 
 def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
