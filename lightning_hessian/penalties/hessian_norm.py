@@ -102,16 +102,16 @@ class HessianNorm(WeightPenalty):
 
     @property
     def needs(self) -> Needs:
-        return self._estimator.needs
+        return self.estimator.needs
 
     def value(self, context: StepContext) -> Tensor:
-        return self._estimator.value(context)
+        return self.estimator.value(context)
 
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
-        return self._estimator.differences(context)
+        return self.estimator.differences(context)
 
     def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
-        return self._estimator.with_fixed_direction(context)
+        return self.estimator.with_fixed_direction(context)
 
     def state_dict(self) -> dict[str, Any]:
         """v by the names of the parameters, and the sign of v'Hv; empty before the first step."""
@@ -121,7 +121,8 @@ class HessianNorm(WeightPenalty):
         self._vector.load_state_dict(state)
 
     @property
-    def _estimator(self) -> NormEstimator:
+    def estimator(self) -> NormEstimator:
+        """The object that computes the value in the way that ``method`` names."""
         shared: dict[str, Any] = {"selected": self.selected, "iterations": self.iterations, "vector": self._vector}
         if self.method == "autograd":
             return AutogradNorm(**shared)

@@ -165,11 +165,11 @@ class HessianTrace(WeightPenalty):
 
     @property
     def name(self) -> str:
-        return self._estimator.name
+        return self.estimator.name
 
     @property
     def needs(self) -> Needs:
-        return self._estimator.needs
+        return self.estimator.needs
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         super().check(parameters)
@@ -182,10 +182,10 @@ class HessianTrace(WeightPenalty):
             )
 
     def value(self, context: StepContext) -> Tensor:
-        return self._estimator.value(context)
+        return self.estimator.value(context)
 
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
-        return self._estimator.differences(context)
+        return self.estimator.differences(context)
 
     def term(self, value: Tensor) -> Tensor:
         return value if self.clamp is None else value.clamp(min=self.clamp)
@@ -193,13 +193,14 @@ class HessianTrace(WeightPenalty):
     def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
         if self.scale == "none":
             return self
-        estimator = self._estimator
+        estimator = self.estimator
         sizes = estimator.sizes(list(self.selected(context).values()))
         fixed = replace(estimator, sizes=lambda tensors: sizes)
         return lambda other: self.term(fixed.value(other))
 
     @property
-    def _estimator(self) -> TraceEstimator:
+    def estimator(self) -> TraceEstimator:
+        """The object that computes the value in the way that ``method`` names."""
         distribution = distribution_of(self.distribution)
         probes = TraceProbes(count=self.probes, distribution=distribution, keep=self.keep, drop=self.drop)
         sizes = filter_sizes if self.scale == "parameter" else no_sizes
