@@ -329,6 +329,18 @@ def test_kinks_are_warned_of_once_for_central_differences(compiled):
         )
 
 
+def test_every_penalty_is_looked_at():
+    """What holds for the second penalty is said of it, though the first was looked at before."""
+    short, long = lh.HessianTrace(method="central_difference", step=1e-9), lh.HessianTrace(method="central_difference")
+    messages = warnings_of(
+        Classifier(middle=nn.ReLU(), dtype=torch.float32),
+        lh.HessianRegularizer([long, short], 1e-3),
+        loader=data(dtype=torch.float32),
+    )
+    assert sum("the loss has kinks" in message for message in messages) == 2
+    assert sum("its value is rounding" in message for message in messages) == 1
+
+
 def test_a_step_that_the_precision_does_not_see_is_warned_of_once():
     for strength, times in ((1e-12, 1), (1e-3, 0)):
         module = smooth(dtype=torch.float32)

@@ -280,6 +280,13 @@ def test_coupled_samples_are_warned_of_once(kind, times):
     assert sum("The samples of a batch are coupled" in message for message in told) == times
 
 
+def test_the_second_pass_is_explained_for_every_penalty():
+    with all_warnings() as told:
+        fit(Classifier(), [callback(lh.InputGradientNorm()), callback(lh.JacobianNorm())])
+    for penalty in (lh.InputGradientNorm, lh.JacobianNorm):
+        assert sum(f"{penalty.name} is computed in a second forward pass" in message for message in told) == 1
+
+
 def test_a_sum_is_understood_in_bfloat16():
     class Summed(Classifier):
         def training_step(self, batch, batch_idx):

@@ -23,7 +23,7 @@ from nets import (
     weights,
     without_automatic_optimization,
 )
-from recorders import LiveTensors, Recorder, SaveAt, no_garbage_collector
+from recorders import LiveTensors, Recorder, SaveAt, all_warnings, no_garbage_collector
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -415,6 +415,25 @@ def test_a_nonfinite_penalty_trains_that_step_on_the_task_loss_counts_and_warns_
     assert_same(ours, reference)
     assert callback.nonfinite_steps == 2
     assert recorder.rows[-1]["train/odd_skipped"] == 2
+
+
+def test_each_of_two_penalties_counts_and_warns_for_itself():
+    class Sound(lh.Penalty):
+        name = "odd"
+
+        def value(self, context):
+            return context.loss
+
+    recorder = Recorder()
+    callback = lh.HessianRegularizer([Sound(), NotFinite(), NotFinite()], [0.5, 0.5, 0.0])
+    other = lh.HessianRegularizer(NotFinite(), 0.5)
+    with all_warnings() as told:
+        fit(Classifier(), [callback, other, recorder])
+    for name in ("odd_2", "odd_4"):
+        assert sum(f"The penalty {name} is nan at step 1" in message for message in told) == 1
+        assert recorder.rows[-1][f"train/{name}_skipped"] == 2
+    assert not {"train/odd_skipped", "train/odd_3_skipped"} & set(recorder.rows[-1])
+    assert (callback.nonfinite_steps, other.nonfinite_steps) == (2, 2)
 
 
 def test_a_nonfinite_penalty_can_raise():

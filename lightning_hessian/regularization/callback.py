@@ -27,43 +27,44 @@ well, but LightningCLI must be told so.)"""
 class HessianRegularizer(Callback):
     r"""Train on loss + strength * penalty, without a change to the module.
 
-    When fitting starts the module's ``training_step`` is wrapped; when fitting ends, also by an exception, it is put
-    back. The penalty is added to the loss that the step returns (a tensor, a dict with "loss", or None), and there is
-    one backward pass, so accumulation, clipping, DDP and schedulers work as ever. The user's own logs keep the task
-    loss (with ``HessianTrace(method="two_pass")`` the one at theta + s v); logged besides are
-    ``curvature/<penalty name>``, the raw value, and ``train/penalty``, what was added.
-    (Between the steps on which the penalty acts, Lightning repeats the last values in its logs.)
+    The callback wraps the module's ``training_step`` when fitting starts, and restores it when fitting ends, also by
+    an exception. It adds the penalty to the loss that the step returns (a tensor, a dict with "loss", or None). There
+    is one backward pass, so accumulation, clipping, DDP and schedulers work unchanged. The module's own logs keep the
+    task loss (with ``HessianTrace(method="two_pass")`` the task loss at theta + s v). The callback logs the raw value
+    as ``curvature/<penalty name>``, and what it added as ``train/penalty``. (Between the steps on which the penalty
+    acts, Lightning repeats the last values in its logs.)
 
-    What a penalty keeps from step to step (the vector of :class:`HessianNorm`) is in the Trainer's checkpoints; a fit
-    that resumes from none starts anew.
+    The Trainer's checkpoints hold what a penalty keeps from step to step (the vector of :class:`HessianNorm`). A fit
+    that resumes from no checkpoint starts anew.
 
-    Several penalties, in one of these callbacks or in several on one Trainer, share the forward pass, and each sees
+    Several penalties share the forward pass, in one of these callbacks or in several on one Trainer. Each penalty sees
     the task loss alone.
 
     Args:
         penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
-        strength: its factor, at least 0; with 0 nothing is computed. A number, or a function of the optimizer step
-            (0, 1, ...). For a list of penalties a list of these, or one for all. A plain attribute: schedules may set
-            it. Start where strength * penalty is 1-10 % of the task loss, or with what :func:`suggest_strength` says.
-        every_n_steps: act on every n-th optimizer step only, with n times the strength. (In manual optimization,
-            where several optimizers may step, batches are counted.)
+        strength: the penalty's factor in the loss, at least 0; with 0 nothing is computed. A number, or a function of
+            the optimizer step (0, 1, ...). For a list of penalties, a list of strengths or one for all. A schedule may
+            set this attribute. Start where strength * penalty is 1-10 % of the task loss, or with the answer of
+            :func:`suggest_strength`.
+        every_n_steps: act on every n-th optimizer step only, with n times the strength. (Manual optimization counts
+            batches, because several optimizers may step.)
         warmup_steps: raise the strength linearly from 0 over this many steps.
-        on_nonfinite: what to do where the penalty's value or its gradient is NaN or infinite. ``"skip"`` trains that
-            step on the task loss alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``),
-            and warns once for each penalty. ``"raise"`` stops. (Where the gradient is not finite, the step is run
-            again for the task loss. If that gives another loss, or the loss has other terms in manual optimization,
-            the whole gradient of this backward pass is left out.)
-        seed: of the probes, a whole number. They depend on it, the step, the micro-batch and the rank, and never on
-            global state.
-        allow_fp16: accept float16 precision, where the penalty's inner gradients are not loss-scaled and may vanish
-            or overflow.
+        on_nonfinite: what to do when the penalty's value or gradient is NaN or infinite. ``"skip"`` trains that step
+            on the task loss alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``), and
+            warns once for each penalty. ``"raise"`` stops. (When the gradient is not finite, the step runs again for
+            the gradient of the task loss. If that run gives another loss, or if the loss has other terms in manual
+            optimization, the whole gradient of this backward pass is left out.)
+        seed: seed of the probes, a whole number. Probes depend on the seed, the step, the micro-batch and the rank,
+            never on global random state.
+        allow_fp16: accept float16 precision. The penalty's inner gradients are not loss-scaled and may vanish or
+            overflow.
 
     Raises:
         ValueError: an argument is out of its range.
-        MisconfigurationException: when fitting starts, for what cannot work (manual optimization: use
-            :class:`HessianRegularizationMixin`; float16; sharded parameters; a frozen model; ``parameters`` that
-            match nothing), or in the step, for an output without a differentiable loss or an empty batch.
-        HigherOrderError: a layer or operator that cannot be differentiated often enough, by name.
+        MisconfigurationException: when fitting starts: manual optimization (use
+            :class:`HessianRegularizationMixin`), float16, sharded parameters, a frozen model, or ``parameters`` that
+            match nothing. In the step: an output without a differentiable loss, or an empty batch.
+        HigherOrderError: a layer or an operator, named, cannot be differentiated often enough.
 
     Example:
         >>> import lightning as L

@@ -171,7 +171,7 @@ class PenaltyRuns:
                     leaves[id(x)] = _leaf(x, None if shifts is None else shifts[index])
             inputs[id(penalty)] = tuple(leaves[id(x)] for x in own)
         derivatives = max([1, *(penalty.needs.derivatives for penalty in penalties)])
-        within = partial(_layer_outputs, self.step.module, on_layers, inputs, shifts)
+        within = partial(_layer_outputs, self.step.module, on_layers, inputs, shifts) if on_layers else None
         return _Run(run(derivatives, leaves, within), inputs)
 
     def _context(self, served: _Run, penalty: Penalty, probes: ProbeSource) -> StepContext:

@@ -22,16 +22,16 @@ Output = TypeVar("Output")
 class HessianRegularizationMixin(LightningModule):
     """Adds ``self.regularized(...)`` to a LightningModule, for manual optimization or for a part of the loss only.
 
-    Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them) and do not pass it to the Trainer
-    as a callback as well. What its penalties keep from step to step (the vector of :class:`HessianNorm`) is in the
-    checkpoints. A module that overrides ``on_save_checkpoint``, ``on_load_checkpoint``, ``on_before_backward`` (which
-    tells whether the loss has other terms) or ``on_after_backward`` must call ``super()``'s. So must one that
-    overrides ``configure_callbacks``: it brings a warning where the first epoch passes without a call of
-    ``self.regularized``.
+    Set ``self.regularizer`` to a :class:`HessianRegularizer` (or a list of them). Do not pass it to the Trainer as a
+    callback as well. Checkpoints hold what its penalties keep from step to step (the vector of :class:`HessianNorm`).
+
+    These hooks must call ``super()`` where a module overrides them: ``on_save_checkpoint``, ``on_load_checkpoint``,
+    ``on_before_backward`` (it sees whether the loss has other terms), ``on_after_backward`` and
+    ``configure_callbacks`` (it brings a warning if the first epoch passes without a call of ``self.regularized``).
 
     Raises:
-        MisconfigurationException: when fitting starts or in ``self.regularized``: ``self.regularizer`` is something
-            else, such as a penalty.
+        MisconfigurationException: when fitting starts or in ``self.regularized``: ``self.regularizer`` is not a
+            HessianRegularizer.
 
     Example:
         >>> import torch
@@ -108,10 +108,10 @@ class HessianRegularizationMixin(LightningModule):
 
         Args:
             loss: a function that runs the forward pass and returns the loss (a scalar tensor, or a dict with "loss").
-                The forward pass must happen inside it: this is what makes its layers differentiable three times.
+                The forward pass must happen inside it, so that its layers are made differentiable three times.
                 Without ``inputs`` it takes no argument.
-            inputs: what the penalties on the inputs differentiate by, one tensor or several of shape (samples, ...),
-                handed to ``loss`` as its arguments: the batch's images, or embeddings computed before.
+            inputs: the inputs for penalties on the inputs: one tensor or several of shape (samples, ...), such as the
+                batch's images or embeddings. ``loss`` gets them as its arguments.
 
         Returns:
             What ``loss`` returns, with the penalties added to the loss.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_hessian.curvature.backward_watch import BackwardWatch
 from lightning_hessian.curvature.sharding import local
 from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty
 from lightning_hessian.regularization.logs import log_skipped
@@ -124,11 +123,13 @@ class GradientGuard:
         if any(one.in_fit.on_nonfinite == "raise" for one in self._active):
             watch.undo()
             raise FloatingPointError(f"{message} {_NO_DERIVATIVE} Change the loss there, or pass on_nonfinite='skip'.")
-        if all(one.in_fit.skipped == 0 for one in self._active):
-            rank_zero_warn(
-                f"{message} {did}, and so does every later one like it; `train/{self._active[0].name}_skipped` "
-                f"counts them. {_NO_DERIVATIVE} Pass on_nonfinite='raise' to stop instead."
-            )
+        for one in self._active:
+            if one.in_fit.skipped == 0:
+                rank_zero_warn(
+                    f"{message} {did}, and so does every later one like it; `train/{one.name}_skipped` counts them. "
+                    f"{_NO_DERIVATIVE} Pass on_nonfinite='raise' to stop instead."
+                )
+                break
         for one in self._active:
             one.in_fit.skipped += 1
             one.in_fit.has_unlogged = True  # logging is not allowed here
@@ -148,97 +149,3 @@ _NO_DERIVATIVE = (
     "A higher derivative may not exist there (equal points in a distance, the root or the logarithm of 0), or overflow "
     "because training diverges (a high learning rate or strength)."
 )
-
-
-class BackwardWatch:
-    """Looks at the gradients when a backward pass from a loss has ended, and can take them back.
-
-    An ordinary pass pays for one look at each gradient (and, while gradients are accumulated, for one copy of them).
-    It does not matter who calls ``backward()``, and on what multiple of the loss.
-
-    Args:
-        loss: what a penalized step returned, with its graph.
-        parameters: those that are trained.
-        when_over: called when the pass has ended and DDP has averaged the gradients.
-
-    Example:
-        >>> w = torch.zeros(2, requires_grad=True)
-        >>> loss = w.sum() + w.norm().sqrt()
-        >>> watch = BackwardWatch(loss, [w], lambda watch: print(watch.is_finite()))
-        >>> loss.backward()
-        False
-        >>> watch.replace([torch.ones(2)])
-        True
-        >>> w.grad
-        tensor([1., 1.])
-    """
-
-    def __init__(self, loss: Tensor, parameters: Sequence[Tensor], when_over: Callable[[BackwardWatch], None]) -> None:
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self._value = loss.detach()
-        self._when_over = when_over
-        self._factor = torch.ones_like(self._value)
-        self._before: list[Tensor | None] = []
-        loss.register_hook(self._begin)
-
-    def _begin(self, factor: Tensor) -> None:
-        # Lightning divides the loss by the number of accumulated batches.
-        self._factor = factor
-        self._before = [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        # Twice: DDP queues its own in the pass, and averages the gradients there.
-        queue(lambda: queue(self._end))
-
-    def _end(self) -> None:
-        with torch.enable_grad():
-            self._when_over(self)
-
-    def is_all_of(self, total: Tensor) -> bool:
-        """Whether a loss is a multiple of the one that is watched. Terms below a millionth of it are not seen."""
-        return torch.allclose(self._value * self._factor, total.detach(), rtol=1e-6, equal_nan=True)
-
-    def is_finite(self) -> bool:
-        """Whether all gradients are numbers."""
-        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
-        if not gradients:
-            return True
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
-        # The norm of large numbers may overflow.
-        return bool(norms.isfinite().all()) or all(bool(gradient.isfinite().all()) for gradient in gradients)
-
-    def replace(
-        self, gradients: Sequence[Tensor | None], mean_over_ranks: Callable[[Tensor], Tensor] | None = None
-    ) -> bool:
-        """Put other gradients of the loss in place of what the backward pass has added.
-
-        Args:
-            gradients: by the parameters; None for one that has no part in it.
-            mean_over_ranks: the mean over the processes, where the pass has averaged over them.
-
-        Returns:
-            Whether they are finite. If not, the gradients are as the backward pass left them.
-        """
-        totals = []
-        for parameter, before, gradient in zip(self.parameters, self._before, gradients, strict=True):
-            total = before if gradient is None else gradient * self._factor + (0 if before is None else before)
-            if mean_over_ranks is not None and parameter.grad is not None:
-                # On every rank, as often, also where it has no part in this one's loss.
-                total = mean_over_ranks(torch.zeros_like(parameter) if total is None else total)
-            totals.append(total)
-        if not all(bool(local(total).isfinite().all()) for total in totals if total is not None):
-            return False
-        for parameter, total in zip(self.parameters, totals, strict=True):
-            _set_gradient(parameter, total)
-        return True
-
-    def undo(self) -> None:
-        """Give the parameters the gradients from before the backward pass."""
-        for parameter, before in zip(self.parameters, self._before, strict=True):
-            _set_gradient(parameter, before)
-
-
-def _set_gradient(parameter: Tensor, gradient: Any) -> None:
-    if parameter.grad is not None and gradient is not None:
-        parameter.grad.detach().copy_(gradient)  # it may be a view of DDP's buckets
-    else:
-        parameter.grad = gradient

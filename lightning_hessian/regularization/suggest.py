@@ -1,4 +1,4 @@
-"""How strong should a penalty be? Where its gradient is a given share of the task loss's."""
+"""Suggests the strength at which a penalty's gradient is a given share of the task loss's gradient."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ _ROUNDING = 16
 
 @dataclass(frozen=True)
 class StrengthSuggestion:
-    """What :func:`suggest_strength` found. It can be handed over as a strength, and ``float()`` gives the number.
+    """What :func:`suggest_strength` found. It can be passed as ``strength``; ``float()`` gives the number.
 
     Args:
         penalty: the penalty, as printed.
-        share: how large its gradient is to be, as a share of the task loss's.
-        by_batch: the strength at which it is, batch by batch.
+        share: the length of the penalty's gradient, as a share of the length of the task loss's gradient.
+        by_batch: the strength with that share, for each batch.
     """
 
     penalty: str
@@ -87,31 +87,33 @@ def suggest_strength(
 
     .. math:: s_b = \text{share} \cdot \lVert \nabla L_b \rVert_2 \, / \, \lVert \nabla P_b \rVert_2,
 
-    L the task loss and P what the callback adds to it at strength 1 (``clamp`` included), with its probes. Suggested is
-    the median over the batches; the spread is the least and the largest. For a penalty by differences, whose step may
-    depend on the strength (``two_pass``), s_b is where the gradient that the callback adds *at that strength* has the
-    share, found by :math:`s \leftarrow s \cdot \text{share} / \text{share}(s)` (and by bisection where kinks make the
-    share jump) until it moves by less than 1 %.
+    where L is the task loss, and P is what the callback adds to it at strength 1 (``clamp`` included), with its probes.
+    The suggestion is the median over the batches, with the smallest and the largest as its spread.
 
-    It is a start, not an optimum, and it depends on the weights: on a fresh module it is for the beginning of training,
-    and the share changes as the two gradients do.
-    Derivatives by the inputs grow a hundred to a thousand times within the first epoch. A strength of a penalty on the
-    inputs that fits a fresh module destroys its training: ask on a module that was trained for an epoch without one.
+    A penalty of differences may have a step that depends on the strength (``two_pass``). Its s_b is the strength at
+    which the gradient that the callback adds *at that strength* has the share. It is found by
+    :math:`s \leftarrow s \cdot \text{share} / \text{share}(s)`, with bisection where kinks make the share jump, until s
+    moves by less than 1 %.
 
-    A penalty on the inputs uses the running statistics of batch norm in training mode. Those of a fresh module belong
-    to no data, and training moves them to the data within some twenty steps. So they are first set, on the copies, to
-    the means over all the batches at the present weights. (A layer whose ``momentum`` is 0 keeps its own.)
+    The suggestion is a start, not an optimum, and depends on the weights: asked on a fresh module, it is meant for the
+    beginning of training. Derivatives by the inputs grow a hundred to a thousand times within the first epoch. A
+    strength of a penalty on the inputs that suits a fresh module destroys training. Ask on a module that was trained
+    for an epoch without a penalty.
 
-    Each batch is computed on a copy of the module, in its own mode and precision: weights, gradients, buffers, metrics
-    and logs, the penalty and the global random state are left as they are, also by an exception.
+    A penalty on the inputs uses the running statistics of batch norm in training mode. On a fresh module they are not
+    yet those of the data; training moves them there within some twenty steps. So the copies first set them to the means
+    over all the batches at the present weights. (A layer whose ``momentum`` is 0 keeps its statistics.)
+
+    Each batch is computed on a copy of the module, in its own mode and precision. Weights, gradients, buffers, metrics,
+    logs, the penalty and the global random state stay unchanged, also after an exception.
 
     Args:
-        module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
-        batches: an iterable of batches as the training step gets them, a DataLoader for example. All are used, and
-            each costs a penalized step (by differences a few): of a long loader pass a part, such as
-            ``itertools.islice(loader, 8)``; a single batch as ``[batch]``. A batch is left out where the step returns
-            None, the loss or the penalty has no gradient, or no strength gives the share.
-        penalty: for example ``HessianTrace()``. For several penalties ask for each.
+        module: a LightningModule, or any module if ``loss`` is given, in the mode that you train in.
+        batches: an iterable of batches as the training step gets them, such as a DataLoader. All are used, and each
+            costs a penalized step (a penalty of differences costs a few). Of a long loader pass a part, such as
+            ``itertools.islice(loader, 8)``; pass a single batch as ``[batch]``. A batch is left out if the step
+            returns None, the loss or the penalty has no gradient, or no strength gives the share.
+        penalty: for example ``HessianTrace()``. Ask for several penalties one at a time.
         share: the penalty's gradient in units of the task loss's, in (0, 1].
         loss: ``loss(module, batch)`` returns the task loss; by default the module's ``training_step``.
 
@@ -168,11 +170,11 @@ def suggest_strength(
 
 
 class _LeftOut(Exception):
-    """Why a batch tells nothing."""
+    """Why a batch gives no strength."""
 
 
 def _moving_statistics(module: nn.Module) -> list[str]:
-    """The layers of batch norm whose running statistics follow the data, by name."""
+    """The names of the batch norm layers whose running statistics follow the data."""
     return [
         name
         for name, layer in module.named_modules()
@@ -198,7 +200,7 @@ def _settled(
 
 
 class _Batch:
-    """One batch, on copies of module and penalty of its own, so that none sees what another left behind."""
+    """One batch, with its own copies of module and penalty, so that batches do not influence each other."""
 
     def __init__(self, module: nn.Module, penalty: Penalty, step: TaskStep, batch: Any, index: int) -> None:
         twin = independent_copy(module)
@@ -212,11 +214,11 @@ class _Batch:
         self.runs = PenaltyRuns(self.step, [] if penalty.needs.differences else [self.penalty])
 
     def strength(self, share: float) -> float:
-        """Where the penalty's gradient has the share.
+        """The strength at which the penalty's gradient has the share.
 
         Raises:
             BatchSkipped: the step has no loss for this batch.
-            _LeftOut: nowhere.
+            _LeftOut: no strength has it.
         """
         loss = self.runs.run().loss
         if self.penalty.needs.differences or self.runs.runs_again_for(self.penalty):

@@ -1,4 +1,4 @@
-"""Is the penalty's gradient right on this very model? Finite differences in float64 answer."""
+"""Checks the penalty's gradient on a model by finite differences in float64."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Verification:
     Args:
         penalty: the penalty, as printed.
         value: the penalty's value on the batch.
-        loss_gradient_error: of the task loss's gradient. Where this one is wrong the loss is not the function that
-            its gradient belongs to: a straight-through estimator, a detached statistic, spectral norm in training.
-        hessian_error: of Hessian-vector products of the task loss.
-        penalty_gradient_error: of the gradient that the penalty trains with.
-        replaced: the layers that ``higher_order()`` had to replace, with their operator.
-        faults: the layers at fault where an error is too large.
-        kinks: activations and functions whose first derivative jumps. A difference across a kink is no derivative:
-            where the differences do not converge, and no layer is at fault, nothing is decided.
+        loss_gradient_error: error of the task loss's gradient. If it is large, autograd's gradient does not belong to
+            the loss: a straight-through estimator, a detached statistic, spectral norm in training mode.
+        hessian_error: error of Hessian-vector products of the task loss.
+        penalty_gradient_error: error of the gradient that the penalty trains with.
+        replaced: the layers that ``higher_order()`` replaced, with their operator.
+        faults: the layers at fault, if an error is too large.
+        kinks: activations and functions whose first derivative jumps. A difference across a kink is no derivative. If
+            the differences do not converge and no layer is at fault, nothing is decided.
     """
 
     penalty: str
@@ -94,25 +94,25 @@ def verify(
     penalty: Penalty,
     loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Verification:
-    """Compare the penalty's gradient on a model and a batch of yours with central differences in float64.
+    """Compare the penalty's gradient on your model and batch with central differences in float64.
 
-    Everything happens on a float64 copy; the module, its buffers, the batch and the random state stay as they are. The
+    Everything runs on a float64 copy. The module, its buffers, the batch and the random state stay unchanged. The
     penalty's probes and all randomness in the step (dropout, ``numpy.random``, ``random``) are the same in every
-    evaluation. Where a derivative is wrong, the layer at fault is the innermost whose own derivatives are wrong while
-    those of all layers inside it are right.
+    evaluation. A layer is named as the fault if its own derivatives are wrong and those of all layers inside it are
+    right.
 
     Args:
-        module: a LightningModule, or any module if ``loss`` is given; in the mode you train in.
-        batch: a batch as the training step gets it; a few samples do.
+        module: a LightningModule, or any module if ``loss`` is given, in the mode that you train in.
+        batch: a batch as the training step gets it; a few samples are enough.
         penalty: for example ``HessianTrace()``.
         loss: ``loss(module, batch)`` returns the task loss; by default the module's ``training_step(batch, 0)``.
 
     Returns:
-        A report that prints readably; its ``ok`` says whether all is right.
+        A report that prints readably; ``ok`` says whether all derivatives are right.
 
     Raises:
         HigherOrderError: an operator has no double backward, or no third one.
-        MisconfigurationException: the step returns no differentiable loss or another one when it is run again, or
+        MisconfigurationException: the step returns no differentiable loss, or another loss when it runs again, or
             optimization is manual and there is no ``loss``.
         ValueError: the penalty cannot be computed on these parameters, or has no higher derivative to verify.
 
