@@ -49,8 +49,8 @@ import lightning as L  # noqa: E402
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli import models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
+from lightning_hessian.curvature.backward_watch import BackwardWatch  # noqa: E402
 from lightning_hessian.regularization.callback import new_fit  # noqa: E402
-from lightning_hessian.regularization.nonfinite import BackwardWatch  # noqa: E402
 
 STRENGTH = 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -189,12 +189,13 @@ class Case(L.LightningModule):
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
     def penalized(self, penalty: lh.Penalty) -> Callable[[], None]:
-        fit = new_fit(self, [lh.HessianRegularizer(penalty, STRENGTH)])
+        regularizer, fits = lh.HessianRegularizer(penalty, STRENGTH), []
 
         def step() -> None:
-            if not fit.has_started:
-                fit.start()
-            self.update(fit(lambda _: self.loss()))
+            if not fits:  # the module has a Trainer by now
+                fits.append(new_fit(self, [regularizer]))
+                fits[0].start()
+            self.update(fits[0](lambda _: self.loss()))
 
         return step
 
