@@ -22,7 +22,7 @@ def random_factors(
     index: int,
     distribution: Distribution = rademacher,
 ) -> list[tuple[Tensor, Tensor]]:
-    r"""Return pairs (z, S u) with E_u [J' S u (J' S u)'] = G, where J = dz / d(any tensors).
+    r"""Return pairs (z, S u) with E_u [J' S u (J' S u)'] = G, where J is the Jacobian of z by any tensors.
 
     .. math:: G = \sum_e J_e' S_e S_e' J_e, \qquad S_e S_e' = \frac{\partial^2 L}{\partial z_e^2}, \qquad E[u u'] = I
 

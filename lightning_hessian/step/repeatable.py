@@ -67,7 +67,7 @@ class RepeatableStep:
     ``self.log`` and torchmetrics, and restores everything afterwards.
 
     Args:
-        module: the module. Every run starts from its current buffers, random state and autocast setting.
+        module: the module. Every run starts from the buffers, random state and autocast setting at construction.
         step: computes a training step's return value from a batch.
         batch: the batch. Every further run sees the original batch, even if the step changes the one that it gets.
         copies_batch: pass copies of the batch's tensors to every run, including the first.
