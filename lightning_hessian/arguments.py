@@ -1,4 +1,4 @@
-"""Checks of arguments: an error names the setting, its value, and what it must be."""
+"""Argument checks. Each error names the setting, its value and what it must be."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import SupportsFloat
 
 
 def is_whole(value: object) -> bool:
-    """Whether the value is an int; True and False are none."""
+    """Return whether the value is an int. A bool does not count."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """Whether ``float(value)`` is a number that the user can have meant; True and False are none."""
+    """Return whether ``float(value)`` is a plausible number. A bool does not count."""
     return isinstance(value, SupportsFloat) and not isinstance(value, bool)
 
 
 def choice(name: str, value: object, of: Sequence[str]) -> None:
-    """Raise a ValueError unless the value is one of a few words.
+    """Raise a ValueError unless the value is one of the choices.
 
     Example:
         >>> choice("norm", "l3", ["linf", "l2"])
@@ -32,12 +32,12 @@ def choice(name: str, value: object, of: Sequence[str]) -> None:
 
 
 def whole_number(name: str, value: object, least: int | None = None, meaning: str = "") -> None:
-    """Raise a ValueError unless the value is a whole number, large enough.
+    """Raise a ValueError unless the value is a whole number of at least ``least``.
 
     Example:
-        >>> whole_number("iterations", -1, 0, "the products that the search spends")
+        >>> whole_number("iterations", -1, 0, "the number of matrix-vector products")
         Traceback (most recent call last):
-        ValueError: iterations=-1 must be a whole number of at least 0: the products that the search spends.
+        ValueError: iterations=-1 must be a whole number of at least 0: the number of matrix-vector products.
     """
     if not is_whole(value) or (least is not None and value < least):  # type: ignore[operator]
         at_least = "" if least is None else f" of at least {least}"
@@ -51,18 +51,18 @@ def positive_or_none(name: str, value: object, meaning: str) -> None:
 
 
 def count_or_all(name: str, value: object, exact: str) -> None:
-    """Raise a ValueError unless the value is at least 1, or -1, which asks for ``exact``."""
+    """Raise a ValueError unless the value is at least 1, or -1, which selects ``exact``."""
     if not is_whole(value) or (value < 1 and value != -1):  # type: ignore[operator]
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1, or -1 for {exact}.")
 
 
 def writable_directory(name: str, path: Path) -> None:
-    """Make the directory, and raise a ValueError unless files can be written there."""
+    """Create the directory. Raise a ValueError unless files can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise ValueError(
-            f"{name}={str(path)!r} cannot be written ({error}). Name a directory in which files can be made."
+            f"{name}={str(path)!r} cannot be written ({error}). Choose a directory in which files can be created."
         ) from error

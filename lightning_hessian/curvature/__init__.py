@@ -1,4 +1,4 @@
-"""Matrix-free curvature in pure torch: operators, probes, estimators, and ``higher_order()``."""
+"""Matrix-free curvature in pure PyTorch: operators, probes, estimators and ``higher_order()``."""
 
 from lightning_hessian.curvature.eigenvectors import lanczos, power_iteration
 from lightning_hessian.curvature.errors import HigherOrderError

@@ -1,4 +1,4 @@
-"""Losses at displaced parameters: theta moved for a while, gradients summed, a loss that has their sum."""
+"""Losses at displaced parameters: move theta temporarily, sum gradients, and build a loss from the sum."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning_hessian.curvature.graph import without_hooks
 from lightning_hessian.curvature.sharding import local
 
 Move = Callable[[Sequence[Tensor], float], None]
-"""(v, distance) -> None: put the tensors at theta + distance v."""
+"""(v, distance) -> None: move the tensors to theta + distance v."""
 
 T = TypeVar("T")
 
 
 @contextmanager
 def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
-    """Inside, leaf tensors can be moved in place; afterwards they are what they were, bit for bit.
+    """Context manager: move leaf tensors in place inside, and restore them bit for bit on exit.
 
-    (theta + s v - 2 s v + s v is not theta in floating point, so one copy is kept.) Of sharded tensors each process
-    moves its own part.
+    It keeps one copy, because theta + s v - 2 s v + s v differs from theta in floating point. With sharded tensors
+    each process moves its own shard.
 
     Example:
         >>> w = torch.tensor([0.1, 0.2], requires_grad=True)
@@ -43,7 +43,7 @@ def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
         with _writable(parts):
             for part, old, towards in zip(parts, before, v, strict=True):
                 torch.add(old, towards, alpha=distance, out=part)
-        torch.clear_autocast_cache()  # it holds weights as they were
+        torch.clear_autocast_cache()  # it caches casts of the old weights
 
     try:
         yield move
@@ -56,7 +56,7 @@ def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
 def at_both_ends(
     tensors: Sequence[Tensor], v: Sequence[Tensor], distance: float, evaluate: Callable[[], T]
 ) -> tuple[T, T]:
-    """What ``evaluate()`` gives at theta + distance v, and then at theta - distance v.
+    """Call ``evaluate()`` at theta + distance v, then at theta - distance v. Return both results.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -73,7 +73,7 @@ def at_both_ends(
 
 @contextmanager
 def _writable(parts: Sequence[Tensor]) -> Iterator[None]:
-    """Write without a trace: what comes back bit for bit may be saved in graphs that were made before."""
+    """Write without bumping version counters: earlier graphs may have saved these tensors, which are restored later."""
     with torch.no_grad(), ExitStack() as stack:
         for part in parts:
             stack.enter_context(torch.autograd._unsafe_preserve_version_counter(part))
@@ -83,14 +83,14 @@ def _writable(parts: Sequence[Tensor]) -> Iterator[None]:
 def loss_gradient(
     loss: Tensor, tensors: Sequence[Tensor], scale: float = 1.0, by_backward: bool = False
 ) -> list[Tensor | None]:
-    """The gradient of a loss, whose graph is freed; None for a tensor that has no part in it.
+    """Return the gradient of a loss and free its graph. The entry of an unused tensor is None.
 
     Args:
         loss: a scalar with its graph.
-        tensors: leaves that require a gradient.
-        scale: multiply the loss by this before it is differentiated, and divide the gradient by it (float16).
-        by_backward: differentiate by ``backward()``, not ``torch.autograd.grad``: reentrant checkpoints and sharded
-            parameters need it. The tensors' own gradients are left alone all the same.
+        tensors: leaf tensors that require grad.
+        scale: multiplies the loss before the backward pass and divides the gradient after it (for float16).
+        by_backward: use ``backward()`` instead of ``torch.autograd.grad``. Reentrant checkpoints and sharded
+            parameters need it. The tensors' ``.grad`` is restored afterwards.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -98,7 +98,7 @@ def loss_gradient(
         [tensor([2., 4.])]
     """
     scaled = loss if scale == 1 else loss * scale
-    with without_hooks(tensors):  # hooks are for the gradient that is trained on
+    with without_hooks(tensors):  # hooks are meant for the training gradient only
         if by_backward:
             found = _gradient_by_backward(scaled, tensors)
         else:
@@ -119,10 +119,10 @@ def _gradient_by_backward(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tenso
 
 
 class GradientSum:
-    """sum_k w_k L_k and its gradient, of losses that are seen one after the other; no loss's graph is kept.
+    """Accumulate sum_k w_k L_k and its gradient, one loss at a time, without keeping any loss's graph.
 
     Args:
-        tensors: leaves that require a gradient.
+        tensors: leaf tensors that require grad.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -140,24 +140,25 @@ class GradientSum:
         self.tensors = list(tensors)
         self._value: Tensor | None = None
         self._gradients: list[Tensor | None] = [None] * len(self.tensors)
-        self._unit = 1.0  # the gradients are summed in units of this, so that the first need not be multiplied
+        self._scale = 1.0  # a common factor of the summed gradients: saves multiplying the first one
 
     def add(self, weight: float, value: Tensor, gradient: list[Tensor | None]) -> None:
-        """Add ``weight`` times a loss.
+        """Add one weighted loss.
 
         Args:
-            weight: its weight.
-            value: its value, without a graph.
-            gradient: its gradient, tensor by tensor. The list is emptied: each part is freed as soon as it is summed.
+            weight: the weight of the loss.
+            value: the value of the loss, without a graph.
+            gradient: the gradient of the loss, one entry per tensor. This method sets each entry to None once it is
+                summed, so that its memory is freed early.
         """
         if self._value is None:
-            self._unit, self._value = weight, torch.zeros_like(value)
-        share = weight / self._unit
+            self._scale, self._value = weight, torch.zeros_like(value)
+        share = weight / self._scale
         for i in range(len(gradient)):
             part, gradient[i] = gradient[i], None
             summed = self._gradients[i]
             if part is not None:
-                # Not in place: autograd may hand out one tensor as several gradients.
+                # Not in place: autograd may return the same tensor as several gradients.
                 if summed is not None:
                     self._gradients[i] = torch.add(summed, part, alpha=share)
                 else:
@@ -165,26 +166,28 @@ class GradientSum:
         self._value = self._value + weight * value
 
     def loss(self) -> Tensor:
-        """A scalar of this value that has this gradient; it can be differentiated once."""
+        """Return a scalar with the accumulated value and gradient. It can be differentiated once."""
         assert self._value is not None
         used = [(t, g) for t, g in zip(self.tensors, self._gradients, strict=True) if g is not None]
         self._gradients = []
-        return _PrecomputedGradient.apply(self._value, [g for _, g in used], self._unit, *(t for t, _ in used))
+        return _PrecomputedGradient.apply(self._value, [g for _, g in used], self._scale, *(t for t, _ in used))
 
 
 class _PrecomputedGradient(torch.autograd.Function):
-    """A value whose gradient was computed before."""
+    """A value with a precomputed gradient."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], unit: float, *tensors: Tensor) -> Tensor:
-        ctx.gradients, ctx.unit = gradients, unit
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], scale: float, *tensors: Tensor) -> Tensor:
+        ctx.gradients, ctx.scale = gradients, scale
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("The loss's gradient was computed in its passes and is gone after the first backward().")
+            raise RuntimeError(
+                "The loss's gradient was precomputed and is gone after the first backward(). Call backward() only once."
+            )
         gradients, ctx.gradients = ctx.gradients, None
-        factor = factor * ctx.unit
+        factor = factor * ctx.scale
         return None, None, None, *(gradients.pop(0) * factor for _ in range(len(gradients)))

@@ -1,6 +1,6 @@
-"""The direction in which a symmetric matrix stretches most, for many matrices at once.
+"""Dominant eigenvectors of many symmetric matrices at once.
 
-An algorithm sees products only: ``matvec`` maps vectors of shape (samples, n) to A_i v_i, row by row.
+The algorithms use matrix-vector products only: ``matvec`` maps vectors of shape (samples, n) to A_i v_i, row by row.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ SEARCHES = get_args(Search)
 
 
 def power_iteration(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
-    """v <- Av / ||Av||, which turns towards the eigenvectors of largest absolute eigenvalue.
+    """Iterate v <- Av / ||Av||, which converges to the eigenvectors of largest absolute eigenvalue.
 
-    Where +lambda and -lambda tie, v ends in the span of both, and ||Av|| still tends to lambda (v'Av does not).
+    If +lambda and -lambda tie, v ends in the span of both. ||Av|| still converges to lambda, but v'Av does not.
 
     Args:
         matvec: the products A_i v_i.
-        start: shape (samples, n); need not be of length 1.
-        iterations: how many products to spend, at least 0.
+        start: starting vectors, of shape (samples, n). They need not be normalized.
+        iterations: the number of products, at least 0.
 
     Returns:
         Unit vectors, of shape (samples, n).
@@ -38,20 +38,21 @@ def power_iteration(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Te
     v = normalize_rows(start)
     for _ in range(iterations):
         product = matvec(v)
-        # Where A v = 0 there is no better direction to be had from it.
+        # Where A v = 0 the product gives no direction, so v stays.
         v = torch.where(product.any(dim=1, keepdim=True), normalize_rows(product), v)
     return v
 
 
 def lanczos(matvec: BatchedMatvec, start: Tensor, iterations: int) -> Tensor:
-    """A times the Ritz vector of largest |Ritz value| in span(v, Av, ..., A^(k-1) v), normalized.
+    """Return A times the Ritz vector of largest |Ritz value| in span(v, Av, ..., A^(k-1) v), normalized.
 
-    The products with the basis are known, so this last power step is free, and one iteration is a power iteration.
+    The products with the basis are already known, so this final power step costs no product. With one iteration the
+    result equals one power iteration.
 
     Args:
         matvec: the products A_i v_i.
-        start: shape (samples, n); need not be of length 1.
-        iterations: k, how many products to spend, at least 0.
+        start: starting vectors, of shape (samples, n). They need not be normalized.
+        iterations: k, the number of products, at least 0.
 
     Returns:
         Unit vectors, of shape (samples, n).

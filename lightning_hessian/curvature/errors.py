@@ -1,4 +1,4 @@
-"""Errors about derivatives that do not exist, in the words of the model's author instead of autograd's."""
+"""Errors about missing derivatives, phrased in terms of the model instead of autograd internals."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-OTHERWISE = "As a penalty, HessianTrace(method='two_pass') takes it as it is: it needs ordinary backward passes only."
+OTHERWISE = (
+    "As a penalty, HessianTrace(method='two_pass') supports it: that method needs ordinary backward passes only."
+)
 
 
 class HigherOrderError(RuntimeError):
     """An operator or a layer cannot be differentiated as often as a curvature penalty needs.
 
     Attributes:
-        operator: the operator without a derivative, where the error is about one that has not been located yet.
+        operator: the operator without a derivative, if the layer that calls it is not located yet; otherwise None.
     """
 
     operator: str | None = None
 
 
 def missing_derivative(operator: str, layer: str | None = None, times: str = "as often") -> HigherOrderError:
-    """The error of an operator that PyTorch cannot differentiate often enough."""
+    """Build the error for an operator that PyTorch cannot differentiate often enough."""
     where = f" (called in {layer})" if layer is not None else ""
     error = HigherOrderError(
         f"The operator {operator}{where} cannot be differentiated {times} as curvature needs. Replace it by one that "
-        "can, or keep it out of the way: choose with `parameters=` only parameters whose gradient does not pass "
+        "can, or bypass it: with `parameters=`, select only parameters whose gradient does not pass "
         f"through it. {OTHERWISE}"
     )
     error.operator = operator if layer is None else None
@@ -32,19 +34,19 @@ def missing_derivative(operator: str, layer: str | None = None, times: str = "as
 
 
 def once_differentiable_error(functions: str, how: str = "is marked @once_differentiable") -> HigherOrderError:
-    """The error of custom functions whose backward has no derivative."""
+    """Build the error for custom functions whose backward has no derivative."""
     return HigherOrderError(
-        f"The loss passes through {functions}, whose backward {how}. PyTorch would leave its part of the Hessian out "
-        "without an error. Write its backward with differentiable operations, and remove the mark. "
+        f"The loss passes through {functions}, whose backward {how}. PyTorch would silently omit its part "
+        "of the Hessian. Write its backward with differentiable operations, and remove the mark. "
         "`lightning_hessian.verify` names the layer."
     )
 
 
 def nested_tensor_error(where: str) -> HigherOrderError:
-    """The error of nested tensors, most of whose operators have no second derivative."""
+    """Build the error for nested tensors. Most of their operators have no second derivative."""
     return HigherOrderError(
         f"The loss passes through nested tensors, which PyTorch cannot differentiate twice here ({where}). Pad them, "
-        f"for example by torch.nested.to_padded_tensor, before the layers with parameters. {OTHERWISE}"
+        f"for example with torch.nested.to_padded_tensor, before the layers with parameters. {OTHERWISE}"
     )
 
 
@@ -52,10 +54,10 @@ def nested_tensor_error(where: str) -> HigherOrderError:
 def derivatives_explained(
     layer_of: Callable[[str], str | None] = lambda operator: None, times: str = "as often"
 ) -> Iterator[None]:
-    """Translate autograd's errors about missing derivatives: name the operator, the layer and the way out.
+    """Translate autograd's errors about missing derivatives. The new error names the operator, the layer and a remedy.
 
     Args:
-        layer_of: the name of the layer that called an operator; None where it is not known.
+        layer_of: returns the name of the layer that called an operator, or None if unknown.
         times: how often the loss is differentiated, in words.
     """
     try:
@@ -79,7 +81,7 @@ _MISSING = (
     r"double backwards? on (\w+) (?:is )?not supported",
     r"Trying to backward through (\S+) but no autograd formula was registered",
 )
-# Of dispatch errors the back end tells: they list all others.
+# In a dispatch error only the first backend counts: the message then lists all other backends.
 _BACKEND = re.compile(r"^Could not run '[^']*' with arguments from the '(\w+)' backend")
 _NESTED = re.compile(r"NestedTensor|_nested_\w+|both to be nested")
 _SPARSE = re.compile(
@@ -102,13 +104,13 @@ def _translated(message: str) -> HigherOrderError | None:
             "The loss passes through a compiled function, which PyTorch cannot differentiate twice (pytorch#91469). "
             f"Compute the loss inside `with higher_order():`, where it runs eagerly. {OTHERWISE}"
         )
-    told = found.group(1) if (found := _BACKEND.search(message)) else message
-    if _NESTED.search(told):
+    cause = found.group(1) if (found := _BACKEND.search(message)) else message
+    if _NESTED.search(cause):
         return nested_tensor_error(message.splitlines()[0])
-    if _SPARSE.search(told):
+    if _SPARSE.search(cause):
         return HigherOrderError(
             "The loss passes through sparse tensors, which PyTorch cannot differentiate twice here "
             f"({message.splitlines()[0]}). Make "
-            f"them dense by `.to_dense()`, or compute with indices and values of your own. {OTHERWISE}"
+            f"them dense with `.to_dense()`, or compute with your own indices and values. {OTHERWISE}"
         )
     return None

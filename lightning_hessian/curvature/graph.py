@@ -1,4 +1,4 @@
-"""Looking through the graph of a result, and what hangs on its tensors."""
+"""Inspect the autograd graph of a result, and the hooks on its tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def nodes(result: Tensor | Sequence[Tensor], until: Any = None) -> Iterator[Any]:
-    """All nodes of the graph of a tensor, or of several, each once; not further than the node ``until``.
+    """Yield each node of the graph of one or several tensors once. Stop at the node ``until``, and exclude it.
 
     Example:
         >>> import torch
@@ -30,12 +30,12 @@ def nodes(result: Tensor | Sequence[Tensor], until: Any = None) -> Iterator[Any]
 
 
 def has_parameters(result: Tensor) -> bool:
-    """Whether a tensor was computed from parameters."""
+    """Return whether a tensor depends on parameters."""
     return any(isinstance(leaf, nn.Parameter) for leaf in leaves(result))
 
 
 def leaves(result: Tensor) -> Iterator[Tensor]:
-    """The tensors that a result's graph begins with."""
+    """Yield the leaf tensors of a result's graph."""
     if result.grad_fn is None and result.requires_grad:
         yield result
     for node in nodes(result):
@@ -44,7 +44,7 @@ def leaves(result: Tensor) -> Iterator[Tensor]:
 
 
 def depends(result: Tensor, on: Tensor) -> bool:
-    """Whether there is a way in the graph from one tensor back to another.
+    """Return whether the graph of ``result`` contains the tensor ``on``.
 
     Example:
         >>> import torch
@@ -70,17 +70,17 @@ _KINKED_LAYERS = (
 
 
 def kinked_layers(module: nn.Module) -> list[str]:
-    """The classes of a module's layers whose first derivative jumps."""
+    """Return the class names of a module's layers whose first derivative jumps."""
     return sorted({type(layer).__name__ for layer in module.modules() if is_kinked(layer)})
 
 
 def is_kinked(layer: nn.Module) -> bool:
-    """Whether the layer is one of PyTorch's whose first derivative jumps."""
+    """Return whether the layer is a PyTorch layer whose first derivative jumps."""
     return isinstance(layer, _KINKED_LAYERS)
 
 
 def kinks(result: Tensor) -> list[str]:
-    """The functions in a graph whose first derivative jumps, by the names of their derivatives.
+    """Return the names of the graph's backward nodes whose functions have a jump in the first derivative.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ def kinks(result: Tensor) -> list[str]:
 
 @contextmanager
 def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, no hook that was registered on a tensor's gradient is called."""
+    """Context manager: disable all gradient hooks registered on the tensors."""
     tables = [
         table
         for tensor in tensors

@@ -1,4 +1,4 @@
-"""``higher_order()``: what the forward pass does inside is differentiable three times."""
+"""``higher_order()``: make the forward pass inside differentiable three times."""
 
 from __future__ import annotations
 
@@ -23,44 +23,45 @@ from lightning_hessian.curvature.errors import OTHERWISE, HigherOrderError, deri
 from lightning_hessian.curvature.modes import in_modes
 from lightning_hessian.curvature.replacements import replacement
 
-# Right as they are, and slow when differentiated three times.
+# PyTorch's versions are correct, but slow when differentiated three times.
 _FASTER: dict[Any, Callable[..., Tensor]] = {F.softplus: activations.softplus, F.silu: activations.silu}
 
-# cuDNN's kernels have no double backward; PyTorch's own cells have.
+# cuDNN's kernels have no double backward. PyTorch's native cells do.
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 class higher_order(TorchFunctionMode):
-    """Context manager: every operation of the forward pass inside is differentiable three times, or twice.
+    """Context manager: make every operation of the forward pass inside differentiable three times, or twice.
 
     Training on a curvature penalty differentiates the loss three times: for the gradient, for the Hessian-vector
     product, and for the penalty's own gradient. Inside this context
 
-    - batch, layer, instance and RMS norm and the fused weight norm run as primitives (the fused kernels have wrong
-      third derivatives, pytorch#175754 and #186256; the fused weight norm a wrong second one); running statistics
-      move as in the fused operator; so does hardsigmoid, whose kernel has no double backward;
+    - batch, layer, instance and RMS norm and the fused weight norm run as primitives. The fused norm kernels have
+      wrong third derivatives (pytorch#175754 and #186256), the fused weight norm a wrong second one. Running
+      statistics update as in the fused operator;
+    - hardsigmoid runs as primitives: its kernel has no double backward;
     - attention runs on the math backend (pytorch#116350), recurrent layers without cuDNN (pytorch#5261);
     - compiled modules run eagerly (pytorch#91469);
     - checkpointed regions (``use_reentrant=False``) are recomputed in the same way.
 
-    Only the forward pass needs the context; call ``torch.autograd.grad`` and ``backward`` inside or outside.
+    Only the forward pass needs the context. Call ``torch.autograd.grad`` and ``backward`` inside or outside.
 
     Args:
-        module: the model. Layers that cannot be made right (SyncBatchNorm across processes, spectral norm in training
-            mode, sparse embeddings, TorchScript) are then found before anything runs, and errors give layers their
-            full names.
-        derivatives: how often the loss will be differentiated: 3 to train on its Hessian; 2 to measure that, or to
-            train on first derivatives, where the fused layer norm is right, and faster than primitives.
+        module: the model. With it, unsupported layers (SyncBatchNorm across processes, spectral norm in training
+            mode, sparse embeddings, TorchScript) raise before anything runs, and errors use the layers' full names.
+        derivatives: how often the loss will be differentiated. Use 3 to train on its Hessian, and 2 to measure the
+            Hessian or to train on first derivatives. With 2 the fused layer norm is correct, and faster than
+            primitives.
 
     Attributes:
-        replaced: the layers whose fused operator was replaced, by name, with the operator's name.
-        takes_gradients: whether the forward pass has taken a gradient of its own (forces, physics-informed losses).
-            With ``derivatives=2`` fused layer norms before it are then wrong, and refused by the operators; the
+        replaced: maps the name of each layer whose fused operator was replaced to the operator's name.
+        takes_gradients: whether the forward pass computed a gradient itself (forces, physics-informed losses). With
+            ``derivatives=2``, fused layer norms before it are then wrong, and the operators refuse them. The
             context's next forward pass replaces them.
 
     Raises:
-        HigherOrderError: on entering, for a layer of ``module`` that is not differentiable often enough; in the
-            forward pass, at a reentrant checkpoint or a call to a fused kernel by its native name.
+        HigherOrderError: on entry, for a layer of ``module`` that is not differentiable often enough; in the forward
+            pass, at a reentrant checkpoint or a call to a fused kernel by its native name.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
@@ -85,7 +86,7 @@ class higher_order(TorchFunctionMode):
             refusals.refuse_layers(self._module)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Importing the compiler takes seconds; where nobody has imported it, nothing is compiled.
+            # Importing the compiler takes seconds. If it is not imported yet, nothing is compiled.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_checkpoints_in_higher_order(self))
@@ -106,7 +107,7 @@ class higher_order(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.autograd.grad:
             self.takes_gradients |= bool(kwargs.get("create_graph"))
-        # A gradient that the forward pass takes is one derivative more.
+        # A gradient computed in the forward pass adds one derivative.
         derivatives = 3 if self.takes_gradients or _transformed() else self.derivatives
         if (primitive := replacement(func, args, kwargs, derivatives)) is not None:
             layer = self.layer_name(_calling_module())
@@ -127,14 +128,14 @@ class higher_order(TorchFunctionMode):
             return func(*args, **kwargs)
 
     def _recomputing(self) -> higher_order:
-        """A context in which a part of the forward pass is run again; it reports to this one."""
+        """Return a context for recomputing a part of the forward pass. It shares its records with this one."""
         again = higher_order(derivatives=self.derivatives)
         again._module, again.replaced, again._first_caller = self._module, self.replaced, self._first_caller
         again.takes_gradients, again._recomputes = self.takes_gradients, True
         return again
 
     def layer_name(self, layer: nn.Module | None) -> str:
-        """The layer's full name in the module given, else its class."""
+        """Return the layer's full name in ``module``, or else its class name."""
         if layer is None:
             return "the code outside any module"
         if self._module is not None:
@@ -144,7 +145,7 @@ class higher_order(TorchFunctionMode):
         return type(layer).__name__
 
     def explained(self) -> AbstractContextManager[None]:
-        """Translate autograd's errors about missing derivatives: name the operator, the layer and the way out."""
+        """Translate autograd's errors about missing derivatives. The new error names the operator, layer and remedy."""
         return derivatives_explained(self._caller_of, {2: "two times,", 3: "three times,"}[self.derivatives])
 
     def _caller_of(self, operator: str) -> str | None:
@@ -154,9 +155,9 @@ class higher_order(TorchFunctionMode):
 
 @contextmanager
 def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
-    """Recompute checkpointed regions as they ran, whenever and in whichever thread; refuse reentrant ones."""
+    """Recompute checkpointed regions as they first ran, at any time and in any thread. Refuse reentrant checkpoints."""
     checkpoint = torch.utils.checkpoint
-    # Which of the two names exists, and which calls which, depends on the version.
+    # Which of these names exist, and which one calls the other, depends on the PyTorch version.
     names = [
         name
         for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
@@ -166,16 +167,16 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
     def in_higher_order(generator: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(generator)
         def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # Selective checkpoints allow one backward pass. Without a selection all is recomputed, as often as needed.
+            # Selective checkpoints allow only one backward pass. Without a selection, every pass recomputes all.
             if (selection := kwargs.get("context_fn")) is not None:
-                kwargs["context_fn"] = _unselected(selection)
+                kwargs["context_fn"] = _without_selection(selection)
             elif len(args) > 1 and callable(args[1]):
-                args = (args[0], _unselected(args[1]), *args[2:])
+                args = (args[0], _without_selection(args[1]), *args[2:])
 
             layers = context._module.modules() if context._module is not None else ()
             modes = [(layer, layer.training) for layer in layers]
 
-            # The generator calls this to recompute; the first run is the caller's own.
+            # The generator calls this to recompute. The caller itself makes the first run.
             def recomputed(*inputs: Any, **keywords: Any) -> Any:
                 with context._recomputing(), in_modes(modes):
                     return function(*inputs, **keywords)
@@ -204,8 +205,8 @@ def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
             setattr(checkpoint, name, original)
 
 
-def _unselected(contexts: Callable[[], Any]) -> Callable[[], Any]:
-    """The contexts of a checkpoint, without the two that cache what a selective one keeps."""
+def _without_selection(contexts: Callable[[], Any]) -> Callable[[], Any]:
+    """Return a checkpoint's contexts without the pair that caches the results of a selective checkpoint."""
 
     def checked() -> Any:
         pair = contexts()
@@ -216,8 +217,7 @@ def _unselected(contexts: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _plain(args: Any) -> bool:
-    """Whether the first argument is an ordinary tensor of real numbers whose type autocast leaves, and the call is not
-    transformed by vmap, jvp or the like."""
+    """Return whether the first argument is an ordinary real tensor, without autocast, vmap, jvp or the like."""
     if not args or type(args[0]) is not Tensor or torch.is_autocast_enabled(args[0].device.type):
         return False
     real = not args[0].is_complex() and not args[0].is_nested
@@ -225,7 +225,7 @@ def _plain(args: Any) -> bool:
 
 
 def _transformed() -> bool:
-    """Whether vmap, jvp, grad or a level of forward-mode differentiation is active."""
+    """Return whether vmap, jvp, grad or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
@@ -233,7 +233,7 @@ _CONTROL_FLOW = {"associative_scan", "cond", "map", "scan", "while_loop"}
 
 
 def _control_flow_in(trace: TracebackType | None) -> str | None:
-    """The control-flow operator (``torch.cond``, ...) that a traceback passes through."""
+    """Return the control-flow operator (``torch.cond``, ...) that a traceback passes through."""
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
         package, _, name = module.rpartition(".")
@@ -249,7 +249,7 @@ def _counts_batches(tensor: Tensor) -> bool:
 
 
 def _calling_module() -> nn.Module | None:
-    """The innermost module whose method is on the Python stack."""
+    """Return the innermost module with a method on the Python stack."""
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -260,6 +260,6 @@ def _calling_module() -> nn.Module | None:
 
 
 def _same_operator(called: str, missing: str) -> bool:
-    # `cdist` and `_cdist_backward`; the longest name that fits is the one, `embedding_bag` before `embedding`.
+    # `cdist` matches `_cdist_backward`. The caller prefers the longest match: `embedding_bag` before `embedding`.
     bare = called.strip("_")
     return bool(bare) and missing.startswith(bare)

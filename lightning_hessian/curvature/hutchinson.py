@@ -1,4 +1,4 @@
-"""Hutchinson's estimates, for measuring: the trace, those of diagonal blocks, and the Frobenius norm."""
+"""Hutchinson estimates for measurements: the trace, the traces of diagonal blocks, and the Frobenius norm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_hessian.curvature.probes import Distribution, ProbeSource, distri
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its standard error, and the number of matrix-vector products it took.
+    """An estimate, its standard error, and the number of matrix-vector products used.
 
     Example:
         >>> print(Estimate(12.34, 0.5, 100))
@@ -32,11 +32,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Moments:
-    """What the products of a symmetric matrix A with one set of probes give.
+    """Estimates from the products of a symmetric matrix A with one set of probes.
 
     Args:
         trace: tr(A).
-        frobenius_norm: the root of sum_ij A_ij^2.
+        frobenius_norm: sqrt(sum_ij A_ij^2).
         blocks: the traces of diagonal blocks, by name.
     """
 
@@ -48,21 +48,21 @@ class Moments:
 def hutchinson_trace(
     operator: LinearOperator, probes: int = 10, seed: int = 0, distribution: str | Distribution = "rademacher"
 ) -> Estimate:
-    """Estimate tr(A) = E[v'Av], v with independent entries (Hutchinson 1990).
+    """Estimate tr(A) = E[v'Av], where v has independent entries (Hutchinson 1990).
 
-    The variance of one probe is 2 sum_{i != j} A_ij^2 with entries +-1, and 2 sum_ij A_ij^2 with normal ones. The
-    number of probes is fixed beforehand: stopping when the running mean stops moving reports tolerances that the
+    The variance of one probe is 2 sum_{i != j} A_ij^2 with entries +-1, and 2 sum_ij A_ij^2 with normal entries. The
+    number of probes is fixed in advance: stopping once the running mean settles would report a tolerance that the
     estimate does not have.
 
     Args:
         operator: the symmetric matrix.
-        probes: how many products to spend; at least 2, so that there is a standard error.
-        seed: of the probes; the global random state is not touched.
-        distribution: of their entries: ``"rademacher"`` (+-1), ``"gaussian"``, or a function, see
-            :data:`~lightning_hessian.curvature.Distribution`.
+        probes: the number of products. The standard error needs at least 2.
+        seed: the seed of the probes. The global random state does not change.
+        distribution: the distribution of the entries: ``"rademacher"`` (+-1), ``"gaussian"``, or a function (see
+            :data:`~lightning_hessian.curvature.Distribution`).
 
     Returns:
-        The mean of v'Av, and its standard error s / sqrt(probes) with s the samples' standard deviation.
+        The mean of v'Av and its standard error s / sqrt(probes), where s is the samples' standard deviation.
 
     Raises:
         ValueError: fewer than 2 probes.
@@ -82,17 +82,17 @@ def hutchinson_moments(
     blocks: Mapping[str, Sequence[slice]] | None = None,
     distribution: str | Distribution = "rademacher",
 ) -> Moments:
-    """Estimate the trace, those of diagonal blocks, and the Frobenius norm from the same products.
+    """Estimate the trace, the traces of diagonal blocks, and the Frobenius norm from the same products.
 
-    tr(A) = E[v'Av], tr(A_bb) = E[v_b'(Av)_b] and ||A||_F^2 = E[||Av||^2]. What the blocks' traces have of A outside
-    of the diagonal is noise of mean zero.
+    tr(A) = E[v'Av], tr(A_bb) = E[v_b'(Av)_b] and ||A||_F^2 = E[||Av||^2]. Off-diagonal entries of A add
+    only zero-mean noise to the traces of the blocks.
 
     Args:
         operator: the symmetric matrix.
-        probes: how many products to spend; at least 2.
-        seed: of the probes.
-        blocks: by name, the ranges of rows that a diagonal block is made of.
-        distribution: as for :func:`hutchinson_trace`.
+        probes: the number of products, at least 2.
+        seed: the seed of the probes.
+        blocks: maps the name of each diagonal block to its ranges of rows.
+        distribution: as in :func:`hutchinson_trace`.
 
     Raises:
         ValueError: fewer than 2 probes.
@@ -105,19 +105,19 @@ def hutchinson_moments(
         (3.0, 4.0)
     """
     if probes < 2:
-        raise ValueError(f"probes={probes}: a standard error needs at least 2 probes.")
+        raise ValueError(f"probes={probes} is too few: a standard error needs at least 2 probes. Increase `probes`.")
     source = ProbeSource(seed)
     where = operator.device, operator.dtype, distribution_of(distribution)
     v = torch.stack([source.draw(operator.size, index, *where) for index in range(probes)])
     products = matmat(operator, v)
-    diagonal = v * products  # its mean is the diagonal
+    diagonal = v * products  # has the diagonal as its mean
     named = {
         name: _mean(torch.stack([diagonal[:, part].sum(dim=1) for part in parts]).sum(dim=0))
         for name, parts in (blocks or {}).items()
     }
     squares = _mean(products.square().sum(dim=1))
     norm = math.sqrt(squares.estimate)
-    # That of a square root is the square's over twice the root.
+    # Delta method: d sqrt(x) = dx / (2 sqrt(x)).
     error = squares.standard_error / (2 * norm) if norm else 0.0
     return Moments(_mean(diagonal.sum(dim=1)), Estimate(norm, error, probes), named)
 

@@ -1,4 +1,4 @@
-"""Orthonormal bases of Krylov spaces, for many matrices (or many starts) at once."""
+"""Orthonormal bases of Krylov spaces, for many matrices (or starting vectors) at once."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BatchedMatvec = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Krylov:
-    """Q, of orthonormal rows, with A Q' = Q'T + r e_m'; one of each for every sample.
+    """Q with orthonormal rows, T and r, such that A Q' = Q'T + r e_m', for each sample.
 
     Args:
-        basis: Q, of shape (samples, m, n). Where a sample's Krylov space is exhausted its further rows are zero.
+        basis: Q, of shape (samples, m, n). Once a sample's Krylov space is exhausted, its further rows are zero.
         projected: T = Q A Q', of shape (samples, m, m), symmetric and tridiagonal.
         residual: r, of shape (samples, n).
     """
@@ -29,11 +29,11 @@ class Krylov:
     residual: Tensor
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        """The eigenvalues of T, ascending, of shape (samples, m), and its eigenvectors, in columns.
+        """Return the eigenvalues of T, ascending, of shape (samples, m), and its eigenvectors as columns.
 
-        NaN where T is not finite, as where weights have diverged.
+        All are NaN if T is not finite, for example after the weights have diverged.
         """
-        dtype = torch.promote_types(self.projected.dtype, torch.float32)  # there is no eigh for half precision
+        dtype = torch.promote_types(self.projected.dtype, torch.float32)  # eigh does not support half precision
         finite = self.projected.isfinite().all()
         values, vectors = torch.linalg.eigh(torch.where(finite, self.projected, 0).to(dtype))
         return torch.where(finite, values, torch.nan), torch.where(finite, vectors, torch.nan)
@@ -42,13 +42,13 @@ class Krylov:
 def krylov(
     matvec: BatchedMatvec, start: Tensor, iterations: int, restart: Callable[[], Tensor] | None = None
 ) -> Krylov:
-    """The bases of span(v, Av, ..., A^(m-1) v) by the Lanczos recurrence with full reorthogonalization, done twice.
+    """Bases of span(v, Av, ..., A^(m-1) v) by the Lanczos recurrence with full reorthogonalization, done twice.
 
     Args:
         matvec: the products A_i v_i.
-        start: v, of shape (samples, n), not zero; need not be of length 1.
-        iterations: m, how many products to spend, at least 1; n at most.
-        restart: gives vectors, of the shape of ``start``, to go on from where a space is exhausted.
+        start: v, of shape (samples, n), nonzero. It need not be normalized.
+        iterations: m, the number of products, at least 1. Values above n count as n.
+        restart: returns vectors of the shape of ``start`` from which exhausted spaces continue.
 
     Source:
         Lanczos 1950; Golub and Van Loan, Matrix Computations, chapter 10.
@@ -61,20 +61,20 @@ def krylov(
         basis[:, k] = q
         product = matvec(q)
         projected[:, k, k] = torch.einsum("sn,sn->s", q, product)
-        residual = _orthogonal(product, basis[:, : k + 1])
+        residual = _orthogonalized(product, basis[:, : k + 1])
         if k + 1 == m:
             break
-        size, before = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (residual, product))
-        # What is left of a product inside the span is rounding.
-        left = size > 100 * torch.finfo(q.dtype).eps * before
-        projected[:, k, k + 1] = projected[:, k + 1, k] = torch.where(left, size, 0).squeeze(1)
-        q = normalize_rows(torch.where(left, residual, 0))
-        if restart is not None and not left.all():
-            q = torch.where(left, q, normalize_rows(_orthogonal(restart(), basis[:, : k + 1])))
+        residual_norm, product_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (residual, product))
+        # If the product lies in the span, the residual is rounding error.
+        continues = residual_norm > 100 * torch.finfo(q.dtype).eps * product_norm
+        projected[:, k, k + 1] = projected[:, k + 1, k] = torch.where(continues, residual_norm, 0).squeeze(1)
+        q = normalize_rows(torch.where(continues, residual, 0))
+        if restart is not None and not continues.all():
+            q = torch.where(continues, q, normalize_rows(_orthogonalized(restart(), basis[:, : k + 1])))
     return Krylov(basis, projected, residual)
 
 
-def _orthogonal(v: Tensor, basis: Tensor) -> Tensor:
+def _orthogonalized(v: Tensor, basis: Tensor) -> Tensor:
     for _ in range(2):
         v = v - torch.einsum("skn,sk->sn", basis, torch.einsum("skn,sn->sk", basis, v))
     return v

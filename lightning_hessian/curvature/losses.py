@@ -1,4 +1,4 @@
-"""What a training step handed to its loss function, seen where it calls it."""
+"""Record the arguments and results of the loss function calls in a training step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_hessian.curvature.graph import has_parameters, nodes
 
 Reduction = Literal["mean", "sum"]
 
-_SEEN = {
+_RECORDED = {
     F.cross_entropy,
     F.nll_loss,
     F.binary_cross_entropy_with_logits,
@@ -33,7 +33,7 @@ _SEEN = {
 
 @dataclass(frozen=True, kw_only=True)
 class LossCall:
-    """One call of a loss function: its arguments by name, what it returned, and the value of that at the time."""
+    """One call of a loss function: its arguments by name, its result, and a copy of the result's value at the time."""
 
     function: Callable[..., Tensor]
     arguments: dict[str, Any]
@@ -46,59 +46,61 @@ class LossCall:
 
     @property
     def outputs(self) -> Tensor:
-        """Logits, predictions or log-probabilities: the argument with a graph, in whichever order they came; of two
-        such the one that depends on parameters (the other may be the input)."""
+        """Logits, predictions or log-probabilities: the argument with a graph, in either position.
+
+        If both arguments have a graph, it is the one that depends on parameters: the other may be the input.
+        """
         first, second = self.arguments["input"], self.arguments["target"]
         if not (first.requires_grad and second.requires_grad):
             return first if first.requires_grad else second
         return second if has_parameters(second) and not has_parameters(first) else first
 
     def elements(self) -> Tensor:
-        """The same call without its reduction, in float32 at the least."""
+        """Repeat the call without its reduction, in float32 or wider."""
         return self.again(reduction="none")
 
     def again(self, **changed: Any) -> Tensor:
-        """The same call with other arguments, in float32 at the least."""
-        return self.function(**{name: _widened(value) for name, value in {**self.arguments, **changed}.items()})
+        """Repeat the call with changed arguments, in float32 or wider."""
+        return self.function(**{name: _upcast(value) for name, value in {**self.arguments, **changed}.items()})
 
     def factor(self, loss: Tensor, create_graph: bool = False) -> Tensor | None:
-        """The derivative of the loss by what the call returned; None where it is no part of the loss."""
+        """Return d loss / d result, or None if the loss does not use the result."""
         (found,) = torch.autograd.grad(
             loss, self.result, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
         return found
 
     def weights(self, loss: Tensor, create_graph: bool = False) -> Tensor:
-        """The factors with which the elements enter the loss, of the elements' shape or one for all."""
+        """Return the factors of the elements in the loss: of the elements' shape, or one factor for all."""
         factor = self.factor(loss, create_graph)
         if factor is None:
             return torch.zeros_like(self.result)
         if self.reduction in ("none", "sum"):
             return factor
         with torch.no_grad():
-            # What the reduction divides by depends on class weights and ignored targets: ask it.
+            # The reduction's divisor depends on class weights and ignored targets, so compute it from the call itself.
             elements = self.elements()
             total = elements.sum()
             share = self.value / total if total != 0 else total.new_tensor(1 / elements.numel())
         return factor * share
 
     def counted(self) -> float:
-        """How many elements count: what a mean over them divides by, with class weights and ignored targets."""
+        """Return the divisor of a mean over the elements, which depends on class weights and ignored targets."""
         with torch.no_grad():
             total, mean = self.again(reduction="sum"), self.again(reduction="mean")
         return (total / mean).item() if mean != 0 and mean.isfinite() else float(self.elements().numel())
 
 
 class watch_losses(TorchFunctionMode):
-    """Context manager that records the calls of the usual loss functions of ``torch.nn.functional`` inside.
+    """Context manager: record the calls of common ``torch.nn.functional`` loss functions inside.
 
-    Seen are cross entropy, NLL, binary cross entropy (with logits or without), MSE, L1, smooth L1, Huber and KL
-    divergence, also when their modules are called.
+    It records cross entropy, NLL, binary cross entropy (with or without logits), MSE, L1, smooth L1, Huber and KL
+    divergence, and also calls through their modules.
 
     Attributes:
-        calls: the calls whose result has a graph.
-        was_entered: whether a loss was computed inside at all.
-        batch_statistics: whether batch norm normalized by the statistics of the batch.
+        calls: the recorded calls whose result has a graph.
+        was_entered: whether the context was entered at all.
+        batch_statistics: whether batch norm used the statistics of the batch.
 
     Example:
         >>> logits = torch.zeros(2, 3, requires_grad=True)
@@ -123,7 +125,7 @@ class watch_losses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is F.batch_norm and _arguments(func, args, kwargs)["training"]:
             self.batch_statistics = True
-        if func in _SEEN and result.requires_grad:
+        if func in _RECORDED and result.requires_grad:
             self.calls.append(
                 LossCall(
                     function=func,
@@ -132,42 +134,43 @@ class watch_losses(TorchFunctionMode):
                     value=result.detach().clone(),
                 )
             )
-            # The step may go on with it in place.
+            # The step may modify the result in place, so it gets a copy.
             return result.clone()
         return result
 
     def calls_in(self, loss: Tensor) -> list[LossCall]:
-        """Those that the loss is made of; others were for the logs."""
+        """Return the calls that the loss depends on. Others may be for logs only."""
         return [call for call in self.calls if call.factor(loss) is not None]
 
     def outputs(self, loss: Tensor) -> tuple[Tensor, ...]:
-        """The different tensors that the loss functions were called on."""
+        """Return the distinct output tensors in the calls that the loss depends on."""
         return tuple({id(call.outputs): call.outputs for call in self.calls_in(loss)}.values())
 
     def reduction_of(self, loss: Tensor, samples: int) -> Reduction | None:
-        """Whether the loss is the mean or the sum over samples; None where no call was seen.
+        """Return whether the loss is the mean or the sum over samples, or None if no call was recorded.
 
-        A call that averages gives a mean, whatever the factor. One that sums, or does not reduce, gives a sum where
-        its elements enter with factor 1, and a mean where they are divided by their number or that of the samples (in
-        sum, or each), or averaged.
+        A call that averages gives a mean, whatever its factor. A call that sums, or does not reduce, gives
+
+        - a sum if its elements enter the loss with factor 1;
+        - a mean if its elements are averaged, or divided (each, or in sum) by the number of elements or samples.
 
         Raises:
-            ValueError: some calls average and others sum, or no call tells.
+            ValueError: some calls average and others sum, or no call is conclusive.
         """
         calls = self.calls_in(loss)
         found = {_reduction(call, loss, samples) for call in calls}
         known = found - {None}
         if len(known) > 1:
             raise ValueError(
-                "The step calls loss functions with reduction='mean' and with reduction='sum', so there is no one way "
-                "to tell each sample's loss from their sum. Use the same reduction in all."
+                "The step calls loss functions with reduction='mean' and with reduction='sum', so the "
+                "losses of single samples cannot be recovered. Use the same reduction in all calls."
             )
         if calls and not known:
             raise ValueError(
                 f"The step sums its loss ({calls[0].function.__name__}, reduction={calls[0].reduction!r}) and "
-                "multiplies it by a factor that is neither 1 nor 1 over a number of samples or elements, so a mean "
-                "cannot be told from a sum, and each sample's loss not from their sum. Let the loss function average "
-                "(reduction='mean') and put the factor there."
+                "multiplies it by a factor that is neither 1 nor 1 / (number of samples or elements), so a mean "
+                "cannot be told from a sum, and the losses of single samples are unknown. Let the loss function "
+                "average (reduction='mean') and multiply its result by the factor."
             )
         return known.pop() if known else None
 
@@ -187,13 +190,13 @@ def _reduction(call: LossCall, loss: Tensor, samples: int) -> Reduction | None:
         return "mean"
     weights = call.weights(loss)
     used = weights[weights != 0]
-    if not len(used) or (_alike(used.min(), 1) and _alike(used.max(), 1)):
+    if not len(used) or (_close(used.min(), 1) and _close(used.max(), 1)):
         return "sum"
     elements = call.elements().numel()
     in_sum = weights.sum().item() * (elements if call.reduction == "sum" else 1)
-    if any(_alike(in_sum, value) for value in (1, elements / samples)):
+    if any(_close(in_sum, value) for value in (1, elements / samples)):
         return "mean"
-    if _alike(used.min(), used.max()) and any(_alike(1 / used[0], n) for n in (samples, elements, call.counted())):
+    if _close(used.min(), used.max()) and any(_close(1 / used[0], n) for n in (samples, elements, call.counted())):
         return "mean"
     averaged = call.reduction == "none" and any(
         node.name().startswith("MeanBackward") for node in nodes(loss, until=call.result.grad_fn)
@@ -201,10 +204,10 @@ def _reduction(call: LossCall, loss: Tensor, samples: int) -> Reduction | None:
     return "mean" if averaged else None
 
 
-def _alike(a: Tensor | float, b: Tensor | float) -> bool:
+def _close(a: Tensor | float, b: Tensor | float) -> bool:
     return math.isclose(float(a), float(b), rel_tol=1e-3)
 
 
-def _widened(value: Any) -> Any:
+def _upcast(value: Any) -> Any:
     half = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
     return value.float() if half else value

@@ -1,4 +1,4 @@
-"""Layers in training or evaluation mode for a while."""
+"""Temporarily switch layers to training or evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 
 @contextmanager
 def in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Each layer inside in training mode (True) or evaluation mode (False), and afterwards in its own.
+    """Context manager: put layers in training mode (True) or evaluation mode (False), and restore their modes on exit.
 
-    A layer's children are left alone.
+    The modes of a layer's children do not change.
     """
     changed = [(layer, training) for layer, training in modes if layer.training != training]
     try:
@@ -26,7 +26,7 @@ def in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Each of these layers in evaluation mode inside, and afterwards in its own mode; their children are left alone.
+    """Context manager: put these layers, but not their children, in evaluation mode. Restore their modes on exit.
 
     Example:
         >>> net = nn.Sequential(nn.Dropout())

@@ -1,8 +1,8 @@
-"""Normalization layers written with primitives, so that autograd differentiates them as often as it is asked.
+"""Normalization layers written with primitives, so that autograd can differentiate them any number of times.
 
-PyTorch's fused kernels treat the saved mean and inverse deviation as constants in the third derivative
-(pytorch#175754, #186256), and the fused weight norm already in the second. Here every statistic is a node of the graph.
-Each function has the signature and the side effects of its namesake in ``torch.nn.functional``.
+PyTorch's fused kernels treat the saved mean and inverse standard deviation as constants in the third derivative
+(pytorch#175754, #186256). The fused weight norm already does so in the second. Here every statistic is a node of the
+graph. Each function has the signature and the side effects of its namesake in ``torch.nn.functional``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, statistics of the batch or, in evaluation, the running ones."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, with batch statistics, or running statistics in evaluation."""
     x = _in_full_precision(input)
     if training:
         samples = x.numel() // x.size(1)
@@ -35,8 +35,8 @@ def batch_norm(
         mean = x.mean(across, keepdim=True)
         centered = x - mean
         variance = centered.square().mean(across, keepdim=True)
-        _move(running_mean, mean.flatten(), momentum)
-        _move(running_var, variance.flatten() * (samples / (samples - 1)), momentum)
+        _update_running(running_mean, mean.flatten(), momentum)
+        _update_running(running_var, variance.flatten() * (samples / (samples - 1)), momentum)
     elif running_mean is None or running_var is None:
         raise RuntimeError("Expected running_mean and running_var to be defined when training=False")
     else:
@@ -55,7 +55,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Batch norm with the statistics of each sample and channel; the running ones move by their mean over the batch."""
+    """Batch norm with statistics per sample and channel. Their means over the batch update the running statistics."""
     if not use_input_stats:
         return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     x = _in_full_precision(input)
@@ -66,8 +66,8 @@ def instance_norm(
     mean = x.mean(across, keepdim=True)
     centered = x - mean
     variance = centered.square().mean(across, keepdim=True)
-    _move(running_mean, mean.mean(0).flatten(), momentum)
-    _move(running_var, variance.mean(0).flatten() * (size / (size - 1)), momentum)
+    _update_running(running_mean, mean.mean(0).flatten(), momentum)
+    _update_running(running_var, variance.mean(0).flatten() * (size / (size - 1)), momentum)
     return _scale_and_shift(centered, variance, weight, bias, eps).to(input.dtype)
 
 
@@ -98,7 +98,7 @@ def rms_norm(
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """w = g * v / ||v||, the norm taken over every dimension but ``dim`` (over all of them for -1)."""
+    """w = g * v / ||v||, with the norm over every dimension except ``dim`` (over all dimensions for -1)."""
     across = [d for d in range(v.dim()) if d != dim]
     return v * (g * torch.rsqrt(v.square().sum(across, keepdim=True)))
 
@@ -106,7 +106,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 def _scale_and_shift(
     centered: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    # The small tensors are multiplied first, which leaves one product of full size.
+    # Multiply the small tensors first. This leaves one product of full size.
     scale = torch.rsqrt(variance + eps)
     if weight is not None:
         scale = scale * _per_channel(weight, centered)
@@ -118,22 +118,22 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (like.dim() - 2))
 
 
-_AT_REST = threading.local()
+_FROZEN = threading.local()
 
 
 @contextmanager
 def statistics_at_rest() -> Iterator[None]:
-    """Inside, running statistics do not move: a checkpointed region is run again, its batch has been counted."""
-    _AT_REST.now = True
+    """Context manager: freeze running statistics. A recomputed checkpoint must not count its batch a second time."""
+    _FROZEN.active = True
     try:
         yield
     finally:
-        _AT_REST.now = False
+        _FROZEN.active = False
 
 
 @torch.no_grad()
-def _move(running: Tensor | None, batch: Tensor, momentum: float) -> None:
-    if running is not None and not getattr(_AT_REST, "now", False):
+def _update_running(running: Tensor | None, batch: Tensor, momentum: float) -> None:
+    if running is not None and not getattr(_FROZEN, "active", False):
         running.mul_(1 - momentum).add_(batch.detach().to(running.dtype), alpha=momentum)
 
 
@@ -147,10 +147,10 @@ def _last_dimensions(input: Tensor, normalized_shape: Sequence[int]) -> tuple[Te
 
 
 def _in_full_precision(x: Tensor) -> Tensor:
-    # The fused kernels, too, compute the statistics of half precision in float32.
+    # The fused kernels also compute the statistics of half-precision inputs in float32.
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _output_dtype(input: Tensor) -> torch.dtype:
-    # Autocast runs layer norm in float32 on a GPU and leaves its type alone on a CPU.
+    # Autocast runs layer norm in float32 on a GPU. On a CPU it keeps the input type.
     return torch.float32 if input.is_cuda and torch.is_autocast_enabled("cuda") else input.dtype

@@ -1,4 +1,4 @@
-"""Symmetric linear operators that are known by their products with vectors only."""
+"""Symmetric linear operators, defined by their matrix-vector products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_hessian.curvature.vectors import pack, pack_rows, unpack, unpack_
 
 
 class LinearOperator(Protocol):
-    """A symmetric n x n matrix A, known by v -> Av. Vectors are flat, of shape (n,)."""
+    """A symmetric n x n matrix A, defined by v -> Av. Vectors are flat, of shape (n,)."""
 
     @property
     def size(self) -> int:
@@ -25,11 +25,11 @@ class LinearOperator(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where vectors live."""
+        """The device of the vectors."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Their type."""
+        """The dtype of the vectors."""
 
     def matvec(self, v: Tensor) -> Tensor:
         """Av, of shape (n,)."""
@@ -54,7 +54,7 @@ class MatrixOperator:
 
 
 class _TensorOperator:
-    """What the Hessians share: their rows and columns are the entries of a list of tensors, one after the other."""
+    """Base of the Hessians. Their rows and columns are the concatenated entries of a list of tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.tensors = list(tensors)
@@ -63,24 +63,23 @@ class _TensorOperator:
         self.dtype = self.tensors[0].dtype
 
     def split(self, v: Tensor) -> list[Tensor]:
-        """Cut a flat vector into views of the tensors' shapes."""
+        """Split a flat vector into parts of the tensors' shapes."""
         return unpack(v, self.tensors)
 
 
 class HessianOperator(_TensorOperator):
     """H = d^2 loss / d tensors^2, from the graph of one loss: Hv = d(g'v) / d tensors, reverse over reverse.
 
-    Where the loss does not depend on a tensor, or only linearly, the rows and columns are zero.
+    Rows and columns of a tensor are zero if the loss does not depend on it, or only linearly.
 
     Args:
-        loss: a scalar with its graph, computed inside :class:`higher_order` if the products are to be differentiated.
-        tensors: with respect to what; leaves or intermediate results of the graph.
-        differentiable: whether :meth:`quadratic_form`, or a product, will be differentiated, which not every graph
-            allows.
+        loss: a scalar with its graph. Compute it inside :class:`higher_order` if you will differentiate the products.
+        tensors: the tensors to differentiate by: leaf tensors or intermediate results of the graph.
+        differentiable: whether you will differentiate :meth:`quadratic_form` or a product. Not every graph allows it.
 
     Raises:
         ValueError: the loss has no graph.
-        HigherOrderError: the graph has an operator whose derivatives would be silently wrong.
+        HigherOrderError: the graph contains an operator whose derivatives would be silently wrong.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -99,7 +98,7 @@ class HessianOperator(_TensorOperator):
             )
         self.custom = refuse_unsound_graph(loss, derivatives=3 if differentiable else 2)
         self.gradient = _differentiate([loss], self.tensors, custom=self.custom, create_graph=True)
-        if self.custom and differentiable:  # a backward may call other custom functions
+        if self.custom and differentiable:  # a custom backward may call further custom functions
             self.custom = refuse_unsound_graph(self.gradient, derivatives=2)
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
@@ -107,11 +106,11 @@ class HessianOperator(_TensorOperator):
         return pack(products, self.dtype)
 
     def quadratic_form(self, v: Tensor, only: Sequence[int] | None = None) -> Tensor:
-        """v'Hv as a scalar that can be differentiated.
+        """Return v'Hv as a differentiable scalar.
 
         Args:
-            v: flat, of the length of all tensors, or of those in ``only``.
-            only: restrict to these tensors (by position); the graph behind the others is not walked.
+            v: a flat vector with the entries of all tensors, or of those in ``only``.
+            only: the positions of the tensors to restrict H to. The backward pass skips the graph of the others.
         """
         kept = range(len(self.tensors)) if only is None else only
         tensors = [self.tensors[i] for i in kept]
@@ -124,18 +123,18 @@ class HessianOperator(_TensorOperator):
 class BatchedHessianOperator(_TensorOperator):
     """H of the mean loss over a fixed list of batches, each weighted by its number of samples.
 
-    A product goes through every batch and keeps the graph of one at a time, so memory does not grow with the number
-    of batches; the graph of a single batch is kept from product to product. Vectors are in float32 or better.
+    Each product visits every batch and keeps one graph at a time, so memory does not grow with the number of batches.
+    If there is only one batch, its graph stays alive between products. Vectors are in float32 or wider.
 
     Args:
         loss: ``loss(batch)`` returns the batch's mean loss with its graph.
-        tensors: with respect to what.
-        batches: the batches; they must stay the same within an estimate, so hand over a list.
-        samples: ``samples(batch)``, the number of samples; by default all batches count the same.
-        sum_over_ranks: the sum of a tensor over all processes, where each has batches of its own.
+        tensors: the tensors to differentiate by.
+        batches: the batches. They must not change within an estimate, so pass a list.
+        samples: ``samples(batch)`` returns the number of samples. By default all batches have equal weight.
+        sum_over_ranks: sums a tensor over all processes, if each process has its own batches.
 
     Raises:
-        ValueError: there is no batch, or none of them has a sample.
+        ValueError: there is no batch, or no batch contains a sample.
 
     Example:
         >>> x = torch.tensor([1.0], requires_grad=True)
@@ -153,7 +152,7 @@ class BatchedHessianOperator(_TensorOperator):
     ) -> None:
         super().__init__(tensors)
         if not batches:
-            raise ValueError("There is no batch to measure the Hessian on. Hand over at least one.")
+            raise ValueError("There is no batch to measure the Hessian on. Pass at least one.")
         self.dtype = torch.promote_types(self.dtype, torch.float32)
         self.loss = loss
         self.batches = batches
@@ -161,21 +160,21 @@ class BatchedHessianOperator(_TensorOperator):
         counts = [samples(batch) for batch in batches]
         total = self._summed(torch.tensor(float(sum(counts)), device=self.device)).item()
         if total == 0:
-            raise ValueError("The batches hold no sample, so their mean loss does not exist. Look at the dataset.")
+            raise ValueError("The batches contain no sample, so their mean loss does not exist. Check the dataset.")
         self.weights = [count / total for count in counts]
-        self._only: HessianOperator | None = None
+        self._single_batch_hessian: HessianOperator | None = None
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.matmat(v.unsqueeze(0)).squeeze(0)
 
     def matmat(self, rows: Tensor) -> Tensor:
-        """Hv for each of the rows, of shape (k, n), at the price of one graph for each batch."""
+        """Return Hv for each row v; rows have shape (k, n). It builds one graph per batch for all rows."""
         total = torch.zeros_like(rows)
         with torch.enable_grad():
             for batch, weight in zip(self.batches, self.weights, strict=True):
-                hessian = self._only or HessianOperator(self.loss(batch), self.tensors)
+                hessian = self._single_batch_hessian or HessianOperator(self.loss(batch), self.tensors)
                 if len(self.batches) == 1:
-                    self._only = hessian
+                    self._single_batch_hessian = hessian
                 for row, v in zip(total, rows, strict=True):
                     row += weight * hessian.matvec(v)
                 del hessian
@@ -186,24 +185,24 @@ class BatchedHessianOperator(_TensorOperator):
 
 
 def matmat(operator: LinearOperator, rows: Tensor) -> Tensor:
-    """Av for each of the rows, all at once where the operator can."""
+    """Return Av for each row v, in one call if the operator supports it."""
     at_once = getattr(operator, "matmat", None)
     return at_once(rows) if at_once is not None else torch.stack([operator.matvec(v) for v in rows])
 
 
 class SampleHessians:
-    """H_i = d^2 l_i / d x_i^2 of all samples: one product of the summed loss's Hessian is H_i v_i in every row.
+    """H_i = d^2 l_i / d x_i^2 of all samples. One product with the summed loss's Hessian gives all H_i v_i as rows.
 
-    That holds where no sample's loss depends on another's input, so not through batch norm in training mode.
+    This requires that no sample's loss depends on another sample's input, so no batch norm in training mode.
 
     Args:
         summed_loss: sum_i l_i with its graph, computed inside :class:`higher_order`.
-        inputs: x, one tensor or several, each of shape (samples, ...); a vector has the entries of all.
-        differentiable: whether the products will be differentiated, which not every graph allows.
+        inputs: x, one or several tensors, each of shape (samples, ...). A vector has the entries of all.
+        differentiable: whether you will differentiate the products. Not every graph allows it.
 
     Raises:
         ValueError: the loss depends on none of the inputs.
-        HigherOrderError: the graph has an operator whose derivatives would be silently wrong.
+        HigherOrderError: the graph contains an operator whose derivatives would be silently wrong.
 
     Example:
         >>> x = torch.tensor([[1.0], [2.0]], requires_grad=True)
@@ -220,21 +219,21 @@ class SampleHessians:
 
     @property
     def gradient(self) -> Tensor:
-        """Of each sample's loss by its input, of shape (samples, n), with its graph."""
+        """The gradients d l_i / d x_i, of shape (samples, n), with their graph."""
         return pack_rows(self._gradients)
 
     def matvec(self, v: Tensor, create_graph: bool = False) -> Tensor:
-        """H_i v_i, of shape (samples, n)."""
+        """Return H_i v_i, of shape (samples, n)."""
         parts = unpack_rows(v, self.inputs)
         return pack_rows(vector_jacobian_product(self._gradients, self.inputs, parts, create_graph, self._custom))
 
 
 def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 1) -> list[Tensor]:
-    """The gradients of a scalar by the inputs; with a graph if more than one derivative will be taken.
+    """Return the gradients of a scalar by the inputs, with a graph if ``derivatives`` is above 1.
 
     Raises:
-        ValueError: the scalar depends on none of the inputs: its derivatives would be zero in silence.
-        HigherOrderError: it passes through an operator whose derivatives would be silently wrong.
+        ValueError: the scalar depends on none of the inputs. Its derivatives would silently be zero.
+        HigherOrderError: the graph contains an operator whose derivatives would be silently wrong.
     """
     several = derivatives > 1
     custom = refuse_unsound_graph(value, derivatives) if several else []
@@ -243,7 +242,7 @@ def input_gradients(value: Tensor, inputs: Sequence[Tensor], derivatives: int = 
         raise ValueError(
             f"The loss does not depend on the inputs (of shape {', '.join(str(tuple(x.shape)) for x in inputs)}): the "
             "step detaches them, computes with them under `torch.no_grad()`, or uses another tensor of the batch. "
-            "Choose the right one with `inputs=`, or a layer behind which gradients flow with `layer=`."
+            "Select the tensor that it uses with `inputs=`, or with `layer=` a layer through which gradients flow."
         )
     return [torch.zeros_like(x) if gradient is None else gradient for gradient, x in zip(found, inputs, strict=True)]
 
@@ -255,11 +254,11 @@ def vector_jacobian_product(
     create_graph: bool = False,
     custom: Sequence[Any] = (),
 ) -> Sequence[Tensor]:
-    """d(sum_k outputs_k'v_k) / d tensors, part by part; Hv where the outputs are a loss's gradient by the tensors.
+    """Return d(sum_k outputs_k'v_k) / d tensors. If the outputs are a loss's gradient by the tensors, this is Hv.
 
-    ``custom`` are the nodes of custom functions in the outputs' graph.
+    ``custom`` lists the nodes of custom functions in the outputs' graph.
     """
-    # What has no graph is constant: of a gradient, its rows of H are zero.
+    # An output without a graph is constant. In a gradient, its rows of H are zero.
     curved = [(output, part) for output, part in zip(outputs, v, strict=True) if output.requires_grad]
     if not curved:
         return [torch.zeros_like(tensor) for tensor in tensors]
@@ -274,19 +273,19 @@ def _differentiate(
     create_graph: bool = False,
     materialize_grads: bool = True,
 ) -> list[Tensor]:
-    """d(sum_k outputs_k'seeds_k) / d tensors; the graph of the outputs is kept.
+    """Return d(sum_k outputs_k'seeds_k) / d tensors, and keep the graph of the outputs.
 
     Raises:
-        HigherOrderError: an operator on the way has no derivative, or is marked @once_differentiable.
+        HigherOrderError: an operator in the graph has no derivative, or is marked @once_differentiable.
     """
     if custom and create_graph:
-        # A backward that cuts the graph shows itself where what it is given has one.
+        # A backward that cuts the graph can be detected only if its incoming gradient has a graph.
         seeds = [torch.ones_like(output) for output in outputs] if seeds is None else seeds
         seeds = [seed if seed.requires_grad else seed.detach().requires_grad_() for seed in seeds]
-    # Hooks are for the gradient that is trained on. Never `backward(create_graph=True)`: it ties parameters and
-    # gradients into a cycle that is not freed.
-    looking = without_lost_derivatives(custom) if create_graph else nullcontext()
-    with without_hooks(tensors), derivatives_explained(), looking:
+    # Hooks are meant for the training gradient only. Never use `backward(create_graph=True)`: it creates a reference
+    # cycle between parameters and gradients that is not freed.
+    check_backwards = without_lost_derivatives(custom) if create_graph else nullcontext()
+    with without_hooks(tensors), derivatives_explained(), check_backwards:
         found = torch.autograd.grad(
             list(outputs),
             list(tensors),

@@ -1,4 +1,4 @@
-"""Choosing parameters by name."""
+"""Select parameters by name."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ParameterFilter = str | Sequence[str] | Callable[[str, Tensor], bool] | None
 
 
 def check_filter(which: object, setting: str = "parameters") -> None:
-    """Refuse what is no :data:`ParameterFilter`.
+    """Check that the value is a :data:`ParameterFilter`.
 
     Raises:
-        ValueError: it is something else, or an empty list.
+        ValueError: the value is something else, or an empty list.
 
     Example:
         >>> check_filter(3)
@@ -35,18 +35,18 @@ def check_filter(which: object, setting: str = "parameters") -> None:
 def select_parameters(
     named: Mapping[str, Tensor], which: ParameterFilter = None, setting: str = "parameters", frozen: bool = False
 ) -> dict[str, Tensor]:
-    """Return the parameters that require a gradient and that ``which`` chooses, in their own order.
+    """Return the trainable parameters that ``which`` selects, in their original order.
 
     Args:
         named: parameters by name, for example ``dict(module.named_parameters())``.
         which: a glob (``"*.weight"``), a list of globs (one match suffices), a predicate
-            ``(name, parameter) -> bool``, or None for all that require a gradient.
-        setting: what errors call ``which``.
-        frozen: choose among those that require no gradient as well.
+            ``(name, parameter) -> bool``, or None for all trainable parameters.
+        setting: the name of ``which`` in error messages.
+        frozen: also select parameters that do not require grad.
 
     Raises:
-        ValueError: nothing requires a gradient, or nothing is chosen (near names are listed); a chosen one is complex;
-            or a lazy layer has not made its parameters yet.
+        ValueError: no parameter requires grad; ``which`` selects none (the error lists similar names); a selected
+            parameter is complex; or a lazy layer has not created its parameters yet.
 
     Example:
         >>> from torch import nn
@@ -58,8 +58,8 @@ def select_parameters(
     lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
     if lazy:
         raise ValueError(
-            f"The parameter {lazy[0]!r} belongs to a lazy layer, which learns its shape from a batch, so it has "
-            "no entries. Run a batch through the model first."
+            f"The parameter {lazy[0]!r} belongs to a lazy layer, which infers its shape from a batch, so it has "
+            "no entries yet. Run a batch through the model first."
         )
     trainable = {name: parameter for name, parameter in named.items() if frozen or parameter.requires_grad}
     if not trainable:
@@ -74,16 +74,16 @@ def select_parameters(
 
 
 def refuse_complex(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor of complex numbers.
+    """Refuse complex tensors.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the tensor is complex.
     """
     if tensor.is_complex():
         raise ValueError(
-            f"{what} is complex, and the Hessian here is that of real numbers: a complex trace would be no curvature. "
-            "Keep it as a real tensor of shape (..., 2) and use `torch.view_as_complex(parameter)` in the forward "
-            "pass, or choose only real ones with `parameters=`."
+            f"{what} is complex, but the Hessian is defined here for real tensors: a complex trace would not measure "
+            "curvature. Store it as a real tensor of shape (..., 2) and use `torch.view_as_complex(parameter)` in the "
+            "forward pass, or select only real parameters with `parameters=`."
         )
 
 
@@ -96,7 +96,7 @@ def _choose(
         chosen = {name: parameter for name, parameter in trainable.items() if which(name, parameter)}
         if not chosen:
             raise ValueError(
-                f"The predicate given as `{setting}` chose none of the {len(trainable)} trainable parameters. "
+                f"The predicate `{setting}` selected none of the {len(trainable)} trainable parameters. "
                 f"Their names: {_listed(trainable)}."
             )
         return chosen
@@ -108,12 +108,12 @@ def _choose(
             if others:
                 raise ValueError(
                     f"{setting}={glob!r} matches only frozen parameters ({_listed(others)}). "
-                    "Unfreeze them or choose others."
+                    "Unfreeze them or select others."
                 )
             near = difflib.get_close_matches(glob, trainable, n=3, cutoff=0.0)
             raise ValueError(
                 f"{setting}={glob!r} matches no trainable parameter. Near names: {', '.join(near)}. "
-                "Globs are matched against the whole name, so begin with '*' to match an ending."
+                "A glob must match the whole name: start it with '*' to match an ending."
             )
     return {name: parameter for name, parameter in trainable.items() if any(fnmatchcase(name, glob) for glob in globs)}
 
@@ -124,7 +124,7 @@ def _listed(names: Mapping[str, Tensor] | Sequence[str], most: int = 8) -> str:
 
 
 def padding_rows(module: nn.Module) -> dict[Tensor, int]:
-    """The rows of embeddings that ``padding_idx`` makes constants: their gradient is always zero, whatever they hold.
+    """Return the index of each embedding's padding row. Its gradient is always zero, because it is a constant.
 
     Example:
         >>> layer = nn.Embedding(3, 2, padding_idx=1)

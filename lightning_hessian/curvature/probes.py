@@ -1,7 +1,7 @@
-"""Random probe vectors v with E[v] = 0 and E[v v'] = I: their distributions, and where each step's probes come from.
+"""Random probe vectors v with E[v] = 0 and E[v v'] = I: distributions, and reproducible sources.
 
-A probe never touches the global random state: the same (seed, step, micro-batch, rank, index) gives the same vector,
-so a resumed run equals an uninterrupted one and the user's own random stream is left as it was.
+Probes never use the global random state. The same (seed, step, micro-batch, rank, index) gives the same vector, so a
+resumed run equals an uninterrupted one, and the user's own random stream does not change.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 Distribution = Callable[[int, torch.Generator, torch.dtype], Tensor]
-"""(size, generator, dtype) -> a vector of ``size`` independent entries of mean 0 and variance 1, on the generator's
-device. All randomness comes from the generator."""
+"""(size, generator, dtype) -> a vector of ``size`` independent entries with mean 0 and variance 1, on the generator's
+device. All randomness must come from the generator."""
 
 
 def rademacher(size: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Independent entries +1 or -1, with probability 1/2 each. Of all distributions v'Hv has the least variance here.
+    """Independent entries +1 or -1, with probability 1/2 each. No other distribution gives v'Hv a smaller variance.
 
-    Sixty-four signs are cut from each random word, by a table of the 256 bytes: several times faster than one draw
-    for each entry.
+    Each random 64-bit word gives 64 signs through a table of the 256 bytes. This is several times faster than one draw
+    per entry.
     """
     device = generator.device
     words = torch.empty(-(-size // 64), dtype=torch.int64, device=device)
@@ -44,14 +44,14 @@ def gaussian(size: int, generator: torch.Generator, dtype: torch.dtype = torch.f
 
 
 DISTRIBUTIONS: dict[str, Distribution] = {"rademacher": rademacher, "gaussian": gaussian}
-"""The distributions that settings can name."""
+"""The distributions by the names used in settings."""
 
 
 def distribution_of(choice: str | Distribution) -> Distribution:
-    """The distribution of that name; a function is taken as it is.
+    """Return the distribution with this name. A function is returned unchanged.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
 
     Example:
         >>> distribution_of("rademacher") is rademacher
@@ -67,18 +67,18 @@ def distribution_of(choice: str | Distribution) -> Distribution:
     return DISTRIBUTIONS[choice]
 
 
-_COUNT = itertools.count()
+_FRESH_COUNT = itertools.count()
 
 
 @dataclass(frozen=True)
 class ProbeSource:
-    """Where the probes of one step come from.
+    """The source of one step's probes.
 
     Args:
         seed: the run's seed.
         step: the optimizer step.
-        micro_batch: the batch within the run, which tells the micro-batches of one accumulated step apart.
-        rank: the process, so that ranks draw independent probes.
+        micro_batch: the index of the batch in the run. It distinguishes the micro-batches of one accumulated step.
+        rank: the rank of the process, so that ranks draw independent probes.
 
     Example:
         >>> source = ProbeSource(seed=0, step=7)
@@ -94,20 +94,20 @@ class ProbeSource:
 
     @classmethod
     def fresh(cls) -> ProbeSource:
-        """A source with other probes than any that this method has returned before.
+        """Return a source whose probes differ from those of all earlier calls.
 
-        For loops without Lightning: the seed is that of ``torch.manual_seed``, the step a count of these calls, so that
-        a program that is run again draws the same probes. (Another ``torch.manual_seed`` in the same process does not
-        begin anew: pass ``ProbeSource(seed, step)`` where it must.)
+        This is for loops without Lightning. The seed is that of ``torch.manual_seed``, and the step counts these
+        calls, so a second run of the program draws the same probes. Another ``torch.manual_seed`` in the same process
+        does not reset the count: pass ``ProbeSource(seed, step)`` if you need that.
         """
-        return cls(torch.initial_seed(), next(_COUNT))
+        return cls(torch.initial_seed(), next(_FRESH_COUNT))
 
     def shared(self) -> ProbeSource:
-        """The source that has the same probes on every rank."""
+        """Return the source with the same probes on every rank."""
         return replace(self, rank=0)
 
     def generator(self, index: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """A generator on ``device`` whose stream depends on the key and ``index`` only."""
+        """Return a generator on ``device``. Its stream depends only on this source's fields and ``index``."""
         key = f"{self.seed}/{self.step}/{self.micro_batch}/{self.rank}/{index}".encode()
         device = torch.device(device)
         generator = self._generators.setdefault(device, torch.Generator(device))
@@ -122,14 +122,14 @@ class ProbeSource:
         distribution: Distribution = rademacher,
         keep: float = 1.0,
     ) -> Tensor:
-        """A probe v with E[v v'] = I.
+        """Draw a probe v with E[v v'] = I.
 
         Args:
-            size: its number of entries.
-            index: which of the step's probes.
-            device: where it lives.
-            dtype: its type.
-            distribution: of the entries.
+            size: the number of entries.
+            index: the index of the probe in the step.
+            device: the device of v.
+            dtype: the dtype of v.
+            distribution: the distribution of the entries.
             keep: element dropout: each entry is 0 with probability 1 - ``keep``, and otherwise divided by
                 sqrt(``keep``).
         """
@@ -141,12 +141,12 @@ class ProbeSource:
         return (v * mask).mul_(keep**-0.5)
 
     def kept_tensors(self, count: int, keep: float, index: int) -> tuple[list[int], float]:
-        """Tensor dropout: which of ``count`` tensors stay, and the factor that makes v'Hv over them unbiased.
+        """Tensor dropout: return which of ``count`` tensors to keep, and the factor that makes their v'Hv unbiased.
 
-        Each tensor stays with probability q = ``keep``; where none would, one of them, drawn evenly, does. A tensor
-        is then kept with probability q' = q + (1 - q)^count / count, and the factor is 1/q'.
+        Each tensor is kept with probability q = ``keep``. If none is, one uniformly drawn tensor is kept. In total a
+        tensor is kept with probability q' = q + (1 - q)^count / count, and the factor is 1/q'.
         """
-        # A stream of its own (negative index): the entries of the kept tensors must not depend on which are kept.
+        # A separate stream (negative index): the entries of the kept tensors must not depend on the selection.
         generator = self.generator(-1 - index)
         kept = (torch.rand(count, generator=generator, device="cpu") < keep).nonzero().flatten().tolist()
         if not kept:

@@ -1,4 +1,4 @@
-"""What curvature cannot be right through, found by name: in a module's layers, and in the graph of a loss."""
+"""Find and name what makes curvature wrong or impossible, in a module's layers and in the graph of a loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_hessian.curvature.graph import nodes
 
 
 def _native(name: str, instead: str) -> Callable[..., str]:
-    """The check of an entry point to a fused kernel."""
+    """Return the check for an entry point to a fused kernel."""
     return lambda *args, **kwargs: (
         f"calls torch.{name}, whose third derivative is silently wrong, so a curvature penalty would train on a wrong "
         f"gradient. Call torch.nn.functional.{instead} instead."
@@ -29,8 +29,8 @@ def _native(name: str, instead: str) -> Callable[..., str]:
 
 def _as_strided_scatter(*args: Any, **kwargs: Any) -> str:
     return (
-        "calls torch.as_strided_scatter, whose gradient PyTorch computes wrongly, and so would its derivatives be. "
-        "Write into a clone by indices instead."
+        "calls torch.as_strided_scatter, whose gradient PyTorch computes wrongly, so its derivatives would be wrong "
+        "too. Write into a clone by indices instead."
     )
 
 
@@ -41,7 +41,7 @@ def _embedding(
         return None
     return (
         f"looks up an embedding with max_norm={max_norm:g}, which changes the weights in each forward pass. The "
-        "gradient leaves that out, so it is not the loss's. Pass max_norm=None."
+        "gradient ignores that change, so it is not the gradient of the loss. Pass max_norm=None."
     )
 
 
@@ -50,8 +50,8 @@ def _max_unpool(dimensions: int) -> Callable[..., str | None]:
         if not (torch.is_grad_enabled() and input.requires_grad and _repeats(indices, dimensions)):
             return None
         return (
-            "unpools several maxima into one place, as overlapping pooling windows give. PyTorch's gradient of it is "
-            "not the result's, so its derivatives would be wrong. Pool with kernel_size = stride."
+            "unpools several maxima into one place, which overlapping pooling windows cause. PyTorch's gradient of "
+            "this is wrong, so its derivatives would be wrong too. Pool with kernel_size = stride."
         )
 
     return check
@@ -67,7 +67,7 @@ CALLS: Mapping[Any, Callable[..., str | None]] = {
     F.max_unpool2d: _max_unpool(2),
     F.max_unpool3d: _max_unpool(3),
 }
-"""Functions whose derivatives can be wrong without an error: what is wrong with a call, or None."""
+"""Functions whose derivatives can be silently wrong. Each check returns what is wrong with a call, or None."""
 
 
 def _repeats(indices: Any, dimensions: int) -> bool:
@@ -77,8 +77,8 @@ def _repeats(indices: Any, dimensions: int) -> bool:
     return bool((places[..., 1:] == places[..., :-1]).any())
 
 
-# Nodes of fused kernels whose third derivative is wrong, and of the fused weight norm, whose second one is. Where the
-# forward pass took a gradient through a layer norm, the second derivative of the loss is the third of that norm.
+# Nodes of fused kernels with a wrong third derivative, and of the fused weight norm with a wrong second one. If the
+# forward pass computed a gradient through a layer norm, the loss's second derivative is that norm's third.
 _FUSED_NORM = re.compile(r"(Layer|Batch|Rms)_?Norm\w*Backward", re.IGNORECASE)
 _DIFFERENTIATED_LAYER_NORM = re.compile(r"LayerNorm\w*BackwardBackward", re.IGNORECASE)
 _FUSED_WEIGHT_NORM = re.compile(r"WeightNorm\w*Backward", re.IGNORECASE)
@@ -86,21 +86,21 @@ _LEARNED_SPARSE = re.compile(r"^_?Sparse\w*Tensor\w*Backward|^Sparse(SampledAddm
 
 
 def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3) -> list[Any]:
-    """Look through the graph of a loss for operators whose higher derivatives are silently wrong or left out.
+    """Search the graph of a loss for operators whose higher derivatives are silently wrong or omitted.
 
-    However they got there: around ``higher_order()``, by TorchScript, by ``torch.ops``. A function marked
-    ``@once_differentiable`` is no error in ``torch.autograd.grad``: its branch is pruned before it could raise, and
+    This also finds operators that bypass ``higher_order()``, for example through TorchScript or ``torch.ops``. For a
+    function marked ``@once_differentiable``, ``torch.autograd.grad`` raises no error: it prunes the branch first, and
     the Hessian silently lacks that part.
 
     Args:
         result: a scalar with its graph, or several results.
-        derivatives: how many will be taken: 2 to measure curvature, 3 to train on it.
+        derivatives: how often the result will be differentiated: 2 to measure curvature, 3 to train on it.
 
     Returns:
-        The nodes of every custom ``torch.autograd.Function`` that the graph passes through, but for this library's.
+        The nodes of all custom ``torch.autograd.Function``s in the graph, except this library's own.
 
     Raises:
-        HigherOrderError: there is one; it is named.
+        HigherOrderError: the graph contains such an operator. The error names it.
     """
     custom = []
     for node in nodes(result):
@@ -114,7 +114,7 @@ def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3
 
 
 _NO_DERIVATIVE = "torch::autograd::Error"
-"""The node of a result that PyTorch refuses to differentiate, if it ever comes to that."""
+"""The node of a result that PyTorch refuses to differentiate. It raises only in the backward pass."""
 _EXAMINED = (
     _FUSED_NORM, _FUSED_WEIGHT_NORM, _LEARNED_SPARSE,
     re.compile(f"^(Embedding|Convolution)Backward|^{_NO_DERIVATIVE}$"),
@@ -123,7 +123,7 @@ _EXAMINED = (
 
 @cache
 def _is_harmless(name: str) -> bool:
-    """Whether no node of this name needs a look. Graphs are large, and have few names."""
+    """Return whether nodes of this name need no check. Cached, because graphs are large but have few names."""
     return not any(pattern.search(name) for pattern in _EXAMINED)
 
 
@@ -133,8 +133,8 @@ def _refuse_node(node: Any, derivatives: int) -> None:
         return
     if name == _NO_DERIVATIVE:
         raise HigherOrderError(
-            "The loss passes through an operator that this version of PyTorch does not differentiate at all (a "
-            "control-flow operator such as while_loop?). Write it with operators that have a gradient."
+            "The loss passes through an operator that this version of PyTorch cannot differentiate at all (maybe "
+            "a control-flow operator such as while_loop). Write it with operators that have a gradient."
         )
     if (
         _FUSED_WEIGHT_NORM.search(name)
@@ -142,21 +142,21 @@ def _refuse_node(node: Any, derivatives: int) -> None:
         or _DIFFERENTIATED_LAYER_NORM.search(name)
     ):
         raise HigherOrderError(
-            f"The loss passes through the fused kernel of {name}, whose higher derivatives are silently wrong, and so "
-            "would the curvature be. Compute the loss inside `with higher_order():` (with `derivatives=3` where the "
-            "step takes a gradient in its forward pass), and call the layer from torch.nn or torch.nn.functional "
-            "there, not by TorchScript or torch.ops. `lightning_hessian.verify` names the layer."
+            f"The loss passes through the fused kernel of {name}, whose higher derivatives are silently wrong, so the "
+            "curvature would be wrong too. Compute the loss inside `with higher_order():` (with `derivatives=3` if the "
+            "step computes a gradient in its forward pass), and call the layer from torch.nn or torch.nn.functional "
+            "there, not through TorchScript or torch.ops. `lightning_hessian.verify` names the layer."
         )
     if _LEARNED_SPARSE.search(name):
         raise HigherOrderError(
             f"The loss passes through a sparse tensor of learned values ({name}), whose part of the Hessian PyTorch "
-            "leaves out without an error. Use a dense tensor, or gather and scatter the values yourself "
-            f"(`torch.index_add`). Constant sparse matrices are right. {OTHERWISE}"
+            "silently omits. Use a dense tensor, or gather and scatter the values yourself "
+            f"(`torch.index_add`). Constant sparse matrices are supported. {OTHERWISE}"
         )
     if getattr(node, "_saved_scale_grad_by_freq", False):
         raise HigherOrderError(
-            "The loss passes through an embedding with scale_grad_by_freq=True. Its gradient is scaled and is not the "
-            "loss's, so its derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
+            "The loss passes through an embedding with scale_grad_by_freq=True. Its gradient is scaled and not the "
+            "gradient of the loss, so its derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
         )
     if getattr(node, "_saved_sparse", False):
         raise HigherOrderError(
@@ -166,7 +166,7 @@ def _refuse_node(node: Any, derivatives: int) -> None:
     if getattr(node, "_saved_transposed", False) and any(node._saved_output_padding):
         raise HigherOrderError(
             "The loss passes through a transposed convolution with output_padding, which PyTorch cannot differentiate "
-            "twice. Compute the loss inside `with higher_order():`, which computes it in another way."
+            "twice. Compute the loss inside `with higher_order():`, which uses a differentiable version."
         )
 
 
@@ -185,11 +185,11 @@ def _refuse_function(function: Any) -> None:
 
 
 def control_flow_error(operator: str, error: BaseException | None = None) -> HigherOrderError:
-    """The error of ``torch.cond``, ``scan`` and their kin."""
+    """Build the error for ``torch.cond``, ``scan`` and similar operators."""
     found = f" (inside it: {type(error).__name__}: {str(error).splitlines()[0]})" if error is not None else ""
     return HigherOrderError(
         f"The loss passes through the control-flow operator {operator}, whose gradient PyTorch cannot differentiate: "
-        f"its part of the Hessian would be left out{found}. Write the branch or the loop in Python. {OTHERWISE}"
+        f"its part of the Hessian would be missing{found}. Write the branch or the loop in Python. {OTHERWISE}"
     )
 
 
@@ -197,7 +197,7 @@ _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
 
 
 def _is_once_differentiable(function: Any) -> bool:
-    """Whether the mark is on a function, or on one that it says it wraps."""
+    """Return whether the function, or any function it wraps, is marked ``@once_differentiable``."""
     while function is not None:
         if getattr(function, "__code__", None) is _ONCE_DIFFERENTIABLE:
             return True
@@ -207,19 +207,20 @@ def _is_once_differentiable(function: Any) -> bool:
 
 @contextmanager
 def without_lost_derivatives(custom: Sequence[Any]) -> Iterator[None]:
-    """Inside, refuse a custom function whose backward cuts the graph: by a mark that is hidden somewhere in it, by
-    ``torch.no_grad()``, or by ``.detach()``.
+    """Context manager: refuse a custom function whose backward cuts the graph.
+
+    The cause may be a hidden ``@once_differentiable``, ``torch.no_grad()`` or ``.detach()``.
 
     Args:
-        custom: the nodes of custom functions that may be passed through. What is differentiated must begin with a
-            seed that requires a gradient, so that whatever depends on it does.
+        custom: the nodes of custom functions in the graph. The backward pass inside must start from a seed that
+            requires grad, so that every gradient that depends on it does too.
 
     Raises:
-        HigherOrderError: there is one; it is named.
+        HigherOrderError: a backward cuts the graph. The error names the function.
     """
 
     def check(node: Any) -> Callable[..., None]:
-        def look(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
+        def on_backward(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:
             given = any(isinstance(g, Tensor) and g.requires_grad for g in outputs)
             found = [g for g in inputs if isinstance(g, Tensor)]
             if not given or not found:
@@ -229,10 +230,10 @@ def without_lost_derivatives(custom: Sequence[Any]) -> Iterator[None]:
             if not any(g.requires_grad for g in found) and any(bool(g.any()) for g in found):
                 raise once_differentiable_error(
                     function_name(node),
-                    "has no graph (torch.no_grad(), .detach() or the mark @once_differentiable in it)",
+                    "has no graph (it contains torch.no_grad(), .detach() or the mark @once_differentiable)",
                 )
 
-        return look
+        return on_backward
 
     handles = [node.register_hook(check(node)) for node in custom]
     try:
@@ -243,24 +244,24 @@ def without_lost_derivatives(custom: Sequence[Any]) -> Iterator[None]:
 
 
 def function_name(node: Any) -> str:
-    """The name of the custom ``torch.autograd.Function`` that a node belongs to."""
+    """Return the name of a node's custom ``torch.autograd.Function``."""
     name: str = node._forward_cls.__qualname__
     return name
 
 
 def refuse_layers(module: nn.Module) -> None:
-    """Refuse a module with layers that cannot be made right.
+    """Refuse a module with layers that ``higher_order()`` cannot make differentiable.
 
     Raises:
-        HigherOrderError: names the layer.
+        HigherOrderError: the module has such a layer. The error names it.
     """
-    several = (
+    is_distributed = (
         torch.distributed.is_available()
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size() > 1
     )
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.SyncBatchNorm) and several and layer.training:
+        if isinstance(layer, nn.SyncBatchNorm) and is_distributed and layer.training:
             raise HigherOrderError(
                 f"The layer {name!r} is a SyncBatchNorm, which has no double backward (pytorch#61222), so no curvature "
                 "penalty can be differentiated through it. Train with `sync_batchnorm=False` (each process then "
@@ -268,16 +269,16 @@ def refuse_layers(module: nn.Module) -> None:
             )
         if layer.training and _is_spectral_norm(layer):
             raise HigherOrderError(
-                f"The layer {name!r} is a spectral norm in training mode: each forward pass moves the vectors of its "
-                "power iteration and treats them as constants, so the loss is not the function that its derivatives "
-                "belong to. Call `.eval()` on this layer after a warm-up, or use weight norm."
+                f"The layer {name!r} is a spectral norm in training mode: each forward pass updates the vectors of "
+                "its power iteration and treats them as constants, so its derivatives do not match the loss. Call "
+                "`.eval()` on this layer after a warm-up, or use weight norm."
             )
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
             _refuse_embedding(name, layer)
         if isinstance(layer, torch.jit.ScriptModule):
             raise HigherOrderError(
-                f"The layer {name!r} is TorchScript, whose fused operators cannot be exchanged for ones that are "
-                f"differentiable three times. Use the Python module it was made from. {OTHERWISE}"
+                f"The layer {name!r} is TorchScript, whose fused operators cannot be replaced by ones that are "
+                f"differentiable three times. Use the original Python module. {OTHERWISE}"
             )
 
 
@@ -291,13 +292,13 @@ def _refuse_embedding(name: str, layer: nn.Embedding | nn.EmbeddingBag) -> None:
     if layer.max_norm is not None:
         raise HigherOrderError(
             f"The layer {name!r} has max_norm={layer.max_norm:g}: each forward pass changes its weights, and the "
-            "gradient leaves that out, so the loss is not the function that its derivatives belong to. Pass "
-            "max_norm=None, and bound the weights in `on_train_batch_end` if you need to."
+            "gradient ignores that change, so its derivatives do not match the loss. Pass max_norm=None, and bound "
+            "the weights in `on_train_batch_end` if necessary."
         )
     if layer.scale_grad_by_freq:
         raise HigherOrderError(
-            f"The layer {name!r} has scale_grad_by_freq=True: its gradient is scaled and is not the loss's, so its "
-            "derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
+            f"The layer {name!r} has scale_grad_by_freq=True: its gradient is scaled and not the gradient of the loss, "
+            "so its derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
         )
 
 

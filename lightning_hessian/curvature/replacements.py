@@ -1,4 +1,4 @@
-"""Functions whose higher derivatives are wrong or missing in PyTorch, written with primitives that have them all."""
+"""Replacements for functions with wrong or missing higher derivatives in PyTorch, written with primitives."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _complex_silu(input: Tensor, inplace: bool = False) -> Tensor:
     return input.copy_(y) if inplace else y
 
 
-# Right at any order, but their fused kernels are not. The functions of torch.nn.functional and the lower-level ones of
-# torch take their arguments in different orders.
+# The fused kernels of these functions have wrong higher derivatives. The values here are correct at any order. The
+# functions of torch.nn.functional and the lower-level ones of torch take their arguments in different orders.
 ALWAYS: Mapping[Any, Callable[..., Tensor]] = {
     F.batch_norm: norms.batch_norm,
     F.instance_norm: norms.instance_norm,
@@ -59,12 +59,12 @@ ALWAYS: Mapping[Any, Callable[..., Tensor]] = {
     torch._C._nn.hardsigmoid_: _hardsigmoid_,
 }
 
-# Sound up to the second derivative, and faster there than as primitives.
+# Correct up to the second derivative, and faster than primitives up to there.
 SOUND_TWICE = {F.layer_norm, torch.layer_norm}
 
 
 def replacement(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], derivatives: int) -> Any:
-    """What to call instead of a function, with the same arguments; None where the function itself is right."""
+    """Return the function to call instead, with the same arguments, or None if the original is correct."""
     if derivatives < 3 and func in SOUND_TWICE:
         return None
     if func in ALWAYS:
@@ -82,16 +82,16 @@ _LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", None)  # since torch 
 
 
 def _linear_cross_entropy(*args: Any, options: Any, **kwargs: Any) -> Tensor:
-    # The fused loss keeps its gradients as numbers, so they have no derivative. The plain one is the same function.
+    # The fused loss stores precomputed gradients without a graph. The plain loss computes the same function.
     loss: Tensor = _LINEAR_CROSS_ENTROPY(*args, **kwargs)  # type: ignore[misc]
     return loss
 
 
 def _transposed(convolution: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
-    """A transposed convolution whose double backward exists with ``output_padding`` too.
+    """Build a transposed convolution whose double backward also supports ``output_padding``.
 
-    It is the whole result, without padding, cropped by ``padding`` on either side but for ``output_padding`` at the
-    end.
+    It computes the whole result without padding, then crops ``padding`` at the start and ``padding - output_padding``
+    at the end.
     """
 
     def convolve(
@@ -100,12 +100,12 @@ def _transposed(convolution: Callable[..., Tensor], dimensions: int) -> Callable
     ) -> Tensor:  # fmt: skip
         paddings, extras = _numbers(padding, dimensions), _numbers(output_padding, dimensions)
         largest = [max(pair) for pair in zip(_numbers(stride, dimensions), _numbers(dilation, dimensions), strict=True)]
-        if any(extra >= most for extra, most in zip(extras, largest, strict=True)):  # raises
+        if any(extra >= most for extra, most in zip(extras, largest, strict=True)):  # PyTorch raises
             return convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
         whole = convolution(input, weight, None, stride, 0, 0, groups, dilation)
         crop: list[int] = []
         for p, extra in zip(paddings, extras, strict=True):
-            crop = [-p, extra - p, *crop]  # F.pad begins at the last dimension
+            crop = [-p, extra - p, *crop]  # F.pad starts at the last dimension
         y = F.pad(whole, crop)
         return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * dimensions)
 

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over processes (DTensor, as under FSDP2): parts, and sums over all parts."""
+"""Parameters sharded over processes (DTensor, as in FSDP2): local shards, and sums over all shards."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor, as the parameters are under FSDP2."""
+    """Return whether the tensor is a DTensor, such as a parameter in FSDP2."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that this process holds; any other tensor itself, without its graph."""
+    """Return this process's shard of a sharded tensor, or any other tensor itself, without its graph."""
     part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part.detach()
 
 
 def shard_like(whole: Tensor, like: Any) -> Tensor:
-    """The part of ``whole`` that this process holds where ``whole`` is sharded as ``like`` is."""
+    """Return this process's shard of ``whole``, sharded in the same way as ``like``."""
     if not is_dtensor(like):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
 
-    everywhere = [Replicate()] * like.device_mesh.ndim
+    replicated = [Replicate()] * like.device_mesh.ndim
     part: Tensor = (
-        DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+        DTensor.from_local(whole, like.device_mesh, replicated, run_check=False)
         .redistribute(placements=like.placements)
         .to_local()
     )
@@ -36,7 +36,7 @@ def shard_like(whole: Tensor, like: Any) -> Tensor:
 
 
 def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:
-    """v'g over all parts; those of other processes are included where the tensors are sharded (as ``like`` is)."""
+    """Return v'g. If the tensors are sharded, in the same way as ``like``, this sums over all processes."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     flat = [(a.reshape(-1).to(dtype), local(g).reshape(-1).to(dtype)) for a, g in zip(v, gradients, strict=True)]
     total = torch.stack([torch.dot(a, g) for a, g in flat]).sum() if flat else like.new_zeros((), dtype=dtype)
@@ -44,7 +44,7 @@ def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:
 
 
 def sum_over_shards(value: Tensor, like: Any) -> Tensor:
-    """The sum of a value over the processes among which ``like`` is sharded."""
+    """Return the sum of a value over the processes that share ``like``'s shards."""
     if is_dtensor(like):
         for dimension, placement in enumerate(like.placements):
             if placement.is_shard():

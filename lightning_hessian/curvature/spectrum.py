@@ -1,4 +1,4 @@
-"""Eigenvalues at the ends of a spectrum, and its density, from matrix-vector products."""
+"""Extreme eigenvalues and spectral densities from matrix-vector products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_hessian.curvature.operators import LinearOperator, matmat
 from lightning_hessian.curvature.probes import ProbeSource
 
 _ROUNDING = 30
-"""Units of rounding of the largest eigenvalue below which no residual is believed."""
+"""Lower bound for residuals, in units of machine epsilon times the largest absolute eigenvalue."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Eigenpairs:
 
     Args:
         values: theta, of shape (k,).
-        residuals: ||A y - theta y||, of shape (k,), or what rounding makes of it: there is an eigenvalue within that
+        residuals: ||A y - theta y||, of shape (k,), but at least the rounding error. An eigenvalue lies within this
             distance of theta.
-        vectors: y, of shape (k, n), orthonormal rows.
+        vectors: y, of shape (k, n), with orthonormal rows.
     """
 
     values: Tensor
@@ -39,9 +39,9 @@ class ExtremeEigenvalues:
     """Both ends of a spectrum.
 
     Args:
-        largest: descending.
-        smallest: ascending.
-        matvecs: how many products were spent.
+        largest: the largest eigenvalues, descending.
+        smallest: the smallest eigenvalues, ascending.
+        matvecs: the number of products used.
     """
 
     largest: Eigenpairs
@@ -54,18 +54,18 @@ def extreme_eigenvalues(
 ) -> ExtremeEigenvalues:
     """The largest and the smallest (most negative) eigenvalues by Lanczos with full reorthogonalization.
 
-    Outlying eigenvalues converge first; the residuals tell how far. With as many iterations as the matrix has rows all
-    are exact. The basis takes ``iterations`` vectors of memory.
+    Outlying eigenvalues converge first. The residuals measure the error. All eigenvalues are exact once there are as
+    many iterations as the matrix has rows. The basis stores ``iterations`` vectors.
 
     Args:
         operator: the symmetric matrix.
-        largest: how many of the largest, at least 0.
-        smallest: how many of the smallest, at least 0.
-        iterations: how many products to spend, at least as many as there are eigenvalues asked at either end.
-        seed: of the start.
+        largest: the number of largest eigenvalues, at least 0.
+        smallest: the number of smallest eigenvalues, at least 0.
+        iterations: the number of products, at least ``largest`` and at least ``smallest``.
+        seed: the seed of the starting vector.
 
     Raises:
-        ValueError: more eigenvalues are asked than the matrix has or the iterations can give.
+        ValueError: ``largest`` or ``smallest`` exceeds the size of the matrix or the number of iterations.
 
     Source:
         Lanczos 1950; Golub and Van Loan, Matrix Computations, chapter 10.
@@ -95,32 +95,35 @@ def extreme_eigenvalues(
 
 
 def check_eigenvalues(largest: int, smallest: int, iterations: int, size: int | None = None) -> None:
-    """Refuse numbers of eigenvalues that :func:`extreme_eigenvalues` cannot give.
+    """Check the numbers of eigenvalues asked of :func:`extreme_eigenvalues`.
 
     Raises:
-        ValueError: for a matrix of that size, or of any if None.
+        ValueError: they cannot be computed for a matrix of this size, or of any size if it is None.
     """
-    whole_number("largest", largest, 0, "how many of the largest eigenvalues")
-    whole_number("smallest", smallest, 0, "how many of the smallest eigenvalues")
-    whole_number("iterations", iterations, 1, "the products that Lanczos spends")
+    whole_number("largest", largest, 0, "the number of largest eigenvalues")
+    whole_number("smallest", smallest, 0, "the number of smallest eigenvalues")
+    whole_number("iterations", iterations, 1, "the number of Lanczos products")
     most = max(largest, smallest)
     if most > iterations:
         raise ValueError(
-            f"{most} eigenvalues at one end of the spectrum are more than iterations={iterations} products can tell "
-            f"apart. Spend at least {2 * most}; outliers converge first."
+            f"{most} eigenvalues at one end of the spectrum are more than iterations={iterations} products can "
+            f"resolve. Set `iterations` to at least {2 * most}; outliers converge first."
         )
     if size is not None and most > size:
-        raise ValueError(f"{most} eigenvalues are asked for, and the matrix has {size}: one for each parameter.")
+        raise ValueError(
+            f"{most} eigenvalues are asked for, and the matrix has {size}: one for each parameter. Reduce `largest` "
+            "and `smallest`."
+        )
 
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """How the eigenvalues of a matrix are spread: a weighted set of points, for each run of Lanczos.
+    """The distribution of a matrix's eigenvalues: one weighted set of points per Lanczos run.
 
     Args:
         nodes: Ritz values, of shape (runs, m).
-        weights: of shape (runs, m); of every run they sum to 1.
-        matvecs: how many products were spent.
+        weights: their weights, of shape (runs, m). They sum to 1 in each run.
+        matvecs: the number of products used.
     """
 
     nodes: Tensor
@@ -128,9 +131,9 @@ class SpectralDensity:
     matvecs: int
 
     def on_grid(self, grid: Tensor, width: float) -> Tensor:
-        """The density at the points of a grid, each node smeared by a Gaussian of this standard deviation.
+        """Return the density on a grid. A Gaussian with standard deviation ``width`` smooths each node.
 
-        Its integral is 1; times n and the length of an interval it is the number of eigenvalues there.
+        It integrates to 1. Times n and the length of an interval, it gives the number of eigenvalues there.
         """
         distances = (grid.unsqueeze(1) - self.nodes.reshape(1, -1)) / width
         weights = self.weights.reshape(-1) / len(self.weights)
@@ -140,17 +143,17 @@ class SpectralDensity:
 def spectral_density(operator: LinearOperator, runs: int = 4, iterations: int = 30, seed: int = 0) -> SpectralDensity:
     """The spectral density by stochastic Lanczos quadrature.
 
-    Each run starts from a random v with entries +-1; Gauss quadrature of v's own spectral measure has the Ritz values
-    for nodes and the squared first entries of the eigenvectors of T for weights. Their mean over v is the density.
+    Each run starts from a random v with entries +-1. The Gauss quadrature of v's spectral measure has the Ritz values
+    as nodes and the squared first entries of T's eigenvectors as weights. The density is the mean over v.
 
     Args:
         operator: the symmetric matrix.
-        runs: how many v.
-        iterations: products a run.
-        seed: of the v.
+        runs: the number of vectors v.
+        iterations: the number of products per run.
+        seed: the seed of the vectors v.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: ``runs`` or ``iterations`` is below 1.
 
     Source:
         Golub and Welsch 1969; Lin, Saad, Yang 2016, "Approximating Spectral Densities of Large Matrices";
@@ -173,13 +176,13 @@ def spectral_density(operator: LinearOperator, runs: int = 4, iterations: int = 
 
 
 def subspace_overlap(a: Tensor, b: Tensor) -> float:
-    """||A B'||_F^2 / k: how much of one k-dimensional space lies in another; 1 if they are the same, 0 if orthogonal.
+    """||A B'||_F^2 / k, the overlap of two k-dimensional subspaces: 1 if they are equal, 0 if orthogonal.
 
-    Two random spaces in n dimensions overlap by k / n.
+    The expected overlap of two random subspaces in n dimensions is k / n.
 
     Args:
-        a: of shape (k, n), with orthonormal rows.
-        b: likewise.
+        a: a basis of one subspace, of shape (k, n), with orthonormal rows.
+        b: a basis of the other subspace, of the same form.
 
     Source:
         Wu et al. 2020, "Dissecting Hessian" (arXiv 2010.04261); Gur-Ari et al. 2018 (arXiv 1812.04754).

@@ -1,4 +1,4 @@
-"""Several tensors as one vector, and back."""
+"""Flatten several tensors into one vector, and split it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pack(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """The entries of all tensors, one tensor after the other, as a flat vector of shape (n,).
+    """Concatenate the entries of all tensors into a flat vector of shape (n,).
 
     Example:
         >>> pack([torch.tensor([[1.0, 2.0]]), torch.tensor(3.0)])
@@ -19,7 +19,7 @@ def pack(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
 
 
 def unpack(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo :func:`pack`: parts of the shapes and types of the tensors ``like``.
+    """Undo :func:`pack`. The parts have the shapes and dtypes of the tensors ``like``.
 
     Example:
         >>> unpack(torch.arange(3.0), like=[torch.zeros(1, 2), torch.zeros(1)])
@@ -30,7 +30,7 @@ def unpack(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pack_rows(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of shape (samples, ...) side by side, as one of shape (samples, n).
+    """Concatenate tensors of shape (samples, ...) into one of shape (samples, n).
 
     Example:
         >>> pack_rows([torch.zeros(2, 3, 4), torch.zeros(2, 5)]).shape
@@ -40,13 +40,13 @@ def pack_rows(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def unpack_rows(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Undo :func:`pack_rows`: parts of the shapes and types of the tensors ``like``."""
+    """Undo :func:`pack_rows`. The parts have the shapes and dtypes of the tensors ``like``."""
     parts = v.split([tensor[0].numel() for tensor in like], dim=1)
     return [part.reshape(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
 
 
 def normalize_rows(v: Tensor) -> Tensor:
-    """Each row of shape (n,) divided by its length; a row of zeros stays zero.
+    """Divide each row by its length. A row of zeros stays zero.
 
     Example:
         >>> normalize_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))

@@ -1,1 +1,1 @@
-"""One training step as a thing that can be run again."""
+"""Run one training step repeatedly, without side effects."""

@@ -1,4 +1,4 @@
-"""Finding tensors in a batch of any shape, and exchanging them for others."""
+"""Find and replace tensors in a batch of any structure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 InputChoice = str | int | Sequence[str | int] | Callable[[Any], Any] | None
-"""Which tensors of a batch: a key or an attribute's name, an index, several of them, a function of the batch that
-returns one tensor or several, or None for the first floating-point tensor."""
+"""A selection of a batch's tensors: a key or attribute name, an index, a list of these, a function of the batch that
+returns one or several tensors, or None for the first floating-point tensor."""
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """All tensors of nested tuples, lists, mappings and dataclasses, in their order.
+    """Yield all tensors in nested tuples, lists, mappings and dataclasses, in order.
 
     Example:
         >>> import torch
@@ -36,7 +36,7 @@ def tensors_in(batch: Any) -> Iterator[Tensor]:
 
 
 def exchanged(batch: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
-    """A copy of the batch's containers with the tensors ``new`` where ``old`` are; all else is the batch's own.
+    """Copy the batch's containers, with the tensors ``old`` replaced by ``new``. Everything else is shared.
 
     Example:
         >>> import torch
@@ -61,24 +61,24 @@ def _walk(part: Any, replacement: Mapping[int, Tensor]) -> Any:
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         changed = copy.copy(part)
         for field in dataclasses.fields(part):
-            # Also in a frozen one.
+            # Works for frozen dataclasses too.
             object.__setattr__(changed, field.name, _walk(getattr(part, field.name), replacement))
         return changed
     return part
 
 
 def copied(batch: Any, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()) -> Any:
-    """A batch of its own, also where it is an object of the user's: a step may change the batch that it gets.
+    """Deep-copy a batch, which may be a user-defined object. A step may change the batch that it gets.
 
     Args:
         batch: the batch.
-        convert: makes each tensor's copy.
+        convert: copies one tensor.
     """
     return copy.deepcopy(batch, {id(tensor): convert(tensor) for tensor in tensors_in(batch)})
 
 
 def samples_in(batch: Any) -> int | None:
-    """The first dimension of the first tensor that has one; None where no tensor has.
+    """Return the size of the first dimension of the first tensor that has one, or None if there is none.
 
     Example:
         >>> import torch
@@ -89,16 +89,16 @@ def samples_in(batch: Any) -> int | None:
 
 
 def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
-    """The tensors of a batch that are its inputs.
+    """Return the input tensors of a batch.
 
     Args:
         batch: tensors in nested tuples, lists, mappings or dataclasses.
-        which: a key (or the name of an attribute), an index, a list of these, a function of the batch that returns a
-            tensor or several of the batch's own; None for the first floating-point tensor.
+        which: a key (or an attribute's name), an index, a list of these, a function of the batch that returns one or
+            several of the batch's own tensors, or None for the first floating-point tensor.
 
     Raises:
-        ValueError: nothing is found, or what is found is no floating-point tensor of the batch with at least one
-            dimension.
+        ValueError: nothing is selected, or a selected part is not a floating-point tensor of the batch with at least
+            one dimension.
 
     Example:
         >>> import torch
@@ -112,9 +112,9 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
         if not chosen:
             found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in everything) or "none"
             raise ValueError(
-                f"The batch has no floating-point tensor to be the input (its tensors: {found}), and whole numbers "
+                f"The batch has no floating-point tensor to be the input (its tensors: {found}), and integers "
                 "such as token ids have no derivatives. Penalize the embeddings instead: pass layer='<name of the "
-                "embedding layer>' to the penalty. Where the batch is an object of your own, pass "
+                "embedding layer>' to the penalty. If the batch is a custom object, pass "
                 "inputs=lambda batch: ..., or use the mixin's self.regularized(loss, inputs=...)."
             )
     elif callable(which):
@@ -129,24 +129,24 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() == 0:
             what = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(
-                f"inputs={which!r} chooses {what}, which has no derivatives by sample: an input is a floating-point "
-                "tensor of shape (samples, ...). For token ids, penalize the embeddings: pass "
+                f"inputs={which!r} chooses {what}, which has no derivatives by sample: an input must be a "
+                "floating-point tensor of shape (samples, ...). For token ids, penalize the embeddings: pass "
                 "layer='<name of the embedding layer>' to the penalty."
             )
         if not any(tensor is other for other in everything):
             raise ValueError(
-                f"inputs={which!r} gives a tensor that is not one of the batch's own, so the step would not see it "
-                "move. Return a tensor of the batch, not a copy of it; in a batch that is neither tuple, list, mapping "
-                "nor dataclass tensors cannot be exchanged: use the mixin's self.regularized(loss, inputs=...) there."
+                f"inputs={which!r} returns a tensor that is not one of the batch's own, so the step would not "
+                "use its replacement. Return a tensor of the batch, not a copy of it. Only in tuples, lists, mappings "
+                "and dataclasses can tensors be replaced: otherwise use the mixin's self.regularized(loss, inputs=...)."
             )
     return tuple(chosen)
 
 
 def part_of(batch: Any, key: str | int, name: str) -> Any:
-    """The part of a batch under a key (or with an attribute's name) or an index, which the argument ``name`` gives.
+    """Return the part of a batch with this key, attribute name or index. Errors call the key ``name``.
 
     Raises:
-        ValueError: it has none such; what it has is listed.
+        ValueError: the batch has no such part. The error describes the batch.
     """
     try:
         if isinstance(key, str) and not isinstance(batch, Mapping):

@@ -1,7 +1,7 @@
-"""Running a step without leaving a trace: random states, buffers, logs and metrics are afterwards as they were.
+"""Run a step without side effects: random states, buffers, logs and metrics are restored afterwards.
 
-There are two ways. A step in training is *rewound* (:class:`Snapshot`, :func:`silenced`): it runs again on the module
-itself. A function that is handed a module, such as ``verify``, works on an *independent copy* instead
+There are two ways. During training, a step is *rewound* (:class:`Snapshot`, :func:`silenced`): it runs again on the
+module itself. A function that takes a module, such as ``verify``, uses an *independent copy* instead
 (:func:`independent_copy`).
 """
 
@@ -56,7 +56,7 @@ class RandomState:
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
-        """Run code from this state; afterwards the random state is as it was before that."""
+        """Context manager: run code from this random state, and restore the previous state on exit."""
         before = RandomState.now(self.device)
         self.restore()
         try:
@@ -66,12 +66,12 @@ class RandomState:
 
 
 def random_state_kept(device: torch.device) -> Any:
-    """Context manager: whatever is drawn inside, the random state is afterwards as it was."""
+    """Return a context manager that restores the random state on exit."""
     return RandomState.now(device).rewound()
 
 
 def seed_all(seed: int, device: torch.device) -> None:
-    """Seed what :class:`RandomState` keeps: the global random states of the CPU and of one CUDA device."""
+    """Seed the same generators as :class:`RandomState`: the global ones of the CPU and of one CUDA device."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -81,7 +81,7 @@ def seed_all(seed: int, device: torch.device) -> None:
 
 
 class Snapshot:
-    """The buffers and the random states of a moment.
+    """A module's buffers and the random states at one point in time.
 
     Example:
         >>> layer = nn.BatchNorm1d(2)
@@ -102,7 +102,7 @@ class Snapshot:
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """Put everything back if what happens inside fails."""
+        """Context manager: restore buffers and random states if the code inside raises."""
         try:
             yield
         except BaseException:
@@ -116,9 +116,9 @@ class Snapshot:
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
-        """Run code again from that moment; afterwards everything is as it was before this.
+        """Context manager: run code from the snapshot's state, and restore the current state on exit.
 
-        The buffers are exchanged for copies, not overwritten: graphs may have saved them.
+        The buffers are replaced by copies, not overwritten: graphs may have saved them.
         """
         now = _buffers_of(self.module)
         try:
@@ -132,7 +132,7 @@ class Snapshot:
 
 
 def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Every buffer, as the layer it belongs to, its name there, and the tensor."""
+    """Return (layer, name in the layer, tensor) for each buffer."""
     return [
         (layer, name, buffer)
         for layer in module.modules()
@@ -143,7 +143,7 @@ def _buffers_of(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 @contextmanager
 def silenced(module: nn.Module) -> Iterator[None]:
-    """Inside, ``self.log`` does nothing and torchmetrics are not updated: the step was counted already."""
+    """Context manager: disable ``self.log`` and updates of torchmetrics, because the step was counted already."""
     replaced: list[tuple[nn.Module, str, Any]] = []
 
     def replace(layer: nn.Module, name: str, by: Any) -> None:
@@ -155,7 +155,7 @@ def silenced(module: nn.Module) -> Iterator[None]:
             replace(layer, "log", _nothing)
             replace(layer, "log_dict", _nothing)
         elif isinstance(layer, Metric):
-            # A metric without an update has no value to tell again: a copy of it runs.
+            # A metric without updates has no value to repeat, so a copy of it runs instead.
             twin = copy.deepcopy(layer) if layer._update_count == 0 else None
             replace(layer, "update", _nothing if twin is None else twin.update)
             replace(layer, "forward", _last_forward(layer) if twin is None else twin.forward)
@@ -184,7 +184,7 @@ def _or_nan(value: Any) -> Any:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Takes everything, does nothing."""
+    """Accept any arguments and do nothing."""
 
 
 _task_loss_alone = ContextVar("_task_loss_alone", default=False)
@@ -192,7 +192,7 @@ _task_loss_alone = ContextVar("_task_loss_alone", default=False)
 
 @contextmanager
 def without_penalties() -> Iterator[None]:
-    """Inside, a training step computes the task loss alone."""
+    """Context manager: training steps inside compute the task loss only."""
     token = _task_loss_alone.set(True)
     try:
         yield
@@ -201,12 +201,12 @@ def without_penalties() -> Iterator[None]:
 
 
 def penalties_are_off() -> bool:
-    """Whether :func:`without_penalties` is active."""
+    """Return whether :func:`without_penalties` is active."""
     return _task_loss_alone.get()
 
 
 def independent_copy(module: nn.Module) -> nn.Module:
-    """A copy that shares the Trainer, which user code may look at, but does not log to it."""
+    """Deep-copy a module. The copy keeps its Trainer, which user code may read, but does not log to it."""
     trainer = getattr(module, "_trainer", None)
     twin = copy.deepcopy(module)
     if isinstance(twin, LightningModule):

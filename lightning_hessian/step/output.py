@@ -1,4 +1,4 @@
-"""The loss in what a training step returns."""
+"""Extract or replace the loss in a training step's output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The scalar loss in what a step returned: a tensor, or a mapping with "loss"; None where it skips the batch.
+    """Return the scalar loss in a step's output: a tensor, or a mapping with "loss". None means to skip the batch.
 
     Raises:
-        MisconfigurationException: the step returned something else, a loss that is no scalar, or one without a graph.
+        MisconfigurationException: the output has another type, or the loss is not a scalar or has no graph.
     """
     if output is None:
         return None
@@ -29,11 +29,11 @@ def loss_of(output: Any) -> Tensor | None:
     if loss.numel() != 1:
         raise MisconfigurationException(
             f"The training step returned a loss of shape {tuple(loss.shape)}; a penalty needs a scalar. "
-            "Reduce it, for example by `.mean()`."
+            "Reduce it, for example with `.mean()`."
         )
     if not loss.requires_grad:
         raise MisconfigurationException(
-            "The loss that the training step returned has no graph, so neither it nor a penalty on its curvature "
+            "The loss that the training step returned has no graph, so neither the loss nor a penalty on its curvature "
             "can be differentiated. Compute it from the model's parameters, without `.detach()`, `.item()` or "
             "`torch.no_grad()` on the way."
         )
@@ -41,11 +41,11 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """What a step returned, with another loss in it."""
+    """Return a step's output with its loss replaced."""
     return loss if isinstance(output, Tensor) else {**output, "loss": loss}
 
 
 def logits_in(output: Any) -> Tensor | None:
-    """The tensor with a graph that a step returned under "logits", if it did."""
+    """Return the tensor under "logits" in a step's output, or None if it is missing or has no graph."""
     logits = output.get("logits") if isinstance(output, Mapping) else None
     return logits if isinstance(logits, Tensor) and logits.requires_grad else None

@@ -1,4 +1,4 @@
-"""One training step of one module on one batch, as a thing that can be run, and run again."""
+"""Run one training step of one module on one batch repeatedly."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StepRun:
-    """What one run of a step gave.
+    """The results of one run of a step.
 
     Args:
-        output: what the step returned.
-        loss: the scalar in it, with its graph.
-        losses_seen: the calls of loss functions in the run; none are recorded where nobody looks at them.
-        higher_order: the context that the run was in, if any.
+        output: the step's return value.
+        loss: the scalar loss in the output, with its graph.
+        losses_seen: the loss function calls of the run. It is empty unless the step watches losses.
+        higher_order: the ``higher_order`` context of the run, if any.
     """
 
     output: Any
@@ -38,20 +38,20 @@ class StepRun:
     higher_order: higher_order | None = None
 
     def outputs(self) -> Sequence[Tensor]:
-        """The logits that the step returned, or what its loss functions were called on."""
+        """Return the logits in the step's output, or else the outputs passed to its loss functions."""
         logits = logits_in(self.output)
         return self.losses_seen.outputs(self.loss) if logits is None else (logits,)
 
 
 RunContext = Callable[[], AbstractContextManager[Any]]
-"""Makes a context manager for one run."""
+"""Creates a context manager for one run."""
 
 
 class BatchSkipped(Exception):
     """A training step has no loss for its batch: it returned None.
 
     Attributes:
-        output: what the step returned.
+        output: the step's return value.
     """
 
     def __init__(self, output: Any) -> None:
@@ -62,25 +62,24 @@ class BatchSkipped(Exception):
 class RepeatableStep:
     """One training step of one module on one batch.
 
-    :meth:`run` is the run that counts: its logs, metrics, buffers and random numbers stay. :meth:`rerun` leaves no
-    trace: it begins with the buffers and the random numbers (dropout masks) that the first run began with, ``self.log``
-    and torchmetrics are silent in it, and afterwards everything is as it was.
+    :meth:`run` is the run that counts: its effects on logs, metrics, buffers and random states stay. :meth:`rerun` has
+    no side effects. It starts from the buffers and random states (dropout masks) of the first run, disables
+    ``self.log`` and torchmetrics, and restores everything afterwards.
 
     Args:
-        module: the module; its buffers, random state and autocast setting of this moment are what every run begins
-            with.
-        step: computes what a training step returns, from a batch.
-        batch: the batch. A step may change the batch that it gets: every further run sees the batch as it was.
-        copies_batch: hand copies of the batch's tensors to every run, the first one included.
-        watches_losses: record the calls of loss functions. (It costs a little for every operation.)
-        context: run everything in this ``higher_order``; by default a run that needs one has its own.
+        module: the module. Every run starts from the buffers, random state and autocast setting at construction.
+        step: computes a training step's return value from a batch.
+        batch: the batch. Every further run sees the original batch, even if the step changes the one that it gets.
+        copies_batch: pass copies of the batch's tensors to every run, including the first.
+        watches_losses: record the loss function calls. This adds a small cost to every operation.
+        context: run everything in this ``higher_order`` context. By default, each run that needs one creates its own.
 
     Attributes:
-        has_run: whether the run that counts was made.
+        has_run: whether :meth:`run` was called.
 
     Raises:
-        MisconfigurationException: in a run: the step returns no differentiable loss, changes a parameter, or cannot be
-            run again (it takes an iterator, changes its batch, or returns None where it returned a loss before).
+        MisconfigurationException: in a run, if the step returns no differentiable loss, changes a parameter, or cannot
+            run again (it takes an iterator, changes its batch, or returns None after it returned a loss).
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -108,23 +107,23 @@ class RepeatableStep:
         self._context = context
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         kind = device.type
-        # The penalty's derivatives are taken without autocast; the step computes as it ever does.
+        # Autocast is off for the penalty's derivatives. The step keeps its usual setting.
         self._autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         self._before = Snapshot(module, device)
         self._containers = batch if isinstance(batch, Iterator) else exchanged(batch, (), ())
         self._versions = [(x, x._version) for x in tensors_in(batch) if not x.is_inference()]
-        self._gave_batch = False
+        self._batch_used = False
         self._had_loss = False
 
     def run(
         self, derivatives: int = 1, leaves: Mapping[int, Tensor] | None = None, within: RunContext | None = None
     ) -> StepRun:
-        """The run that counts.
+        """Run the step with its usual side effects.
 
         Args:
             derivatives: how often the loss will be differentiated. Above 1 the run is inside ``higher_order``.
-            leaves: tensors to put in the places of the batch's own, by the id of these.
-            within: makes a context manager for a run, which is inside it.
+            leaves: replacements for the batch's tensors, by the id of the original.
+            within: creates a context manager that encloses the run.
 
         Raises:
             BatchSkipped: the step has no loss for this batch.
@@ -136,7 +135,7 @@ class RepeatableStep:
     def rerun(
         self, derivatives: int = 1, leaves: Mapping[int, Tensor] | None = None, within: RunContext | None = None
     ) -> StepRun:
-        """A run that leaves no trace, with the parameters as they are now. Arguments as for :meth:`run`."""
+        """Run the step without side effects, at the current parameters. The arguments are those of :meth:`run`."""
         with self._before.rewound(), silenced(self.module), torch.enable_grad(), parameters_unchanged(self.module):
             run, is_complete = self._run(derivatives, leaves, within)
         return run if is_complete else self.rerun(3, leaves, within)
@@ -153,14 +152,14 @@ class RepeatableStep:
 
         Args:
             tensors: the parameters that move.
-            v: the direction, part by part.
-            distance: how far along v.
-            differentiate: called with each run, while the parameters are there. It must free the run's graph, so that
-                the activations of one run are kept at a time.
-            counts: whether the first of the two is the run that counts.
+            v: the direction, one part per parameter.
+            distance: the distance along v.
+            differentiate: called with each run while the parameters are displaced. It must free the run's graph, so
+                that the activations of only one run are in memory.
+            counts: whether the first of the two runs is the run that counts.
 
         Returns:
-            What ``differentiate`` returned at either end.
+            The results of ``differentiate`` at both ends.
 
         Raises:
             BatchSkipped: the step has no loss for this batch.
@@ -178,14 +177,17 @@ class RepeatableStep:
         return at_both_ends(tensors, v, distance, evaluate)
 
     def restored_on_error(self) -> AbstractContextManager[None]:
-        """Put buffers and random states back to what the first run began with, if what happens inside fails."""
+        """Context manager: restore the buffers and random states of the first run's start if the code inside raises."""
         return self._before.restored_on_error()
 
     def _run(
         self, derivatives: int, leaves: Mapping[int, Tensor] | None, within: RunContext | None
     ) -> tuple[StepRun, bool]:
-        """A run, and whether all fused norms were replaced in it: before the first gradient that a forward pass takes
-        nobody knew that there would be a further derivative. The next run replaces them all."""
+        """Run the step. Return the run, and whether it replaced all fused norms that it had to.
+
+        The context learns of a gradient in the forward pass, which adds one derivative, only when it is computed. By
+        then fused norms may have run. The next run replaces them all.
+        """
         with ExitStack() as stack:
             if within is not None:
                 stack.enter_context(within())
@@ -204,8 +206,8 @@ class RepeatableStep:
         loss = loss_of(output)
         if loss is None and self._had_loss:
             raise MisconfigurationException(
-                "The training step returned a loss for this batch, and None when it was run again for a penalty. It "
-                "must be a function of the batch and the random numbers alone."
+                "The training step returned a loss for this batch, and None when it was run again for a penalty. Its "
+                "result must depend only on the batch and the random numbers."
             )
         if loss is None:
             raise BatchSkipped(output)
@@ -215,7 +217,7 @@ class RepeatableStep:
         return StepRun(output=output, loss=loss, losses_seen=losses, higher_order=context), is_complete
 
     def _fresh_batch(self, leaves: Mapping[int, Tensor] | None) -> Any:
-        """The batch as it was, with the leaves in their places."""
+        """Return the original batch, with the tensors in ``leaves`` replaced."""
         if self._copies_batch:
             if isinstance(self.batch, Iterator):
                 raise MisconfigurationException(
@@ -224,12 +226,12 @@ class RepeatableStep:
                 )
             tensors = list(tensors_in(self.batch))
             return exchanged(self.batch, tensors, [(leaves or {}).get(id(x), x).clone() for x in tensors])
-        if not self._gave_batch:
-            self._gave_batch = True
+        if not self._batch_used:
+            self._batch_used = True
             return self.batch
         if isinstance(self.batch, Iterator) or any(x._version != version for x, version in self._versions):
             raise MisconfigurationException(
-                "The training step takes the dataloader's iterator or changes its batch in place, and has to be "
-                "run a second time, which would see another batch. Change a copy of the batch."
+                "The training step takes the dataloader's iterator or changes its batch in place. It must run a second "
+                "time, and would then see another batch. Let it take a batch, and change only a copy of the batch."
             )
         return exchanged(self._containers, (), ())
