@@ -18,9 +18,9 @@ Method = Literal["autograd", "central_difference"]
 
 
 class HessianNorm(WeightPenalty):
-    r"""||H||_2, the largest absolute eigenvalue of the Hessian H of the batch-mean loss in the parameters.
+    r"""||H||_2, the largest absolute eigenvalue of the weight Hessian H of the batch-mean loss.
 
-    Power iteration continues from step to step, with a unit vector v over the parameters that is kept:
+    Power iteration, with a unit vector v over the parameters that is kept from step to step:
 
     .. math:: \|H\|_2 \approx \|Hv\| = u'Hv, \qquad u = Hv / \|Hv\|, \qquad v \leftarrow u .
 

@@ -17,7 +17,7 @@ from lightning_hessian.step.batches import InputChoice
 
 
 class JacobianNorm(InputPenalty):
-    r"""The mean over samples of ||J_i||_F^2, where J_i is the Jacobian of sample i's C outputs in its input.
+    r"""The mean over samples of ||J_i||_F^2. J_i is the Jacobian of sample i's C outputs with respect to its input.
 
     .. math:: \frac{1}{B} \sum_i \|J_i\|_F^2 = \frac{1}{B} \sum_i C \, E_u \|u' J_i\|^2, \qquad
         u \text{ uniform on the unit sphere of } R^C
