@@ -1,22 +1,22 @@
-"""Do the command line's penalties do their work at their defaults? On digits, each against no penalty, seed by seed.
+"""Study of the command line's default penalties on digits, each compared with no penalty, paired by seed.
 
     python benchmarks/defaults_study.py run                               # every regularizer's defaults, the small CNN
     python benchmarks/defaults_study.py run --models mlp vit --regularizers none hessian_trace --seeds 0 1 2
-    python benchmarks/defaults_study.py run regularizer=hessian_trace regularizer.strength=3e-4,3e-3    # others
+    python benchmarks/defaults_study.py run regularizer=hessian_trace regularizer.strength=3e-4,3e-3    # other settings
     python benchmarks/defaults_study.py run --along regularizer=hessian_trace regularizer.penalty.method=autograd
     python benchmarks/defaults_study.py report                            # the tables of docs/headline.md
     python benchmarks/defaults_study.py report --all                      # every setting in the file
-    python benchmarks/defaults_study.py along                             # what was seen along training
+    python benchmarks/defaults_study.py along                             # measurements along training
 
-A run is `lightning-hessian` with the overrides given, in this process: data, model, Classifier, Trainer and strength
-come from conf/. Runs whose result is in the file already are left out, so an interrupted study goes on; a run is known
-by its resolved settings, so it is made again where a default has changed.
+A run is `lightning-hessian` with the given overrides, in this process: data, model, Classifier, Trainer and strength
+come from conf/. Runs with a result in the file are skipped, so an interrupted study can be resumed. Resolved settings
+identify a run, so it is repeated if a default changes.
 
-Measured are test accuracy and loss, the training loss of the last epoch, and the trace and the extreme eigenvalues (20
-steps of Lanczos) of the Hessian of the mean loss over 500 training images: in evaluation mode, as the command does, but
-with 50 probes; and with batch norm in training mode (10 probes, batches of 32), as the penalty sees it. On the test
-images, in evaluation mode: the penalties on the inputs, exactly or nearly so (the Jacobian by all outputs, 10 steps of
-Lanczos), and the accuracy under PGD (40 steps, Linf) of radius 0.05 and 0.1 where pixels are in [0, 1].
+Measurements: test accuracy and loss; training loss of the last epoch; trace and extreme eigenvalues (20 steps of
+Lanczos) of the Hessian of the mean loss over 500 training images, in evaluation mode as in the command, but with 50
+probes, and with batch norm in training mode as in the penalty (10 probes, batches of 32). On the test images, in
+evaluation mode: the input penalties, exactly or nearly (the Jacobian over all outputs, 10 steps of Lanczos), and the
+accuracy under PGD (40 steps, Linf) of radius 0.05 and 0.1 with pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def composed(model: str, overrides: list[str], seed: int = 0) -> DictConfig:
 
 
 def settings_of(config: DictConfig) -> dict[str, Any]:
-    """What the run differs in from others: the regularizer's resolved settings, flat, and other than None; and the
-    learning rate, where it is not 0.1."""
+    """Settings that identify a run: the regularizer's resolved settings that are not None, flattened, and the learning
+    rate if it is not 0.1."""
     plain = OmegaConf.to_container(config.regularizer, resolve=True)
     parts = plain.pop("penalty", [])
     name = "+".join(part["_target_"].rpartition(".")[2] for part in (parts if isinstance(parts, list) else [parts]))
@@ -91,12 +91,12 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 
 
 def key_of(row: dict) -> str:
-    """By which a run is known, but for the seed."""
+    """Identifies a run, without its seed."""
     return json.dumps([row["model"], row["settings"]], sort_keys=True)
 
 
 def train(config: DictConfig, along: bool) -> dict:
-    """One run, as `lightning_hessian.cli.command.train` makes it."""
+    """One run, like `lightning_hessian.cli.command.train`."""
     torch.set_flush_denormal(True)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = hydra.utils.instantiate(config.data)
@@ -126,7 +126,7 @@ def train(config: DictConfig, along: bool) -> dict:
 def curvature(
     trainer: L.Trainer, module: Classifier, batches: list, probes: int, training: bool, lanczos: int = LANCZOS
 ) -> dict:
-    """With all layers in evaluation mode, or in training mode."""
+    """Curvature with all layers in evaluation mode or in training mode."""
     config = MeasurementConfig(
         probes=probes, eigenvalues=1, iterations=lanczos, density_runs=0, layers={}, spaces={}, seed=0
     )
@@ -141,7 +141,7 @@ def curvature(
 
 
 def on_inputs(module: Classifier, data: ImageData) -> dict:
-    """The penalties' values and the accuracy under attack, on the test images in evaluation mode."""
+    """Input penalties and accuracy under attack, on the test images in evaluation mode."""
     module.eval()
     batches = [data.on_after_batch_transfer(batch, 0) for batch in data.test_dataloader()]
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -156,9 +156,9 @@ def on_inputs(module: Classifier, data: ImageData) -> dict:
 
 
 class Along(L.Callback):
-    """After some epochs: means over the steps, and the curvature on 128 training images in both modes.
+    """Measures after some epochs: means over the steps, and the curvature on 128 training images in both modes.
 
-    "share" is the length of the penalty's gradient in units of the task loss's; "weights" the length of all of them.
+    "share" is the norm of the penalty's gradient divided by that of the task loss; "weights" is the weights' norm.
     """
 
     def __init__(self, data: ImageData, regularizer: lh.HessianRegularizer | None) -> None:
@@ -188,7 +188,7 @@ class Along(L.Callback):
             try:
                 equal = lh.suggest_strength(module, batches, penalty, 1.0, lambda module, batch: module.loss(batch))
                 row["share"] = strength / equal.strength
-            except ValueError:  # no gradient: below its clamp
+            except ValueError:  # a value below the clamp has no gradient
                 row["share"] = 0.0
         self._steps.clear()
         self.rows.append(row)
@@ -207,7 +207,7 @@ def rounded(value: Any) -> Any:
 
 
 def sweep(overrides: list[str]) -> list[list[str]]:
-    """All combinations of the values that are set apart by commas; in brackets they are one value."""
+    """All combinations of comma-separated values. A value in brackets is not split."""
     split = [text.partition("=") for text in overrides]
     choices = [
         [f"{name}={one}" for one in ([values] if "[" in values else values.split(","))] for name, _, values in split
@@ -234,7 +234,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def label(settings: dict) -> str:
-    """The penalty and what is not a matter of course in its settings."""
+    """The penalty and its non-default settings."""
     usual = {"probes": 1, "keep": 1.0, "drop": "tensor", "scale": "none", "every_n_steps": 1, "warmup_steps": 0}
     usual |= {"iterations": 1, "search": "power", "squared": False, "step": 0.01, "projections": 1, "_convert_": "all"}
     left = {key: value for key, value in settings.items() if usual.get(key) != value and key != "penalty"}
@@ -268,7 +268,7 @@ INPUT_COLUMNS = {
 
 
 def table(groups: list[list[dict]], none: dict[int, dict], columns: dict[str, tuple[str, float, int]]) -> None:
-    """A row for each group of runs: the mean and, below it, the paired difference to no penalty, seed by seed."""
+    """One row per group of runs: the mean, and below it the difference to no penalty, paired by seed."""
     print("| penalty | seeds | " + " | ".join(columns) + " |")
     print("| --- | --- |" + " --- |" * len(columns))
     for own in groups:
@@ -338,7 +338,7 @@ def along(arguments: argparse.Namespace) -> None:
 
 
 def averaged(groups: Sequence[Sequence[dict]]) -> None:
-    """A table with a row for each group: the means of its numbers."""
+    """A table with one row per group: the means of its numbers."""
     names = list(groups[0][-1]) + [name for name in groups[-1][0] if name not in groups[0][-1]]
     print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
     for group in groups:
@@ -354,7 +354,7 @@ def averaged(groups: Sequence[Sequence[dict]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "report", "along"])
-    parser.add_argument("overrides", nargs="*", help="of the command line: one setting, in place of the defaults")
+    parser.add_argument("overrides", nargs="*", help="overrides of the command line, instead of --regularizers")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "headline" / "results.jsonl")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["cnn"])
     parser.add_argument("--regularizers", nargs="+", choices=REGULARIZERS, default=REGULARIZERS)

@@ -1,10 +1,10 @@
-"""Do two versions of the code train the same weights, to the bit? Prints a hash of the weights for each penalty.
+"""Check that two versions of the code train bitwise equal weights. Prints a hash of the weights for each penalty.
 
-    python benchmarks/fingerprint.py > before.txt     # then, on the other version, > after.txt, and diff the two
+    python benchmarks/fingerprint.py > before.txt     # on the other version: > after.txt; then diff the two
 
-Each run is twelve steps of the command line's classifier on digits with a small network, one thread and a fixed seed;
-every method of every penalty, with accumulation, a warm-up and batch norm among them. Then the command line itself with
-every regularizer of `conf/`.
+Each run is twelve steps of the command line's classifier on digits, with a small network, one thread and a fixed seed.
+The runs cover every method of every penalty, gradient accumulation, warm-up and batch norm. Then follow runs of the
+command line with every regularizer in `conf/`.
 """
 
 from __future__ import annotations

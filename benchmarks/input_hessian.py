@@ -1,15 +1,15 @@
-"""How good the estimate of the input Hessian's norm is, and what a training step on it costs.
+"""Accuracy of the input Hessian norm's estimate, and cost of a training step with this penalty.
 
     python benchmarks/input_hessian.py quality      # on softplus_cnn and cnn trained on Fashion-MNIST
     python benchmarks/input_hessian.py cost [--rounds 9]
 
 The error is the mean over samples of 1 - ||Hv|| / ||H||, with ||H|| from 60 steps of Lanczos in float64. A product is a
-Hessian-vector product; the last one is that of the penalty itself. method="finite_difference" has |v'Hv| for ||Hv||.
+Hessian-vector product, including the penalty's own. method="finite_difference" uses |v'Hv| in place of ||Hv||.
 
-The cost is the median over interleaved rounds, as a ratio to a plain step (forward, backward). Hand-written is the
-usual recipe: 4 power iterations from a random start without a graph, then the product with one, all on PyTorch's fused
-operators. Both models are the trained ones, in training mode; cnn has batch norm, so ours pays for a second forward
-pass there, and the recipe (which fails on it) is run in evaluation mode.
+The cost is the median over interleaved rounds, relative to a plain step (forward, backward). "hand-written" is the
+usual recipe on PyTorch's fused operators: 4 power iterations from a random start without a graph, then one product with
+a graph. Both models are trained and in training mode. cnn has batch norm, so our penalty needs a second forward pass.
+The recipe fails with batch norm in training mode, so it runs in evaluation mode.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PRODUCTS = (1, 2, 3, 5)
 
 
 def trained(name: str, epochs: int = 2, samples: int = 10000) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A model trained on Fashion-MNIST, and 64 images that it has not seen, with their labels."""
+    """A model trained on Fashion-MNIST, and 64 validation images with their labels."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     source = data.FashionMNIST(validation=5000, normalize=False)
@@ -89,7 +89,7 @@ def quality() -> None:
 
 
 class Case:
-    """A model, a batch, and the steps to be compared."""
+    """A model, a batch, and the steps to compare."""
 
     def __init__(self, name: str, batch: int = 128) -> None:
         self.net, images, labels = trained(name, epochs=1)
@@ -152,7 +152,7 @@ def cost(rounds: int) -> None:
         for turn in range(rounds + 1):
             for label, method in case.methods.items():
                 seconds = timed(method)
-                if turn:  # the first is for warming up
+                if turn:  # the first round is a warm-up
                     times[label].append(seconds)
         median = {label: statistics.median(values) for label, values in times.items()}
         for label, seconds in median.items():

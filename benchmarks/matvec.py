@@ -1,11 +1,11 @@
-"""What does a Hessian-vector product cost here and in other libraries? Same model, same batches, one run.
+"""Cost of a Hessian-vector product here and in other libraries, with the same models and batches in one run.
 
     python benchmarks/matvec.py [--models mlp cnn resnet18 vit] [--rounds 15]
 
-Each number is the median time of one product over the rounds (the libraries take turns), divided by that of one plain
-forward and backward pass over the same batches. Models are in evaluation mode, with ReLU for SiLU (which has no
-forward-mode second derivative, and curvlinops takes that), 32 images a batch. The last column is the largest relative
-difference between a product of ours and one of theirs. Needs the extra `test`.
+Each number is the median time of one product over interleaved rounds, divided by the median time of a plain forward and
+backward pass over the same batches. Models are in evaluation mode, with 32 images per batch, and ReLU instead of SiLU,
+because curvlinops needs forward-mode second derivatives, which SiLU lacks. The last column is the largest relative
+difference between our product and another library's. Needs the extra `test`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(name: str, count: int, rounds: int) -> str:
     found: dict[str, torch.Tensor] = {}
     failed: set[str] = set()
     libraries = products(net, batches)
-    for _ in range(rounds + 1):  # the first warms up
+    for _ in range(rounds + 1):  # the first round is a warm-up
         for library, product in libraries.items():
             if library in failed:
                 continue
@@ -98,8 +98,8 @@ def measure(name: str, count: int, rounds: int) -> str:
         for library in list(libraries)[1:]
     ]
     mine = found["lightning_hessian"]
-    apart = max((found[one] - mine).norm().item() / mine.norm().item() for one in found if one != "plain")
-    return f"| {name} | {count} | " + " | ".join(cells) + f" | {apart:.0e} |"
+    difference = max((found[one] - mine).norm().item() / mine.norm().item() for one in found if one != "plain")
+    return f"| {name} | {count} | " + " | ".join(cells) + f" | {difference:.0e} |"
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    print("| model | batches | lightning_hessian | curvlinops | hessian-eigenthings | apart |")
+    print("| model | batches | lightning_hessian | curvlinops | hessian-eigenthings | difference |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in arguments.models:
         for count in arguments.batches:

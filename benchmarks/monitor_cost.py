@@ -1,9 +1,9 @@
-"""What does one measurement of CurvatureMonitor cost beside an epoch of training? The small CNN on Fashion-MNIST.
+"""Cost of one measurement of CurvatureMonitor relative to a training epoch, for the small CNN on Fashion-MNIST.
 
     python benchmarks/monitor_cost.py [--images 55000] [--width 32]
 
-Trains one epoch (batch 128) and measures after it with several settings, twice each; prints the faster time as a share
-of the epoch's, in one run.
+Trains one epoch (batch 128), then measures twice with each of several settings. Prints the faster time as a share of
+the epoch's time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict] = {
 
 
 class Clock(L.Callback):
-    """Times the epoch, and after it the measurements."""
+    """Times the epoch and then the measurements."""
 
     def __init__(self) -> None:
         self.epoch = 0.0

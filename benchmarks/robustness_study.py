@@ -1,15 +1,15 @@
-"""Robust accuracy at matched clean accuracy: penalties on the inputs against each other, on Fashion-MNIST.
+"""Comparison of input penalties on Fashion-MNIST: robust accuracy at matched clean accuracy.
 
     python benchmarks/robustness_study.py run [--seeds 0 1 2 3 4 5] [--results docs/robustness/results.jsonl]
     python benchmarks/robustness_study.py report    # docs/robustness.md's table, and its plot
 
-Each run is one of `lightning-hessian experiment=fmnist_robustness` with a regularizer, its strength and a seed; runs
-whose result is in the file already are left out, so an interrupted study goes on. The robust accuracy at a radius is
-the lower one of PGD-40 with cross-entropy and PGD-40 with the CW margin loss, each with two random restarts.
+Each run is `lightning-hessian experiment=fmnist_robustness` with a regularizer, a strength and a seed. Runs with a
+result in the file are skipped, so an interrupted study can be resumed. The robust accuracy at a radius is the lower one
+of PGD-40 with cross-entropy and PGD-40 with the CW margin loss, each with two random restarts.
 
-Robust and clean accuracy (the latter on the whole test set) are averaged over seeds for each strength, and robust
-accuracy is interpolated linearly over the strengths to a given clean accuracy; where no strength comes within half a
-point of it and none brackets it, the cell stays empty. The spread over seeds is a jackknife standard error.
+Robust accuracy and clean accuracy (on the whole test set) are averaged over seeds for each strength. Robust accuracy is
+interpolated linearly between strengths at a given clean accuracy. If no strengths bracket it and none comes within half
+a point, the cell stays empty. The spread over seeds is a jackknife standard error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MATCHED_WITHIN = 0.005
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train and attack what is not in the results yet, a seed at a time, so that an early stop leaves whole seeds."""
+    """Train and attack runs without a result, one seed at a time, so that an early stop leaves complete seeds."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -85,20 +85,19 @@ def read(path: Path) -> list[dict]:
 
 
 def robust(row: dict, norm: str, radius: str) -> float:
-    """Under the stronger of the two attacks."""
+    """Accuracy under the stronger of the two attacks."""
     return min(row[f"robust/pgd_{loss}{norm}_{radius}/accuracy"] for loss in ("", "cw_"))
 
 
 def clean(row: dict) -> float:
-    """On the whole test set; the attacks see the first images of it."""
+    """Accuracy on the whole test set. The attacks use its first images only."""
     return row["test"]
 
 
 def at_clean_accuracy(points: list[tuple[float, float]], target: float) -> float | None:
-    """The second of (clean accuracy, robust accuracy), interpolated linearly to a clean accuracy.
+    """Robust accuracy at the clean accuracy ``target``, by linear interpolation between (clean, robust) points.
 
-    The points are in the order of the strengths, and the curve goes from one to the next; where it meets the clean
-    accuracy more than once, the best counts.
+    The points are in the order of the strengths. If the curve meets the target more than once, the best value counts.
     """
     met = []
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -109,7 +108,7 @@ def at_clean_accuracy(points: list[tuple[float, float]], target: float) -> float
 
 
 def matched(rows: list[dict], method: str, seeds: list[int], target: float, norm: str, radius: str) -> float | None:
-    """On the curve of the means over the seeds: one seed's clean accuracies are too noisy to interpolate between."""
+    """Interpolate on the mean curve over seeds, because the clean accuracies of a single seed are too noisy."""
     points = []
     for strength in STRENGTHS[method]:
         own = [r for r in rows if (r["method"], r["strength"]) == (method, strength) and r["seed"] in seeds]
@@ -118,7 +117,7 @@ def matched(rows: list[dict], method: str, seeds: list[int], target: float, norm
 
 
 def with_error(values: list[float | None]) -> str:
-    """The first value, of all seeds, with its standard error by the jackknife: the others leave out one seed each."""
+    """The first value, from all seeds, with its jackknife standard error from the others, which omit one seed each."""
     value, *without_one = values
     left = [v for v in without_one if v is not None]
     if value is None:
@@ -241,7 +240,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "robustness" / "results.jsonl")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(6)))
     parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--strengths", nargs="+", default=None, help="of one method, instead of the study's")
+    parser.add_argument("--strengths", nargs="+", default=None, help="for one method, instead of the study's strengths")
     arguments = parser.parse_args()
     run(arguments) if arguments.what == "run" else report(arguments)
 

@@ -1,23 +1,23 @@
-"""Time and peak memory of one training step, plain and with a curvature penalty, as ratios within one run.
+"""Time and peak memory of a training step with a curvature penalty, relative to a plain step in the same run.
 
     python benchmarks/step_cost.py [--models mlp cnn resnet18 vit gpt] [--methods plain SAM two_pass ...] [--rounds 7]
                                    [--compile] [--bf16]
 
-Methods, in turn in every round, so that a machine whose speed drifts treats them alike:
+Every round runs all methods, so that drifts of the machine's speed affect them equally:
 
 - plain: forward, backward, SGD step;
-- SAM: two passes, the second at the weights moved along the gradient (Foret et al. 2020);
+- SAM: two passes, the second at weights displaced along the gradient (Foret et al. 2020);
 - hand-written: the usual recipe for loss + strength * v'Hv, `torch.autograd.grad` twice on PyTorch's fused operators
-  (attention on the math backend, without which it does not run). Its gradient is wrong or missing through norms;
+  (it requires attention on the math backend). Its gradient through norms is wrong or missing;
 - autograd, gauss_newton, central_difference, two_pass: `HessianTrace(method=...)` in the callback, without its logging;
-- two_pass / 4: the same with `every_n_steps=4`, the mean of four steps;
+- two_pass / 4: the same with `every_n_steps=4`, mean of four steps;
 - keep 0.5, keep 0.1: autograd with tensor dropout;
 - norm; norm, central_difference: `HessianNorm()` and `HessianNorm(method="central_difference")` after the first step.
 
-The time is the median over rounds; the memory what one step needs beyond the model at rest (on Linux or CUDA). The
-last column of the second table is the callback's own work on a step where it does not act. gpt is a small
-decoder with fused causal attention. With --compile the network is compiled (methods that need higher derivatives
-run it eagerly), with --bf16 it runs under autocast.
+Time is the median over rounds. Memory is a step's peak beyond the memory in use before it (on Linux or CUDA). The last
+column of the second table is the callback's overhead on a step without a penalty. gpt is a small decoder with fused
+causal attention. --compile compiles the network (methods that need higher derivatives run it eagerly); --bf16 uses
+autocast.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Case(L.LightningModule):
-    """A model with one batch, and the steps to be compared; they are timed when a fit starts."""
+    """A model with one batch, and the steps to compare. They are timed when the fit starts."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         super().__init__()
@@ -137,14 +137,14 @@ class Case(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
 
     def log(self, *_, **__) -> None:
-        pass  # nothing may be logged where a fit starts
+        pass  # Lightning forbids logging in `on_train_start`
 
     def on_train_start(self) -> None:
         self.all = list(self.parameters())
         self.optimizer = self.configure_optimizers()
         for label, method in list(self.methods.items()):
             try:
-                method()  # warm up, and see whether it runs at all
+                method()  # warm up, and check that it runs
             except RuntimeError as error:
                 self.results[label] = str(error).splitlines()[0]
                 del self.methods[label]
@@ -221,7 +221,7 @@ def timed(method) -> float:
 
 
 def peak_memory(method) -> float | None:
-    """Bytes that the step needs at its peak beyond what is there before it; None where that cannot be measured."""
+    """Peak bytes of the step beyond the memory in use before it. None if this cannot be measured."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -230,7 +230,7 @@ def peak_memory(method) -> float | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         before = _kilobytes("VmRSS")
         method()
         return 1024 * (_kilobytes("VmHWM") - before)
@@ -244,7 +244,7 @@ def _kilobytes(field: str) -> int:
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, tuple[float, float | None] | str]:
-    """For each method: median seconds and peak bytes, or why it does not run."""
+    """For each method: median seconds and peak bytes, or the error that it raised."""
     case = Case(name, arguments)
     accelerator = "gpu" if DEVICE.type == "cuda" else "cpu"
     trainer = L.Trainer(accelerator=accelerator, devices=1, max_steps=1, **QUIET)
@@ -253,7 +253,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, tuple[float, 
 
 
 def idle_overhead(rounds: int = 2000) -> float:
-    """Seconds that the callback adds to a training step on which it does not act."""
+    """Seconds that the callback adds to a training step without a penalty."""
 
     class Nothing(L.LightningModule):
         def __init__(self) -> None:
@@ -289,7 +289,7 @@ def probe_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) ->
 
 
 def check_seconds(name: str, arguments: argparse.Namespace, rounds: int = 30) -> float:
-    """Seconds that looking at the gradients takes, after the backward pass of a penalized step."""
+    """Seconds for checking that the gradients are finite, after the backward pass of a penalized step."""
     parameters = list(Case(name, arguments).to(DEVICE).parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -333,7 +333,7 @@ def main() -> None:
         print(f"\n{failure}")
 
     overhead = idle_overhead()
-    print("\n| model | drawing a probe / plain | looking at the gradients / plain | idle callback / plain |")
+    print("\n| model | drawing a probe / plain | checking the gradients / plain | idle callback / plain |")
     print("| --- | --- | --- | --- |")
     for name in arguments.models:
         seconds = plain[name][0]

@@ -1,11 +1,11 @@
-"""Where does the time of a penalized step go? In units of a plain step's whole time.
+"""Profile of a penalized step's time, in units of a plain step's time.
 
     python benchmarks/step_profile.py [--models mlp cnn ...] [--methods plain two_pass gauss_newton ...] [--rounds 5]
 
-By PyTorch's profiler, the mean over rounds: convolutions, matrix products and attention; all other kernels
-(element-wise, norms, copies of parameters, random numbers); and what is left of the wall time, which is Python and
-autograd's own bookkeeping. The last column names the three costliest of the other kernels. On the CPU only; the
-profiler slows small operations down, so that kernels of small models look costlier than they are.
+Means over rounds from PyTorch's profiler: convolutions, matrix products and attention; all other kernels (element-wise,
+norms, copies of parameters, random numbers); and the rest of the wall time, which is Python and autograd overhead. The
+last column names the three most expensive other kernels. CPU only. The profiler slows small operations down, so kernels
+of small models appear too expensive.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PRODUCTS = ("conv", "mm", "mkldnn", "attention", "addmv", "dot")
 
 
 class Profiled(step_cost.Case):
-    """A case whose steps are profiled, not timed."""
+    """A case that profiles its steps."""
 
     def on_train_start(self) -> None:
         self.all = list(self.parameters())

@@ -1,16 +1,16 @@
-"""Does a penalty on the Hessian's trace generalize better, and is the cheap one as good? On Fashion-MNIST.
+"""Study on Fashion-MNIST: do penalties on the Hessian's trace improve generalization, and do cheap ones suffice?
 
     python benchmarks/trace_study.py run [--methods none SAM two_pass ...] [--seeds 0 1 2]
     python benchmarks/trace_study.py report    # the table of docs/trace.md
 
 Each run trains the small CNN (width 8, batch norm, SiLU) on 1,000 training images for 60 epochs (SGD, momentum 0.9,
-weight decay 5e-4, cosine decay from 0.1, batch 100), with a penalty of one strength and a seed (weights, order, and
-probes). Runs whose result is in the file already are left out, so an interrupted study goes on.
+weight decay 5e-4, cosine decay from 0.1, batch 100), with one strength and one seed (for weights, order, and probes).
+Runs with a result in the file are skipped, so an interrupted study can be resumed.
 
-For each method the strength is the one of the highest mean accuracy on 5,000 validation images; the test accuracy is
-that of these runs. The trace (10 probes) and the largest eigenvalue (12 steps of Lanczos) are those of the mean loss
-over 200 training images, in evaluation mode. SAM's strength is rho. Seconds are processor time of the training,
-in one thread (OMP_NUM_THREADS=1).
+A method's chosen strength has the highest mean accuracy on 5,000 validation images; its test accuracy is from these
+runs. The trace (10 probes) and the largest eigenvalue (12 steps of Lanczos) are of the mean loss over 200 training
+images, in evaluation mode. SAM's strength is rho. Seconds are processor time of training in one thread
+(OMP_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ EPOCHS, IMAGES, WIDTH = 60, 1000, 8
 
 
 class SAM(torch.optim.SGD):
-    """SGD at the gradient of the weights moved along the gradient (Foret et al. 2020)."""
+    """SGD with the gradient at weights displaced along the gradient (Foret et al. 2020)."""
 
     def __init__(self, parameters, rho: float, **settings) -> None:
         super().__init__(parameters, **settings)

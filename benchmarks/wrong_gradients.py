@@ -1,10 +1,10 @@
-"""How wrong is the usual recipe? Relative errors of v'Hv and of its gradient, in float64.
+"""Errors of the usual recipe: relative errors of v'Hv and of its gradient, in float64.
 
     python benchmarks/wrong_gradients.py
 
-The usual recipe calls `torch.autograd.grad` twice with `create_graph=True` on the layers as they come. The reference is
-five-point differences of ordinary first-order gradients, which are right for every layer here. Models are a linear
-layer, tanh, the layer in question and a linear layer, on eight samples; the probe is one random vector of signs.
+The usual recipe calls `torch.autograd.grad` twice with `create_graph=True` on unmodified layers. The reference is
+five-point differences of ordinary first-order gradients, which are correct for every layer here. Models are a linear
+layer, tanh, the tested layer and a linear layer, on eight samples. The probe is one random vector of signs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LAYERS = {
 
 
 def errors(context, net, x, y) -> str:
-    """Relative error of the value and of the gradient, or the error raised."""
+    """Relative errors of the value and of the gradient, or the exception's message."""
 
     def loss(net):
         return F.cross_entropy(net(x), y)

@@ -357,9 +357,9 @@ def test_verify_has_nothing_to_verify():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "two_pass", "clamp": 0.0}, "its passes are the loss"),
-        ({"method": "two_pass", "step": 0.1}, "is that of method='central_difference'"),
-        ({"method": "gauss_newton", "keep": 0.5}, "gauss_newton has none"),
+        ({"method": "two_pass", "clamp": 0.0}, "its loss is a combination of passes"),
+        ({"method": "two_pass", "step": 0.1}, "is only for method='central_difference'"),
+        ({"method": "gauss_newton", "keep": 0.5}, "the probes of gauss_newton are over the outputs"),
         ({"method": "gauss_newton", "probes": -1}, "is for method='autograd'"),
         ({"method": "three_pass"}, "is unknown. Choose one of autograd, two_pass"),
         ({"scale": "filter"}, "is unknown. Choose one of none, parameter"),

@@ -392,7 +392,7 @@ def test_a_loss_that_is_computed_already_has_no_differences():
     [
         ({"iterations": 0}, "iterations=0 must be a whole number of at least 1"),
         ({"method": "two_pass"}, "is unknown. Choose one of autograd, central_difference"),
-        ({"step": 0.1}, "is that of method='central_difference'"),
+        ({"step": 0.1}, "is only for method='central_difference'"),
         ({"method": "central_difference", "step": -1.0}, "must be a positive number"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The command line, which needs the extra ``train``."""
+"""The command line. It needs the extra ``train``."""
 
 import importlib.util
 
@@ -10,11 +10,11 @@ _EXTRA = {
     "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
 }
-"""What the command needs beyond the package itself: modules, and the distributions that have them."""
+"""The command's extra dependencies: module name -> distribution name."""
 
 if _missing := [name for module, name in _EXTRA.items() if importlib.util.find_spec(module) is None]:
     raise ModuleNotFoundError(
-        f"The command line of lightning-hessian needs {', '.join(_missing)}, which the plain installation leaves out. "
-        'Install its extra: pip install "lightning-hessian[train]"',
+        f"The lightning-hessian command needs {', '.join(_missing)}, which the plain installation does not include. "
+        'Install the extra: pip install "lightning-hessian[train]"',
         name=__name__,
     )

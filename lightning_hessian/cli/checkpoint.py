@@ -1,4 +1,4 @@
-"""Can a run go on from this file? Looked at before it begins."""
+"""Validate a checkpoint before a run resumes from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _KEYS = ("state_dict", "loops", "optimizer_states", "lr_schedulers", "pytorch-li
 
 
 def check_checkpoint(path: str, module: nn.Module) -> None:
-    """Refuse a file from which Lightning cannot resume the training of this module.
+    """Check that Lightning can resume training this module from the file.
 
     Raises:
-        ValueError: there is no such file, it is no checkpoint of Lightning's Trainer or a damaged one, or it holds the
-            weights of another module.
+        ValueError: the file does not exist, is damaged, is not a checkpoint of Lightning's Trainer, or holds the
+            weights of another model.
     """
     state = _read(path).get("state_dict")
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
@@ -29,26 +29,26 @@ def check_checkpoint(path: str, module: nn.Module) -> None:
                 for shapes in (expected, found)
             )
             raise ValueError(
-                f"resume={path}: the checkpoint is of another model. It {there}, and the model here {here}. Give the "
-                "model and data settings of the run that left it; they are in its config.yaml."
+                f"resume={path}: the checkpoint is of another model. It {there}, and the model here {here}. Use the "
+                "model and data settings of the run that wrote it; they are in its config.yaml."
             )
 
 
 def _read(path: str) -> dict[str, Any]:
     if not Path(path).exists():
-        raise _refused(path, "there is no such checkpoint")
+        raise _checkpoint_error(path, "there is no such checkpoint")
     if not zipfile.is_zipfile(path):
-        raise _refused(path, "is not a checkpoint, or is cut off")
+        raise _checkpoint_error(path, "is not a checkpoint, or is cut off")
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True)
-    except Exception as error:  # a foreign or damaged file can fail in any way
+    except Exception as error:  # torch.load raises many types on a foreign or damaged file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise _refused(path, f"is not a checkpoint that can be read ({reason[:100]})") from error
+        raise _checkpoint_error(path, f"is not a checkpoint that can be read ({reason[:100]})") from error
     missing = [key for key in _KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else list(_KEYS)
     if missing:
-        raise _refused(path, f"is not a checkpoint of Lightning's Trainer: it has no {', '.join(missing)}")
+        raise _checkpoint_error(path, f"is not a checkpoint of Lightning's Trainer: it has no {', '.join(missing)}")
     return checkpoint
 
 
-def _refused(path: str, what: str) -> ValueError:
-    return ValueError(f"resume={path}: {what}. A run leaves one in its checkpoints/last.ckpt.")
+def _checkpoint_error(path: str, problem: str) -> ValueError:
+    return ValueError(f"resume={path}: {problem}. A run writes its checkpoint to checkpoints/last.ckpt.")

@@ -1,4 +1,4 @@
-"""The LightningModule of the command line: an ordinary classifier that knows nothing of penalties."""
+"""The command line's LightningModule: an ordinary classifier without penalty code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, SGD with momentum, and one cosine decay of the learning rate to 0.
+    """Cross-entropy, SGD with Nesterov momentum, and one cosine decay of the learning rate to 0.
 
     Args:
-        net: images to logits.
+        net: maps images to logits.
         classes: number of classes.
-        lr: the learning rate at the start.
-        momentum: of SGD.
-        weight_decay: of SGD.
+        lr: initial learning rate.
+        momentum: SGD's momentum.
+        weight_decay: SGD's weight decay.
 
     Raises:
         ValueError: a number is negative or not finite.
@@ -45,7 +45,7 @@ class Classifier(LightningModule):
         return self.net(images)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean cross-entropy of a batch."""
+        """Mean cross-entropy of a batch."""
         images, labels = batch
         return F.cross_entropy(self(images), labels)
 
@@ -75,13 +75,13 @@ class Classifier(LightningModule):
         return loss
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """One at the learning rate of the start."""
+        """A new optimizer at the initial learning rate."""
         return torch.optim.SGD(
             self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
         )
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        """The decay of the learning rate over so many steps."""
+        """Cosine decay of the learning rate over ``steps`` steps."""
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def configure_optimizers(self) -> Any:

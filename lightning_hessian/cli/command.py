@@ -1,7 +1,7 @@
 """The command ``lightning-hessian``: train a classifier with a curvature penalty, configured with Hydra.
 
-Its exit status is 0, or 2 after an error of the user's, or 3 where training has diverged. A sweep goes on after such a
-job, whose objective is infinite, and ends with the status of the worst job.
+Exit status: 0 on success, 2 after a user error, 3 if training diverged. A sweep continues after a failed job, gives it
+an infinite objective, and exits with the highest status of its jobs.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from lightning_hessian.cli.checkpoint import check_checkpoint
 from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.data import ImageData
-from lightning_hessian.cli.report import Report, report, side_by_side
-from lightning_hessian.cli.user_errors import Diverged, in_one_line, tell
+from lightning_hessian.cli.report import Report, comparison_table, report
+from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
 from lightning_hessian.regularization.suggest import suggest_strength
 from lightning_hessian.step.isolation import random_state_kept
 
 AUTO = "auto"
-"""In place of a strength: choose one before training."""
+"""As a strength: choose one before training."""
 AUTO_BATCHES = 4
-"""On how many training batches a strength is chosen."""
+"""Number of training batches used to suggest a strength."""
 AUTO_STEPS = 100
-"""After how many steps without a penalty at least, and how often."""
+"""Minimum number of unpenalized training steps between two suggestions."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ class TraceConfig:
 
 @dataclass
 class Config:
-    """The types of the settings that are not handed to a class of their own."""
+    """Types of the settings that no other class validates."""
 
     data: Any = MISSING
     model: Any = MISSING
@@ -78,21 +78,21 @@ class Config:
 
 
 def config_directory() -> Path:
-    """``conf/`` inside the installed package, or at the top of a checkout."""
+    """``conf/`` in the installed package, or at the root of a checkout."""
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def train(config: DictConfig, directory: Path) -> Report:
-    """One run: train, test, measure the trace; files go to the directory."""
+    """Run once: train, test, and measure the curvature. Files go to ``directory``."""
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed={config.seed} must be a whole number from 0 to {2**32 - 1}.")
     for name, least in {"samples": 1, "probes": 2}.items():
         if config.trace[name] < least:
             raise ValueError(f"trace.{name}={config.trace[name]} must be at least {least}.")
     _check_trainer(config.trainer)
-    # Softplus and sigmoid tails are denormal numbers, on which a CPU is many times slower.
+    # The tails of softplus and sigmoid are denormal numbers, which slow a CPU down many times.
     torch.set_flush_denormal(True)
     L.seed_everything(config.seed, workers=True, verbose=False)
 
@@ -117,12 +117,12 @@ def train(config: DictConfig, directory: Path) -> Report:
 
     trainer.fit(module, data, ckpt_path=config.resume)
     trainer.test(module, data, verbose=False)
-    data.setup("fit")  # where processes were spawned, only they have done it
+    data.setup("fit")  # spawned processes set up their own copies only
     return report(trainer, module, data, config.trace.samples, config.trace.probes, config.seed)
 
 
 def _regularizer(settings: DictConfig) -> Any:
-    """The callback, with strength 0 where one is yet to be chosen."""
+    """The callback, with strength 0 in place of ``auto``."""
     strength = settings.get("strength")
     if strength == AUTO:
         return hydra.utils.instantiate(settings, strength=0.0)
@@ -134,12 +134,12 @@ def _regularizer(settings: DictConfig) -> Any:
 def _choose_strengths(
     settings: DictConfig, regularizer: Any, module: Classifier, data: ImageData, trainer: Any
 ) -> None:
-    """Put a number wherever ``strength`` says auto, into the callback and into the settings.
+    """Replace each ``auto`` strength by a number, in the callback and in the settings.
 
-    It is the least that is suggested while a copy learns without a penalty, so that the penalty's share of the gradient
-    is not above what was asked for on the way. At the initial weights the derivatives by the inputs are a hundred to a
-    thousand times smaller than soon after (those of the vision transformer are 0), and a strength that fits there
-    destroys training. A resumed run begins with the same weights, and chooses what the interrupted one has chosen.
+    The number is the lowest suggestion while a copy of the model trains without a penalty, so the penalty's share of
+    the gradient stays within the requested share along the way. The initial weights alone do not suffice: input
+    derivatives there are 100 to 1,000 times smaller than soon after (0 for the vision transformer), and a strength
+    that fits them destroys training. A resumed run starts from the same weights and chooses the same number.
     """
     asked = settings.get("strength")
     each = list(asked) if isinstance(asked, ListConfig) else [asked] * len(regularizer.penalties)
@@ -147,30 +147,30 @@ def _choose_strengths(
         return
     data.prepare_data()
     data.setup("fit")
-    if trainer.world_size == 1:  # processes that are yet to be forked cannot share a GPU that was used before
+    if trainer.world_size == 1:  # processes forked later cannot use a GPU that this process has initialized
         module.to(trainer.strategy.root_device)
     penalties = {i: penalty for i, penalty in enumerate(regularizer.penalties) if each[i] == AUTO}
     with random_state_kept(module.device):
-        found = [
-            {i: suggest_strength(twin, data.training_batches(AUTO_BATCHES), p) for i, p in penalties.items()}
-            for twin in _while_it_learns(module, data, trainer)
+        suggestions = [
+            {i: suggest_strength(snapshot, data.training_batches(AUTO_BATCHES), p) for i, p in penalties.items()}
+            for snapshot in _unpenalized_training(module, data, trainer)
         ]
     for i, penalty in penalties.items():
-        least = min((here[i] for here in found), key=float)
-        each[i] = least.strength
+        lowest = min((suggestion[i] for suggestion in suggestions), key=float)
+        each[i] = lowest.strength
         if trainer.is_global_zero:
             print(
-                f"strength            {least.strength:.4g} ({least.low:.2g} to {least.high:.2g} over "
-                f"{len(least.by_batch)} batches), where the gradient of {penalty.name} is "
-                f"{100 * least.share:.3g} % of the task loss's"
+                f"strength            {lowest.strength:.4g} ({lowest.low:.2g} to {lowest.high:.2g} over "
+                f"{len(lowest.by_batch)} batches), where the gradient of {penalty.name} is "
+                f"{100 * lowest.share:.3g} % of the task loss's"
             )
     settings.strength = regularizer.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
 
 
-def _while_it_learns(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
-    """A copy that is trained without a penalty, after each epoch of ``AUTO_STEPS`` steps at least.
+def _unpenalized_training(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
+    """Train a copy without a penalty, and yield it after each epoch, or each ``AUTO_STEPS`` steps if that is longer.
 
-    It ends where the mean loss of one has halved, or the run would be over.
+    Stops once the mean loss of such a part is below half the first loss, or when the run's epochs or steps are used up.
     """
     twin = copy.deepcopy(module)
     epoch = len(data.train_dataloader())
@@ -193,7 +193,7 @@ def _while_it_learns(module: Classifier, data: ImageData, trainer: L.Trainer) ->
             if not math.isfinite(losses[-1]):
                 raise Diverged(
                     f"the training loss is {losses[-1]} without a penalty: training has diverged, so no strength can "
-                    "be chosen. Lower optimizer.lr."
+                    "be chosen for regularizer.strength=auto. Lower optimizer.lr."
                 )
         yield twin
         first = losses[0] if first is None else first
@@ -202,19 +202,19 @@ def _while_it_learns(module: Classifier, data: ImageData, trainer: L.Trainer) ->
 
 
 def _check_trainer(settings: DictConfig) -> None:
-    """Lightning does not look at the types of its settings: a word for a number would fail somewhere in the middle."""
+    """Refuse strings where Trainer takes none. Lightning does not check types, so training would fail later."""
     hints = get_type_hints(L.Trainer.__init__)
     for name, value in settings.items():
-        if isinstance(value, str) and name in hints and not _takes_words(hints[name]):
+        if isinstance(value, str) and name in hints and not _accepts_strings(hints[name]):
             raise ValueError(f"trainer.{name}={value!r} is not what Trainer takes ({hints[name]}).")
 
 
-def _takes_words(hint: Any) -> bool:
-    return hint in (str, Any) or isinstance(hint, str) or any(_takes_words(part) for part in get_args(hint))
+def _accepts_strings(hint: Any) -> bool:
+    return hint in (str, Any) or isinstance(hint, str) or any(_accepts_strings(part) for part in get_args(hint))
 
 
 def _reports(config: DictConfig, directory: Path) -> dict[str, Report]:
-    """The run that the settings ask for, and the one to compare it with, if they ask for one; both are told."""
+    """Run the settings, then the comparison if ``compare`` is set, and print both reports."""
     choices = sorted(path.stem for path in (config_directory() / "regularizer").glob("*.yaml"))
     if config.compare is not None and config.compare not in choices:
         raise ValueError(
@@ -227,23 +227,23 @@ def _reports(config: DictConfig, directory: Path) -> dict[str, Report]:
         name = f"compare_{config.compare}"
         other = _with_regularizer(config, _defaults_of(config.compare), name, directory / name)
         reports[f"compare={config.compare}"] = train(other, directory / name)
-        _print(side_by_side(reports))
+        _print(comparison_table(reports))
     return reports
 
 
 def _defaults_of(regularizer: str) -> Any:
-    """A regularizer's settings, with those that this run's model needs."""
+    """A regularizer's default settings for this run's model."""
     model = HydraConfig.get().runtime.choices["model"]
     return hydra.compose("config", [f"model={model}", f"regularizer={regularizer}"]).regularizer
 
 
 @rank_zero_only
-def _print(what: object) -> None:
-    print(what)
+def _print(text: object) -> None:
+    print(text)
 
 
 def _with_regularizer(config: DictConfig, regularizer: Any, name: str, directory: Path) -> DictConfig:
-    """The same settings with another regularizer, from the first step, with all files in a folder of their own."""
+    """The same settings with another regularizer, not resumed, and with all files in ``directory``."""
     directory.mkdir(exist_ok=True)
     other = copy.deepcopy(config)
     other.regularizer = regularizer
@@ -256,7 +256,7 @@ def _with_regularizer(config: DictConfig, regularizer: Any, name: str, directory
 
 
 def _objective(reports: dict[str, Report]) -> float:
-    """What a sweep minimizes. Sweepers take an infinite one for a bad one, and some stop at one that is no number."""
+    """What a sweep minimizes: the test loss, or infinity if it is not finite, because some sweepers stop at NaN."""
     loss = reports["this run"].test_loss
     return loss if math.isfinite(loss) else math.inf
 
@@ -271,7 +271,7 @@ def _refuse_divergence(reports: dict[str, Report]) -> None:
 
 
 _statuses: list[int] = []
-"""Of the jobs of a sweep that have failed."""
+"""Exit statuses of a sweep's failed jobs."""
 
 
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
@@ -284,22 +284,22 @@ def _run(config: DictConfig) -> float:
         objective = _objective(reports)
         _refuse_divergence(reports)
     except Exception as error:
-        status = tell(error, f"job {job.job.num} ({' '.join(job.overrides.task)}): " if in_sweep else "")
+        status = print_user_error(error, f"job {job.job.num} ({' '.join(job.overrides.task)}): " if in_sweep else "")
         if status is None:
             raise
         if not in_sweep:
             sys.exit(status)
-        _statuses.append(status)  # and the sweep goes on
+        _statuses.append(status)  # the sweep continues
     return objective
 
 
 def main() -> None:
     """Entry point of the command."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints a page of its own for each error
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own long report of each error
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own, about torch's trees
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of torch's pytree
     _statuses.clear()
-    with in_one_line():
+    with exit_on_user_error():
         _run()
     if _statuses:
         sys.exit(max(_statuses))
@@ -308,6 +308,6 @@ def main() -> None:
 ConfigStore.instance().store("schema", Config)
 
 if __name__ == "__main__":
-    from lightning_hessian.cli import command  # whose frames have the package's name, by which errors are told
+    from lightning_hessian.cli import command  # not as __main__: user errors are recognized by the module's name
 
     command.main()

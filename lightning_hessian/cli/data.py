@@ -1,4 +1,4 @@
-"""Data modules: images held in memory as bytes, normalized on the device, a batch at a time."""
+"""Data modules: images in memory as bytes, normalized on the device one batch at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lightning_hessian.arguments import whole_number
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-"""Where Debian's package dataset-fashion-mnist puts its files."""
+"""Files of Debian's package dataset-fashion-mnist."""
 
 
 class DataUnavailable(RuntimeError):
@@ -29,7 +29,7 @@ class DataUnavailable(RuntimeError):
 
 
 class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels in memory; a whole batch is one indexing operation."""
+    """Images and labels in memory. A batch is one indexing operation."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -46,22 +46,22 @@ class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
 
 
 class ImageData(LightningDataModule):
-    """Training, validation and test images as (batch, channels, height, width) in float32.
+    """Training, validation and test images of shape (batch, channels, height, width), in float32.
 
-    The validation images are the last of the training images in a fixed random order, the same for every seed.
+    The validation images are the last training images in a fixed random order, the same for every seed.
 
     Args:
-        batch_size: images in a batch, on each device.
-        validation: how many training images are kept for validation.
-        train_samples: use only the first so many training images (in the fixed random order); None for all.
-        augment: random crop (padding of an eighth) and, for color images, horizontal flip.
-        normalize: to mean 0 and deviation 1 over the training images; otherwise pixels are in [0, 1].
-        root: where data sets lie or are downloaded to.
-        seed: of the order of training batches, a function of seed and epoch (so a resumed run sees the same).
+        batch_size: images per batch and device.
+        validation: number of training images held out for validation.
+        train_samples: number of training images to use, from the start of the fixed random order; None for all.
+        augment: random crop (padded by an eighth of the width) and, for color images, random horizontal flip.
+        normalize: to mean 0 and standard deviation 1 over the training images. If false, pixels are in [0, 1].
+        root: folder of the data sets, and where downloads go.
+        seed: of the order of training batches. The order depends on seed and epoch only, so a resumed run repeats it.
 
     Raises:
-        ValueError: a number is out of its range.
-        DataUnavailable: when prepared, if the data are neither here nor to be had.
+        ValueError: a setting is out of range.
+        DataUnavailable: on preparation: the data are not on disk and cannot be downloaded.
     """
 
     shape: ClassVar[tuple[int, int, int]]
@@ -97,7 +97,7 @@ class ImageData(LightningDataModule):
         self._sets: dict[str, TensorBatches] = {}
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """All images of one part, bytes of shape (n, channels, height, width), and their labels."""
+        """All images of one part, as bytes of shape (n, channels, height, width), and their labels."""
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
@@ -106,11 +106,17 @@ class ImageData(LightningDataModule):
         images, labels = self.load(train=True)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         if self.validation >= len(order):
-            raise ValueError(f"validation={self.validation} leaves nothing of the {len(order)} training images.")
+            raise ValueError(
+                f"data.validation={self.validation} leaves none of the {len(order)} training images for training. "
+                "Lower it."
+            )
         training, validation = order[: -self.validation], order[-self.validation :]
         if self.train_samples is not None:
             if self.train_samples > len(training):
-                raise ValueError(f"train_samples={self.train_samples}, but there are only {len(training)}.")
+                raise ValueError(
+                    f"data.train_samples={self.train_samples}, but only {len(training)} training images are left "
+                    "after validation. Lower it."
+                )
             training = training[: self.train_samples]
         self._sets = {
             "train": TensorBatches(images[training], labels[training]),
@@ -126,7 +132,7 @@ class ImageData(LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             seed=self.seed,
         )
-        # A last batch of a few images would have odd batch-norm statistics and a noisy Hessian.
+        # A last batch of a few images would have noisy batch-norm statistics and a noisy Hessian.
         return self._loader("train", sampler=sampler, drop_last=len(self._sets["train"]) > self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -136,7 +142,7 @@ class ImageData(LightningDataModule):
         return self._loader("test")
 
     def training_samples(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``count`` training images in batches, normalized and not augmented, to measure curvature on."""
+        """The first ``count`` training images in batches, normalized but not augmented, for measuring curvature."""
         part = self._sets["train"]
         count = min(count, len(part))
         size = min(self.batch_size, count)
@@ -146,7 +152,7 @@ class ImageData(LightningDataModule):
         ]
 
     def training_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first ``count`` batches as the training step gets them, augmented too; of several epochs if need be."""
+        """The first ``count`` batches as the training step gets them: augmented, and over several epochs if needed."""
         for batch in islice(self._epochs(), count):
             yield self._prepared(batch, self.augment)
 
@@ -175,15 +181,15 @@ class ImageData(LightningDataModule):
         return (images.float() / 255 - mean) / std
 
     def _loader(self, part: str, **settings: Any) -> DataLoader[Any]:
-        return DataLoader(self._sets[part], self.batch_size, collate_fn=_as_it_is, **settings)
+        return DataLoader(self._sets[part], self.batch_size, collate_fn=_identity, **settings)
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
 def _random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift each image by its own random offset, at most ``padding`` pixels, filling with zeros."""
+    """Shift each image by its own random offset of at most ``padding`` pixels, and fill with zeros."""
     n, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, [padding] * 4)
     top, left = torch.randint(0, 2 * padding + 1, (2, n), device=images.device)
@@ -210,7 +216,7 @@ class Digits(ImageData):
 
 
 class _Torchvision(ImageData):
-    """A data set that torchvision reads, and downloads where there is a network."""
+    """A data set that torchvision reads, and downloads if it is missing."""
 
     source: ClassVar[type]
 
@@ -228,7 +234,7 @@ class _Torchvision(ImageData):
         except (URLError, RuntimeError, OSError) as error:
             raise DataUnavailable(
                 f"{name} is not in {self.root.resolve()} and could not be downloaded ({error}). Put torchvision's "
-                "files there, set data.root to where they are, or use data=digits, which needs no network."
+                "files there, set data.root to their folder, or use data=digits, which needs no network."
             ) from error
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
@@ -246,7 +252,7 @@ class MNIST(_Torchvision):
 
 
 class FashionMNIST(_Torchvision):
-    """60,000 + 10,000 pieces of clothing, 28 x 28 (Xiao et al. 2017); Debian's package is used where installed."""
+    """60,000 + 10,000 pieces of clothing, 28 x 28 (Xiao et al. 2017). Uses Debian's package if installed."""
 
     shape = (1, 28, 28)
     mean, std = (0.2860,), (0.3530,)
@@ -258,10 +264,10 @@ class FashionMNIST(_Torchvision):
         raw = self.root / "FashionMNIST" / "raw"
         raw.mkdir(parents=True, exist_ok=True)
         for packed in DEBIAN_FASHION_MNIST.glob("*.gz"):
-            partial = raw / f"{packed.stem}.{os.getpid()}.partial"  # another process may be at it, too
+            partial = raw / f"{packed.stem}.{os.getpid()}.partial"  # another process may unpack it at the same time
             with gzip.open(packed) as source, partial.open("wb") as target:
                 shutil.copyfileobj(source, target)
-            partial.replace(raw / packed.stem)  # only whole files, also after an interruption
+            partial.replace(raw / packed.stem)  # an interruption leaves no incomplete file
 
 
 class CIFAR10(_Torchvision):

@@ -1,4 +1,4 @@
-"""Image classifiers: small ones with smooth activations, and two known architectures cut to small images."""
+"""Image classifiers: small ones with smooth activations, and two known architectures adapted to small images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mlp(shape: Shape, classes: int, width: int = 256, depth: int = 2) -> nn.Sequ
 
 
 def cnn(shape: Shape, classes: int, width: int = 32) -> nn.Sequential:
-    """Three 3 x 3 convolutions with batch norm and SiLU, the last two of stride 2, then the mean over the image.
+    """Three 3 x 3 convolutions with batch norm and SiLU (the last two of stride 2), average pooling, a linear layer.
 
     Example:
         >>> import torch
@@ -60,14 +60,14 @@ def cnn(shape: Shape, classes: int, width: int = 32) -> nn.Sequential:
 def softplus_cnn(shape: Shape, classes: int, width: int = 16, beta: float = 8.0) -> nn.Sequential:
     """Two 3 x 3 convolutions and a hidden layer, with softplus and no normalization.
 
-    Smooth and without batch statistics: each sample has an input Hessian of its own. The image is halved by moving
-    2 x 2 pixels into channels, not by strides, whose derivatives by the input are slow on a CPU.
+    It is smooth and uses no batch statistics, so each sample has its own input Hessian. Downsampling moves 2 x 2 pixels
+    into channels instead of using strides, because the input derivatives of strided convolutions are slow on a CPU.
 
     Args:
-        shape: of one image: channels, height, width (both multiples of 4).
+        shape: (channels, height, width) of an image; height and width are multiples of 4.
         classes: number of outputs.
-        width: channels of the first convolution; the second has twice, the hidden layer four times as many.
-        beta: softplus(x) = log(1 + exp(beta x)) / beta; the larger, the nearer to ReLU.
+        width: channels of the first convolution. The second has 2 ``width``, the hidden layer 4 ``width``.
+        beta: of softplus(x) = log(1 + exp(beta x)) / beta. It tends to ReLU as beta grows.
 
     Example:
         >>> import torch
@@ -79,7 +79,10 @@ def softplus_cnn(shape: Shape, classes: int, width: int = 16, beta: float = 8.0)
     if isinstance(beta, bool) or not 0 < beta < math.inf:
         raise ValueError(f"beta={beta!r} must be a positive number.")
     if height % 4 or side % 4:
-        raise ValueError(f"softplus_cnn halves the image twice, and {height} x {side} pixels cannot be halved twice.")
+        raise ValueError(
+            f"softplus_cnn halves the image twice, so height and width must be multiples of 4, not {height} x {side}. "
+            "Choose another model or data set."
+        )
     return nn.Sequential(
         nn.PixelUnshuffle(2),
         nn.Conv2d(4 * channels, width, 3, padding=1),
@@ -95,7 +98,7 @@ def softplus_cnn(shape: Shape, classes: int, width: int = 16, beta: float = 8.0)
 
 
 def resnet18(shape: Shape, classes: int) -> nn.Module:
-    """torchvision's ResNet-18 with the stem for small images: a 3 x 3 convolution of stride 1 and no max-pool."""
+    """torchvision's ResNet-18 with a stem for small images: a 3 x 3 convolution of stride 1 and no max-pool."""
     net = torchvision.models.resnet18(num_classes=classes)
     net.conv1 = nn.Conv2d(shape[0], 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()
@@ -105,21 +108,22 @@ def resnet18(shape: Shape, classes: int) -> nn.Module:
 def vit(
     shape: Shape, classes: int, patch: int | None = None, width: int = 64, depth: int = 4, heads: int = 4
 ) -> nn.Module:
-    """torchvision's vision transformer, small: ``depth`` blocks of ``width`` features, on square patches.
+    """A small version of torchvision's vision transformer on square patches.
 
     Args:
-        shape: of one image: channels, height, width.
+        shape: (channels, height, width) of an image.
         classes: number of outputs.
-        patch: the patches' side in pixels; by default 4, and 2 for images of less than 16 pixels.
-        width: features of a token.
+        patch: side of a patch in pixels. Default: 4, or 2 for images narrower than 16 pixels.
+        width: features per token.
         depth: number of blocks.
-        heads: attention heads.
+        heads: attention heads per block.
     """
     patch = (4 if shape[-1] >= 16 else 2) if patch is None else patch
     _check(patch=patch, width=width, depth=depth, heads=heads)
     if shape[-1] % patch or width % heads:
         raise ValueError(
-            f"patch={patch} must divide the image's side, {shape[-1]}, and heads={heads} must divide width={width}."
+            f"patch={patch} must divide the image width of {shape[-1]} pixels, and heads={heads} must divide "
+            f"width={width}."
         )
     net = torchvision.models.VisionTransformer(shape[-1], patch, depth, heads, width, 2 * width, num_classes=classes)
     net.conv_proj = nn.Conv2d(shape[0], width, patch, patch)

@@ -1,4 +1,4 @@
-"""What a finished run is told by: test accuracy and loss, and the curvature of the training loss."""
+"""The report of a finished run: test accuracy and loss, and the curvature of the training loss."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lightning_hessian.monitoring.measurement import Curvature, Measurement, Mea
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The end of a run.
+    """Results of a finished run.
 
     Args:
-        test_accuracy: share of the test images that are classified rightly.
+        test_accuracy: share of correctly classified test images.
         test_loss: mean cross-entropy on the test images.
-        curvature: of the mean loss over ``images`` training images, in evaluation mode; its stability is that at the
-            height of the learning rate.
-        images: how many training images that were.
-        robustness: what ``AdversarialAccuracy`` logged in the test, by name; empty where it was not asked for.
-        directory: where the run left its files.
-        tensorboard: whether there are events to look at.
+        curvature: of the mean loss over ``images`` training images, in evaluation mode. ``stability`` uses the initial
+            learning rate, which is the highest.
+        images: number of training images for ``curvature``.
+        robustness: metrics that ``AdversarialAccuracy`` logged during the test, by name. Empty if not requested.
+        directory: the run's files.
+        tensorboard: whether the run wrote TensorBoard events.
     """
 
     test_accuracy: float
@@ -58,8 +58,8 @@ class Report:
         )
 
 
-def side_by_side(reports: Mapping[str, Report]) -> str:
-    """The main numbers of several runs, one column for each.
+def comparison_table(reports: Mapping[str, Report]) -> str:
+    """A table of the main results, one column per run.
 
     Example:
         >>> from lightning_hessian.curvature import Estimate
@@ -70,7 +70,7 @@ def side_by_side(reports: Mapping[str, Report]) -> str:
         ...     test_accuracy=0.9, test_loss=0.3, curvature=curvature, images=500, robustness={},
         ...     directory=Path("here"), tensorboard=False,
         ... )
-        >>> print(side_by_side({"this run": run}))
+        >>> print(comparison_table({"this run": run}))
         <BLANKLINE>
                             this run
         test accuracy       0.9000
@@ -91,16 +91,16 @@ def side_by_side(reports: Mapping[str, Report]) -> str:
     return "\n" + "\n".join(lines)
 
 
-# Of this environment, which need not be on the PATH.
+# The executable of this environment, which may not be on the PATH.
 _TENSORBOARD = shutil.which("tensorboard") or Path(sys.executable).with_name("tensorboard")
 
 
 LANCZOS = 20
-"""Products that the search for the largest eigenvalue spends."""
+"""Lanczos steps, each one Hessian-vector product, for the largest eigenvalue."""
 
 
 def report(trainer: Trainer, module: Classifier, data: ImageData, samples: int, probes: int, seed: int) -> Report:
-    """Put together what ``trainer.test`` measured and the curvature on a fixed set of training images."""
+    """Combine the metrics of ``trainer.test`` with the curvature on a fixed set of training images."""
     metrics = trainer.callback_metrics
     batches = [
         (images.to(module.device), labels.to(module.device)) for images, labels in data.training_samples(samples)

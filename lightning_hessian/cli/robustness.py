@@ -1,4 +1,4 @@
-"""Accuracy under attack for the command line, whose data may be normalized."""
+"""Accuracy under attack for the command line's data, which may be normalized."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lightning_hessian.robustness.callback import AdversarialAccuracy
 
 
 class PixelAdversarialAccuracy(AdversarialAccuracy):
-    """:class:`AdversarialAccuracy` in pixels: radii, bounds and the radius estimate mean pixels in [0, 1], also where
+    """:class:`AdversarialAccuracy` in pixels: radii, bounds and the radius estimate refer to pixels in [0, 1], even if
     the data are normalized.
 
     Args:
-        attacks: and all others as there.
+        attacks: this and all other arguments as in :class:`AdversarialAccuracy`.
     """
 
     def attacked(self, module: LightningModule, x: Tensor) -> tuple[nn.Module, Tensor]:
         data = getattr(module.trainer, "datamodule", None)
         if not isinstance(data, ImageData) or not data.normalize:
             return module, x
-        model = _OfPixels(module, data.mean, data.std).to(x.device)
-        return model, model.pixels_of(x)
+        model = _PixelModel(module, data.mean, data.std).to(x.device)
+        return model, model.denormalize(x)
 
 
-class _OfPixels(nn.Module):
-    """A model of normalized images as one of pixels."""
+class _PixelModel(nn.Module):
+    """Normalizes pixels, then calls a model of normalized images."""
 
     mean: Tensor
     std: Tensor
@@ -42,6 +42,6 @@ class _OfPixels(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model((pixels - self.mean) / self.std)
 
-    def pixels_of(self, images: Tensor) -> Tensor:
-        """The other way, without what rounding adds beyond black and white."""
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Pixels of normalized images, clamped because rounding can leave [0, 1]."""
         return (images * self.std + self.mean).clamp(0, 1)

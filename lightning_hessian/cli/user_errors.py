@@ -1,4 +1,4 @@
-"""Errors of the user's making take one line that names the setting; all others keep their traceback."""
+"""User errors become one line that names the setting. All other errors keep their traceback."""
 
 from __future__ import annotations
 
@@ -19,43 +19,42 @@ from lightning_hessian.curvature import HigherOrderError
 
 
 class Diverged(RuntimeError):
-    """A loss is not finite."""
+    """The loss is not finite."""
 
 
-def tell(error: Exception, where: str = "") -> int | None:
-    """Print a user's error as one line.
+def print_user_error(error: Exception, where: str = "") -> int | None:
+    """Print a user error as one line.
 
     Args:
-        error: what was raised.
-        where: put before it.
+        error: the exception.
+        where: a prefix of the message.
 
     Returns:
-        The exit status: 3 where training has diverged, 2 for any other error of the user's. None for a fault, of which
-        nothing is printed.
+        The exit status: 3 if training diverged, 2 for any other user error. None for a bug; nothing is printed then.
     """
-    if not _is_the_users(error):
+    if not _is_user_error(error):
         return None
     print(f"lightning-hessian: {where}{_message(error)}", file=sys.stderr)
     return 3 if isinstance(error, Diverged) else 2
 
 
 @contextmanager
-def in_one_line() -> Iterator[None]:
-    """Tell a user's error inside, and exit with its status."""
+def exit_on_user_error() -> Iterator[None]:
+    """Print a user error raised inside as one line, and exit with its status."""
     try:
         yield
     except Exception as error:
-        status = tell(error)
+        status = print_user_error(error)
         if status is None:
             raise
         sys.exit(status)
 
 
-def _is_the_users(error: Exception) -> bool:
-    if _is_about_the_folder(error):
+def _is_user_error(error: Exception) -> bool:
+    if _is_unwritable_run_directory(error):
         return True
     if isinstance(error, ValueError):
-        # A ValueError from our own or Hydra's checks; any other is a fault, to be seen whole.
+        # Checks of this package and of Hydra raise ValueErrors. Any other ValueError is a bug and needs its traceback.
         return _modules(error)[-1].split(".")[0] in ("lightning_hessian", "hydra", "omegaconf")
     return isinstance(
         error,
@@ -68,18 +67,18 @@ def _is_the_users(error: Exception) -> bool:
     )
 
 
-def _is_about_the_folder(error: BaseException) -> bool:
-    """Whether Hydra could not write into the folder of the run, which it makes."""
-    if isinstance(error, HydraException):  # one of a missing config is an OSError, too
+def _is_unwritable_run_directory(error: BaseException) -> bool:
+    """Whether Hydra failed to create or write the run's directory."""
+    if isinstance(error, HydraException):  # Hydra's error about a missing config is an OSError too
         return False
-    if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):  # logging says it by a ValueError
+    if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):  # logging wraps it in a ValueError
         return False
     packages = [module.split(".")[0] for module in _modules(error)]
     return next((name for name in reversed(packages) if name in ("lightning_hessian", "hydra")), "") == "hydra"
 
 
 def _modules(error: BaseException) -> list[str]:
-    """Through which the error has passed, the one that raised it last."""
+    """Modules in the traceback; the last one raised the error."""
     return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)] or [""]
 
 
@@ -87,10 +86,10 @@ def _message(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         setting = str(error).rpartition("full_key: ")[2] if "full_key: " in str(error) else "config"
         return f"{setting}: {_flat(error.__cause__)}"
-    if _is_about_the_folder(error):
+    if _is_unwritable_run_directory(error):
         return (
-            "hydra.run.dir (in a sweep hydra.sweep.dir) cannot be written, and the files of a run go there "
-            f"({_flat(error.__cause__ or error)}). Set it to a folder in which files can be made."
+            "hydra.run.dir (in a sweep hydra.sweep.dir) cannot be written, and a run saves its files there "
+            f"({_flat(error.__cause__ or error)}). Set it to a writable folder."
         )
     at_setting = _omegaconf_error(error)
     if at_setting is None:
@@ -108,7 +107,7 @@ def _message(error: BaseException) -> str:
 
 
 def _omegaconf_error(error: BaseException | None) -> OmegaConfBaseException | None:
-    """The error in a chain that knows which setting is meant."""
+    """The first error in the chain of causes that names a setting."""
     while error is not None:
         if isinstance(error, OmegaConfBaseException) and error.full_key:
             return error

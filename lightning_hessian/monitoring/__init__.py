@@ -1,1 +1,1 @@
-"""Curvature measured while a model trains."""
+"""Curvature measurements during training."""

@@ -1,4 +1,4 @@
-"""The callback that watches curvature and never changes training."""
+"""The callback that measures curvature without changing training."""
 
 from __future__ import annotations
 
@@ -34,67 +34,67 @@ _COUNTS = {"train": "num_training_batches", "val": "num_val_batches", "test": "n
 
 
 class CurvatureMonitor(Callback):
-    r"""Measure the curvature of the loss while a module trains, and change nothing.
+    r"""Measure the curvature of the loss during training without changing training.
 
-    H is the Hessian of the mean loss over a fixed set of batches (on all ranks together), computed without autocast. It
-    is measured before the first training step and then every n epochs or steps; in ``trainer.validate`` and
-    ``trainer.test`` once, on their data, in evaluation mode. Logged, with any logger, at the number of steps taken, as
-    ``curvature/...`` on training data and ``curvature/val/...``, ``curvature/test/...`` on others:
+    H is the Hessian of the mean loss over a fixed set of batches, across all ranks, computed without autocast. The
+    monitor measures it before the first training step and then every n epochs or steps. ``trainer.validate`` and
+    ``trainer.test`` measure once, on their data, in evaluation mode. Values go to every logger at the number of steps
+    taken, as ``curvature/...`` on training data and as ``curvature/val/...`` or ``curvature/test/...`` on other data:
 
-    - ``trace``, ``trace_standard_error``, ``frobenius_norm``, ``trace/<layer>``: Hutchinson's estimates, from the same
-      ``probes`` products;
-    - ``largest_eigenvalue``, ``smallest_eigenvalue`` (``..._2``, ...), each with ``_residual``: Lanczos. There is an
-      eigenvalue within the residual;
-    - ``stability``: eta lambda_max / 2, eta the largest learning rate of the optimizers' parameter groups. Gradient
-      descent without momentum is linearly unstable above 1 (with momentum beta, above 1 + beta; for adaptive methods
-      the number has no such meaning);
-    - ``overlap/<layers>``: of the top eigenspace of these layers' block with its own at the last measurement.
+    - ``trace``, ``trace_standard_error``, ``frobenius_norm``, ``trace/<layer>``: Hutchinson estimates, all from the
+      same ``probes`` Hessian-vector products.
+    - ``largest_eigenvalue``, ``smallest_eigenvalue`` (``..._2``, ...), each with ``_residual``: from Lanczos. H has an
+      eigenvalue within the residual of each value.
+    - ``stability``: eta lambda_max / 2, where eta is the largest learning rate of all parameter groups. Gradient
+      descent is linearly unstable above 1 (with momentum beta, above 1 + beta). The threshold does not apply to
+      adaptive optimizers.
+    - ``overlap/<layers>``: overlap between the top eigenspaces of these layers' block of H now and at the last
+      measurement.
 
-    In TensorBoard there are images besides: eigenvalues over training, traces by layer, the spectral density. What was
-    measured on training steps is in ``history`` too, and in checkpoints. A Trainer takes one monitor of training and
-    one of validation data.
+    TensorBoard also receives images: eigenvalues over training, traces by layer, the spectral density. ``history`` and
+    checkpoints contain the measurements made during training. A Trainer accepts one monitor of training data and one
+    of validation data.
 
-    The step runs silently: ``self.log`` and torchmetrics do not notice, and modes, gradients, buffers and random states
-    stay as they are. So training is the same bit by bit, where a step is a function of its batch, the module's
-    parameters and buffers, and the global random state. What it keeps elsewhere (an attribute that counts its calls, a
-    list that it appends to, ``self.logger.experiment``) and hooks on layers see the measurements too; a step that
-    changes a parameter is refused. A step that returns None later in training is not measured, with a warning.
+    Measurements do not reach ``self.log`` or torchmetrics, and they restore modes, gradients, buffers and random
+    states. So training is bitwise unchanged if a step depends only on its batch, the module's parameters and buffers,
+    and the global random state. Hooks on layers and state kept elsewhere (a call counter, a list,
+    ``self.logger.experiment``) do see the measurements. A step that changes a parameter raises an error. If the step
+    returns None later in training, the monitor skips that measurement with a warning.
 
-    H is with respect to all parameters that require a gradient, or have required one since training started. So layers
-    that are unfrozen later (Lightning's ``BackboneFinetuning``) are measured from then on, and layers that are frozen
-    later still are. Where the parameters of an overlap's group have changed, it is not compared with its last one.
+    H covers all parameters that require a gradient, or have required one since training started. So layers unfrozen
+    later (Lightning's ``BackboneFinetuning``) are measured from then on, and layers frozen later are still measured.
+    If the parameters in an overlap's group change, the next measurement has no overlap for it.
 
-    A product costs about two training steps on each batch. With several batches those of Lanczos cost nearly twice
-    that, because only the graph of a single batch is kept.
+    A product costs about two training steps per batch. With several batches, Lanczos products cost nearly twice that,
+    because the graph is kept only if there is a single batch.
 
     Args:
         every_n_epochs: measure at the end of every n-th training epoch.
-        every_n_steps: measure after every n-th optimizer step instead (in manual optimization: batch).
-        batches: ``"train"`` or ``"val"``: on which data in training. (Of several validation dataloaders the first.)
-        n_batches: how many of its batches, drawn once when training starts, by the seed where the loader shuffles.
-            Where there are fewer, all.
-        mode: ``"eval"``: dropout is off and batch norm uses its running statistics. ``"train"``: layers as they are in
-            training, with the same dropout masks in every measurement.
-        probes: of Hutchinson's estimates, at least 2.
-        eigenvalues: how many at either end of the spectrum.
-        iterations: of Lanczos. Memory: as many vectors of the parameters' size, and some three for each probe.
-        density_runs: runs of Lanczos for the spectral density, each as long and with its own memory; 0 for none.
-        layers: globs on parameter names, each of which is a layer whose trace is logged; by default every layer that
-            has parameters of its own. An empty list for none.
-        overlap: the dimension of the top eigenspaces to compare, by globs on parameter names:
-            ``{"net.0.*": 10}``.
-        parameters: measure with respect to these only: a glob, a list of globs, or a predicate. Globs may match frozen
-            parameters, here and in ``layers`` and ``overlap``; see above for when they are measured.
-        figures: log images where the logger is TensorBoard's (needs matplotlib).
-        png_directory: save the images as PNG files here.
-        loss: ``loss(module, batch)`` returns the mean loss of a batch, where the training step does not return it
+        every_n_steps: measure after every n-th optimizer step instead (in manual optimization: every n-th batch).
+        batches: data to measure on during training: ``"train"`` or ``"val"`` (the first validation dataloader).
+        n_batches: number of batches, drawn once when training starts; ``seed`` controls the draw if the loader
+            shuffles. If the loader has fewer, all are used.
+        mode: ``"eval"``: no dropout, and batch norm uses running statistics. ``"train"``: layers as in training, with
+            the same dropout masks in every measurement.
+        probes: of the Hutchinson estimates, at least 2.
+        eigenvalues: number of eigenvalues at each end of the spectrum.
+        iterations: of Lanczos. Memory: this many vectors of the parameters' size, plus about three per probe.
+        density_runs: Lanczos runs for the spectral density, each as long and with its own memory; 0 for none.
+        layers: globs on parameter names; each glob is a layer whose trace is logged. Default: every layer with its own
+            parameters. An empty list for none.
+        overlap: dimensions of the top eigenspaces to compare, by glob on parameter names: ``{"net.0.*": 10}``.
+        parameters: differentiate only with respect to these: a glob, a list of globs, or a predicate. Globs may match
+            frozen parameters, here and in ``layers`` and ``overlap``; see above for when they are measured.
+        figures: log images to TensorBoard loggers (needs matplotlib).
+        png_directory: folder to save the images in as PNG files.
+        loss: ``loss(module, batch)`` returns the mean loss of a batch. Needed if the training step does not return it
             (manual optimization).
         seed: of the random vectors.
 
     Raises:
-        ValueError: an argument is out of its range, or ``png_directory`` cannot be written when training starts.
-        MisconfigurationException: when training starts: no data, no differentiable loss, globs that match nothing, more
-            eigenvalues than parameters, sharded parameters.
+        ValueError: an argument is out of range, or ``png_directory`` is not writable when training starts.
+        MisconfigurationException: when training starts: no data, no differentiable loss, a glob without a match, more
+            eigenvalues than parameters, or sharded parameters.
 
     Source:
         Yao et al. 2020, "PyHessian" (arXiv 1912.07145); Cohen et al. 2021, on the edge of stability (arXiv 2103.00065);
@@ -194,7 +194,7 @@ class CurvatureMonitor(Callback):
         return {"history": [one.state_dict() for one in self.history]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._is_fitting:  # a checkpoint that is tested has another one's history
+        if self._is_fitting:  # a checkpoint loaded for testing has the history of another run
             self.history = [Curvature.from_state_dict(one) for one in state_dict["history"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -203,50 +203,50 @@ class CurvatureMonitor(Callback):
             return
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
-                f"{type(trainer.strategy).__name__} shards the parameters, which are then not in the loss's graph, and "
-                "Hessian-vector products would be zero or fail. Measure a checkpoint on one device or with "
-                "strategy='ddp', by trainer.validate."
+                f"{type(trainer.strategy).__name__} shards the parameters, so they are not in the loss's graph and "
+                "Hessian-vector products would be zero or fail. Measure a checkpoint with trainer.validate on one "
+                "device or with strategy='ddp'."
             )
         if trainer.precision == "16-true":
             raise MisconfigurationException(
-                "precision='16-true': Hessian-vector products of float16 weights overflow and vanish without a word. "
-                "Measure a float32 copy by trainer.validate, or train with '16-mixed' or 'bf16-mixed'."
+                "precision='16-true': Hessian-vector products of float16 weights silently overflow or underflow. "
+                "Measure a float32 copy with trainer.validate, or train with '16-mixed' or 'bf16-mixed'."
             )
         if self.loss is None:
-            self._refuse_step(pl_module)
+            self._check_step(pl_module)
         if self.png_directory is not None and trainer.is_global_zero:
             writable_directory("png_directory", self.png_directory)
         if self.figures and self._tensorboards(trainer) and importlib.util.find_spec("matplotlib") is None:
             rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
 
-    def _refuse_step(self, module: LightningModule) -> None:
-        what = None
+    def _check_step(self, module: LightningModule) -> None:
+        problem = None
         if not is_overridden("training_step", module):
-            what = "defines no training_step"
+            problem = "defines no training_step"
         elif not module.automatic_optimization:
-            what = "uses manual optimization, so its training_step need not return a loss, and steps its optimizers"
+            problem = "uses manual optimization, so its training_step may return no loss and steps its optimizers"
         elif is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            what = "takes the dataloader's iterator, from which CurvatureMonitor would take batches away"
-        if what:
+            problem = "takes the dataloader's iterator, so measuring would consume training batches"
+        if problem:
             raise MisconfigurationException(
-                f"{type(module).__name__} {what}, and CurvatureMonitor measures the loss of that step. Pass it "
+                f"{type(module).__name__} {problem}, but CurvatureMonitor measures the loss of that step. Pass it "
                 "loss=lambda module, batch: ..., which returns the mean loss of a batch."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         here = [one for one in self.history if one.step == step]
-        # Of a run that goes on, what was measured here already is measured again, but for what it was compared with.
+        # A resumed run repeats the measurement at this step but keeps its overlaps: the old eigenspaces are gone.
         self._overlaps_here = dict(here[0].overlaps) if here else {}
         self.history = [one for one in self.history if one.step < step]
         self._spaces = {}
         self._steps_seen = trainer.global_step
-        self._say_learning_rate(trainer)
+        self._report_learning_rates(trainer)
         self._measurement = self._prepared(trainer, pl_module, self.batches)
         self._is_first = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._is_first:  # not in `on_train_start`, which the module's own hooks follow
+        if self._is_first:  # not in `on_train_start`: the module's own hooks run after the callbacks'
             self._measure(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
             self._is_first = False
 
@@ -254,9 +254,9 @@ class CurvatureMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.every_n_steps is None or trainer.global_step == self._steps_seen:
-            return  # the latter where gradients are accumulated
+            return  # an unchanged global step means that gradients are accumulating
         self._steps_seen = trainer.global_step
-        # Lightning counts this batch later: loggers then have the curvature at the step of the next loss.
+        # + 1 because Lightning counts this batch later. Loggers then show the curvature at the next loss's step.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         if step % self.every_n_steps == 0:
             self._measure(trainer, step)
@@ -285,7 +285,7 @@ class CurvatureMonitor(Callback):
             curvature, _ = measurement.measure(trainer.global_step, None)
         except BatchSkipped as skipped:
             raise MisconfigurationException(_NO_LOSS) from skipped
-        # Equal on all ranks already: reducing only tells Lightning so.
+        # Already equal on all ranks. `sync_dist` only informs Lightning.
         module.log_dict({_key(stage, name): value for name, value in curvature.scalars().items()}, sync_dist=True)
         self._draw(trainer, [curvature], stage)
 
@@ -293,10 +293,10 @@ class CurvatureMonitor(Callback):
         assert self._measurement is not None
         before = self._measurement.parameters
         self._choose(self._measurement)
-        more = len(self._measurement.parameters) - len(before)
-        if more:
+        unfrozen = len(self._measurement.parameters) - len(before)
+        if unfrozen:
             rank_zero_info(
-                f"At step {step} CurvatureMonitor measures {more} parameter tensors more: they were unfrozen."
+                f"From step {step} on CurvatureMonitor also measures {unfrozen} newly unfrozen parameter tensors."
             )
         groups = self._measurement.config.spaces
         try:
@@ -345,19 +345,20 @@ class CurvatureMonitor(Callback):
         return measurement
 
     def _every(self, module: LightningModule) -> dict[str, Tensor]:
-        """What may be measured once it requires a gradient."""
+        """The selected parameters, including frozen ones."""
         return select_parameters(dict(module.named_parameters()), self.parameters, frozen=True)
 
     def _choose(self, measurement: Measurement) -> None:
-        """Let it measure what it has measured, and what requires a gradient by now.
+        """Select the parameters measured before and those that now require a gradient.
 
         Raises:
-            ValueError: nothing does, globs match nothing, or there are fewer parameters than eigenvalues.
+            ValueError: no parameter requires a gradient, a glob matches nothing, or there are fewer parameters than
+                eigenvalues.
         """
         every = self._every(measurement.module)
         chosen = {name: p for name, p in every.items() if p.requires_grad or name in measurement.parameters}
         if not chosen:
-            chosen = select_parameters(dict(measurement.module.named_parameters()), self.parameters)  # says what to do
+            chosen = select_parameters(dict(measurement.module.named_parameters()), self.parameters)  # raises
         check_eigenvalues(
             self.eigenvalues, self.eigenvalues, self.iterations, sum(parameter.numel() for parameter in chosen.values())
         )
@@ -380,8 +381,8 @@ class CurvatureMonitor(Callback):
         in_fit = trainer.state.fn == TrainerFn.FITTING
         try:
             if stage == "val" and in_fit:
-                trainer.validating = True  # hooks that prepare batches look at this
-                if trainer.val_dataloaders is None and trainer.enable_validation:  # nothing was validated yet
+                trainer.validating = True  # batch transfer hooks may read this
+                if trainer.val_dataloaders is None and trainer.enable_validation:  # no validation has run yet
                     trainer.fit_loop.epoch_loop.val_loop.setup_data()
             loaders = getattr(trainer, _LOADERS[stage])
             available: Any = getattr(trainer, _COUNTS[stage])
@@ -392,7 +393,7 @@ class CurvatureMonitor(Callback):
             if loaders is None:
                 raise MisconfigurationException(
                     f"CurvatureMonitor(batches={stage!r}) finds no such data: {type(module).__name__} has no "
-                    "validation (dataloader and validation_step), or it is switched off by limit_val_batches=0. Pass "
+                    "validation dataloader or validation_step, or limit_val_batches=0 disables validation. Pass "
                     "batches='train'."
                 )
             batches = fixed_batches(module, loaders, int(min(self.n_batches, available)), self.seed)
@@ -400,7 +401,9 @@ class CurvatureMonitor(Callback):
             if in_fit:
                 trainer.training = True
         if not batches:
-            raise MisconfigurationException("The dataloader that CurvatureMonitor measures on gives no batch.")
+            raise MisconfigurationException(
+                f"The {stage} dataloader that CurvatureMonitor measures on has no batch. Check its data and limits."
+            )
         if len(batches) < self.n_batches:
             rank_zero_warn(
                 f"n_batches={self.n_batches}, and the {stage} dataloader has {len(batches)}: CurvatureMonitor measures "
@@ -408,14 +411,14 @@ class CurvatureMonitor(Callback):
             )
         return batches
 
-    def _say_learning_rate(self, trainer: Trainer) -> None:
+    def _report_learning_rates(self, trainer: Trainer) -> None:
         rates = _learning_rates(trainer)
         if not rates:
-            rank_zero_info("CurvatureMonitor logs no stability: there is no optimizer with a learning rate.")
+            rank_zero_info("CurvatureMonitor logs no stability, because no optimizer has a learning rate.")
         elif len(set(rates)) > 1 or len(trainer.optimizers) > 1:
             rank_zero_info(
-                f"CurvatureMonitor takes the largest of the learning rates {sorted(set(rates))} (of "
-                f"{len(trainer.optimizers)} optimizers) for the stability, which is then an upper bound."
+                f"CurvatureMonitor computes the stability from the largest of the learning rates {sorted(set(rates))} "
+                f"(of {len(trainer.optimizers)} optimizers), so it is an upper bound."
             )
 
     def _tensorboards(self, trainer: Trainer) -> list[TensorBoardLogger]:
@@ -449,7 +452,7 @@ class CurvatureMonitor(Callback):
 
 _NO_LOSS = (
     "The training step returned None for a batch that CurvatureMonitor measures on, so there is no loss. Pass "
-    "loss=lambda module, batch: ... to it."
+    "CurvatureMonitor loss=lambda module, batch: ..., which returns the mean loss of a batch."
 )
 
 
@@ -459,12 +462,12 @@ def _learning_rates(trainer: Trainer) -> list[float]:
 
 
 def _key(stage: Stage, name: str) -> str:
-    name = re.sub(r"[^\w./ -]", "_", name)  # what every logger takes
+    name = re.sub(r"[^\w./ -]", "_", name)  # characters that every logger accepts
     return f"curvature/{name}" if stage == "train" else f"curvature/{stage}/{name}"
 
 
 def _by_owner(parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of each layer's own parameters, by the layer's name."""
+    """Names of the parameters that belong directly to each layer, by layer name."""
     layers: dict[str, list[str]] = {}
     for name in parameters:
         layers.setdefault(name.rpartition(".")[0] or name, []).append(name)

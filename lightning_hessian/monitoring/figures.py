@@ -1,4 +1,4 @@
-"""Pictures of curvature; matplotlib is imported by whoever draws."""
+"""Figures of curvature. They import matplotlib on first use, because it is optional."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _UNITS = "loss / parameter²"
 
 
 def eigenvalues_over_training(history: Sequence[Curvature]) -> Figure:
-    """The ends of the spectrum against the optimizer step, with 2 / learning rate where there is one."""
+    """Extreme eigenvalues against the optimizer step, with 2 / learning rate if it is known."""
     figure, axes = _figure()
     for name, color, label in (("largest", "C3", "largest"), ("smallest", "C0", "smallest")):
         for rank in range(len(getattr(history[-1], name))):
-            # A run that goes on may ask for more eigenvalues than before.
+            # A resumed run may measure more eigenvalues than before.
             pairs = [(one.step, getattr(one, name)[rank][0]) for one in history if rank < len(getattr(one, name))]
             axes.plot(
                 *zip(*pairs, strict=True), "o-", color=color, markersize=3, linewidth=1, label=None if rank else label
             )
     edges = [(one.step, 2 / one.learning_rate) for one in history if one.learning_rate]
-    # A decaying learning rate sends the edge out of sight.
+    # With a decaying learning rate the edge grows without bound and would hide the eigenvalues.
     highest = max(one.largest[0][0] for one in history)
     edges = [edge for edge in edges if edge[1] < 3 * highest]
     if edges:
@@ -40,7 +40,7 @@ def eigenvalues_over_training(history: Sequence[Curvature]) -> Figure:
 
 
 def spectral_density(density: SpectralDensity, step: int) -> Figure:
-    """The density of eigenvalues, on a logarithmic axis: the bulk at 0, and the outliers."""
+    """The density of eigenvalues on a logarithmic axis, which shows both the bulk at 0 and the outliers."""
     figure, axes = _figure()
     low, high = density.nodes.min().item(), density.nodes.max().item()
     width = max(high - low, abs(high), 1e-12) / 100
@@ -58,7 +58,7 @@ def spectral_density(density: SpectralDensity, step: int) -> Figure:
 
 
 def traces_by_layer(curvature: Curvature) -> Figure:
-    """A bar for each group of parameters, with its standard error."""
+    """One bar per group of parameters, with its standard error."""
     names = list(curvature.layers)
     figure, axes = _figure(height=max(2.2, 0.28 * len(names) + 1.2))
     traces = [curvature.layers[name].estimate for name in names]
@@ -74,7 +74,7 @@ def traces_by_layer(curvature: Curvature) -> Figure:
 
 
 def _figure(height: float = 3.2) -> tuple[Figure, Any]:
-    # Not by pyplot, whose figures live on, and which may open windows.
+    # Not with pyplot: it keeps figures alive and may open windows.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, height), dpi=150, layout="constrained")

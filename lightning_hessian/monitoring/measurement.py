@@ -1,4 +1,4 @@
-"""The curvature of a LightningModule's own loss on batches of its own, measured between steps, leaving no trace."""
+"""Measure the curvature of a LightningModule's loss on fixed batches, between steps and without side effects."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ Loss = Callable[[LightningModule, Any], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementConfig:
-    """What is measured, and how well.
+    """What to measure, and how accurately.
 
     Args:
-        probes: of Hutchinson's estimates.
-        eigenvalues: how many at either end.
+        probes: of the Hutchinson estimates.
+        eigenvalues: number of eigenvalues at each end of the spectrum.
         iterations: of Lanczos.
         density_runs: Lanczos runs for the spectral density, 0 for none.
-        layers: names of groups of parameters whose traces are wanted, with the parameters' names.
-        spaces: likewise, of groups whose top eigenvectors are wanted, with their numbers.
+        layers: groups of parameters whose traces to measure: group name -> parameter names.
+        spaces: groups whose top eigenvectors to compute: group name -> (parameter names, number of eigenvectors).
         seed: of all random vectors.
     """
 
@@ -69,18 +69,18 @@ class Curvature:
     """One measurement of the Hessian H of a mean loss with respect to the parameters.
 
     Args:
-        step: the optimizer steps that were taken before.
+        step: number of optimizer steps taken before the measurement.
         trace: tr(H).
-        frobenius_norm: the root of the sum of H's squared entries.
-        layers: the traces of the diagonal blocks of groups of parameters.
-        largest: eigenvalues, descending, each with its residual.
-        smallest: eigenvalues, ascending, each with its residual.
-        stability: eta lambda_max / 2 with the learning rate eta; above 1 gradient descent is linearly unstable. None
-            where there is no optimizer.
+        frobenius_norm: square root of the sum of H's squared entries.
+        layers: traces of the groups' diagonal blocks.
+        largest: largest eigenvalues, descending, each with its residual.
+        smallest: smallest eigenvalues, ascending, each with its residual.
+        stability: eta lambda_max / 2 with the learning rate eta; gradient descent is linearly unstable above 1. None
+            without an optimizer.
         learning_rate: eta.
-        overlaps: how much of the top eigenspace of a group's block lies in the one of the last measurement.
+        overlaps: share of the top eigenspace of a group's block that lies in that of the last measurement.
         density: the spectral density.
-        matvecs: how many Hessian-vector products were spent.
+        matvecs: number of Hessian-vector products used.
     """
 
     step: int
@@ -96,7 +96,7 @@ class Curvature:
     matvecs: int = 0
 
     def scalars(self) -> dict[str, float]:
-        """All single numbers, by their names in logs."""
+        """All scalars by their log names."""
         named = {
             "trace": self.trace.estimate,
             "trace_standard_error": self.trace.standard_error,
@@ -112,12 +112,12 @@ class Curvature:
         return named | {f"overlap/{name}": overlap for name, overlap in self.overlaps.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists, dictionaries and tensors, for checkpoints."""
+        """For checkpoints: numbers, lists, dictionaries and tensors only."""
         return asdict(self)
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Curvature:
-        """Undo :meth:`state_dict`."""
+        """Restore a measurement from :meth:`state_dict`."""
         density = state["density"]
         return cls(
             **{
@@ -131,15 +131,15 @@ class Curvature:
 
 
 class Measurement:
-    """Measures one module on a fixed set of batches, as often as wanted.
+    """Measures a module repeatedly on a fixed set of batches.
 
     Args:
-        trainer: whose precision and processes are used.
+        trainer: provides precision and processes.
         module: the module.
         batches: this process's batches, on the module's device.
-        parameters: with respect to which, by name.
+        parameters: the parameters to differentiate with respect to, by name.
         config: what to measure.
-        training_mode: the layers as they are (in training mode, with the dropout masks of the seed) instead of all in
+        training_mode: keep the layers' current modes, with dropout masks from the seed. Otherwise all layers are in
             evaluation mode.
         loss: by default the module's training step.
     """
@@ -164,15 +164,15 @@ class Measurement:
         self._is_repeatable = False
 
     def measure(self, step: int, learning_rate: float | None) -> tuple[Curvature, dict[str, Tensor]]:
-        """Measure now.
+        """Measure the curvature at the current parameters.
 
         Returns:
             The measurement, and the top eigenvectors of the groups in ``config.spaces``, as rows.
 
         Raises:
-            BatchSkipped: the step has no loss for a batch.
-            MisconfigurationException: the step's loss cannot be differentiated.
-            HigherOrderError: an operator of the model cannot be differentiated twice.
+            BatchSkipped: the step returned no loss for a batch.
+            MisconfigurationException: the step's loss is not differentiable.
+            HigherOrderError: an operator of the model is not twice differentiable.
         """
         config, seed = self.config, self.config.seed
         with self._operator_of() as operator_of:
@@ -185,7 +185,7 @@ class Measurement:
                 matvecs += density.matvecs
             spaces = {}
             for group, (names, dimension) in config.spaces.items():
-                # More products than for single eigenvalues: the last of a space converges last.
+                # More iterations than for single eigenvalues, because the last eigenvector of a space converges last.
                 top = extreme_eigenvalues(operator_of(names), dimension, 0, config.iterations + dimension, seed)
                 spaces[group] = top.largest.vectors
                 matvecs += top.matvecs
@@ -206,7 +206,7 @@ class Measurement:
         return curvature, spaces
 
     def _rows(self, groups: Mapping[str, Sequence[str]]) -> dict[str, list[slice]]:
-        """Which entries of a vector belong to the parameters of each group."""
+        """Each group's entries in the flat parameter vector."""
         ends = [0, *accumulate(parameter.numel() for parameter in self.parameters.values())]
         at = {name: slice(*pair) for name, pair in zip(self.parameters, pairwise(ends), strict=True)}
         return {group: [at[name] for name in names] for group, names in groups.items()}
@@ -214,7 +214,7 @@ class Measurement:
     @contextmanager
     def _operator_of(self) -> Iterator[Callable[[Sequence[str]], BatchedHessianOperator]]:
         module, trainer = self.module, self.trainer
-        # After a fit by spawned processes there is one again.
+        # After a fit in spawned processes the process group is gone, but `world_size` still counts them.
         several = trainer.world_size > 1 and torch.distributed.is_initialized()
         context = higher_order(module, derivatives=2)
         with ExitStack() as stack:
@@ -222,7 +222,7 @@ class Measurement:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_penalties())
-            # The default type of float64 or bfloat16 training, but no autocast: weights are in full precision.
+            # This context sets the default dtype of float64 or bfloat16 training; autocast would lose precision.
             stack.enter_context(trainer.precision_plugin.train_step_context())
             stack.enter_context(torch.autocast(module.device.type, enabled=False))
             stack.enter_context(evaluation_mode(() if self.training_mode else module.modules()))
@@ -237,7 +237,7 @@ class Measurement:
             def loss(index: int) -> Tensor:
                 return steps[index].rerun().loss
 
-            if several:  # products are collective: all ranks measure or none
+            if several:  # products are collective, so either all ranks measure or none
                 complete = all(map(_has_loss, steps))
                 if not trainer.strategy.reduce_boolean_decision(complete, all=True):
                     raise BatchSkipped(None)
@@ -264,7 +264,7 @@ class Measurement:
 
 @contextmanager
 def _unfrozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Measured is what was chosen at the start, also where a callback has frozen it since."""
+    """Temporarily unfreeze parameters that were frozen since they were selected."""
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in frozen:
@@ -288,14 +288,14 @@ def _has_loss(step: RepeatableStep) -> bool:
 
 
 def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) -> list[Any]:
-    """The first batches of a loader (or of several that Lightning combines), as the step gets them.
+    """The first batches of a loader (or of several that Lightning combines), as the training step receives them.
 
-    They come from copies of the loaders with samplers and random generators of their own, so that training gets the
-    batches that it would get; the global random state is left alone. Shuffling follows the seed where a loader has no
-    generator.
+    They come from copies of the loaders with copied samplers and random generators, so training gets the same batches
+    as without them. The global random state does not change. If a loader has no generator, the seed determines the
+    shuffling.
 
     Raises:
-        MisconfigurationException: a loader or its dataset is an iterator, which would lose the batches, or a sampler
+        MisconfigurationException: a loader or its dataset is an iterator, which would lose these batches, or a sampler
             cannot be copied.
     """
     trainer = module.trainer
@@ -308,27 +308,28 @@ def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) 
 
 
 def _independent_copy(loader: DataLoader) -> DataLoader:
-    """A copy that shares the data, and nothing that moves as they are read."""
+    """A copy that shares the data but no state that changes when batches are read."""
     dataset = _with_own_randomness(loader.dataset)
     if isinstance(dataset, IterableDataset) and isinstance(dataset, Iterator):
         raise _one_pass_only(dataset)
     memo: dict[int, Any] = {id(loader.dataset): loader.dataset}
-    moving = ("sampler", "batch_sampler", "generator")
+    stateful = ("sampler", "batch_sampler", "generator")
     try:
-        moved = {name: copy.deepcopy(getattr(loader, name), memo) for name in moving}
+        copied = {name: copy.deepcopy(getattr(loader, name), memo) for name in stateful}
     except TypeError as error:
         raise MisconfigurationException(
-            "CurvatureMonitor draws its batches with a copy of the dataloader's sampler, and this one cannot be copied "
-            f"({error}). Keep what cannot be copied (an iterator, an open file) out of it, or give it a `__deepcopy__`."
+            "CurvatureMonitor draws its batches with a copy of the dataloader's sampler, but this sampler cannot be "
+            f"copied ({error}). Remove the attribute that prevents it (an iterator, an open file), or define "
+            "`__deepcopy__`."
         ) from error
     twin = copy.copy(loader)
-    # Past DataLoader's own check; with persistent workers its iterator is Lightning's.
-    vars(twin).update(moved, dataset=dataset, _iterator=None)
+    # Through `vars`, because DataLoader forbids setting these. Persistent workers belong to Lightning's iterator.
+    vars(twin).update(copied, dataset=dataset, _iterator=None)
     return twin
 
 
 def _with_own_randomness(dataset: Any) -> Any:
-    """A shallow copy whose random generators, and those of the datasets that it wraps, are copies."""
+    """A shallow copy with copied random generators, also in the datasets that it wraps."""
     if not hasattr(dataset, "__dict__"):
         return dataset
     twin = copy.copy(dataset)
@@ -342,9 +343,9 @@ def _with_own_randomness(dataset: Any) -> Any:
 
 def _one_pass_only(iterator: Any) -> MisconfigurationException:
     return MisconfigurationException(
-        f"The data are an iterator ({type(iterator).__name__}), which can be gone through once: the batches that "
-        "CurvatureMonitor would take for its fixed set would be missing in training. Return a DataLoader, or an "
-        "iterable that begins anew each time, from the hook."
+        f"The data are an iterator ({type(iterator).__name__}), which can be read only once: training would miss the "
+        "batches that CurvatureMonitor takes. Return a DataLoader from the hook, or an iterable that starts over each "
+        "time."
     )
 
 

@@ -1,4 +1,4 @@
-"""Penalties on curvature: pure torch, one file each."""
+"""Curvature penalties in pure torch, one file each."""
 
 from lightning_hessian.penalties.base import InputPenalty, Needs, Penalty, WeightPenalty
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference

@@ -1,4 +1,4 @@
-"""What every penalty is: a function of one step's loss, parameters and inputs that knows nothing of Lightning."""
+"""Base classes of penalties. A penalty is a function of a step's loss, parameters and inputs, without Lightning."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from lightning_hessian.step.batches import InputChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a penalty needs of the model and the training step. What a step does not give is refused before training.
+    """What a penalty requires of the model and the training step. Unmet requirements raise an error before training.
 
     Args:
-        derivatives: how often the loss is differentiated, the gradient for training included. Above 1 the forward pass
-            runs inside ``higher_order()``.
-        differences: the penalty is made of the step's losses at displaced parameters (:meth:`Penalty.differences`).
-        smooth: kinks of activations make the measure noise.
-        full_precision: the rounding of 16-bit numbers drowns the measure.
-        whole_parameters: parameters that are sharded over processes are beyond it.
-        losses: the calls of loss functions in the step are recorded (:attr:`StepContext.losses`).
+        derivatives: number of times the loss is differentiated, including the training gradient. Above 1 the forward
+            pass runs inside ``higher_order()``.
+        differences: the penalty consists of losses at displaced parameters (:meth:`Penalty.differences`).
+        smooth: the penalty is noise if activations have kinks.
+        full_precision: 16-bit rounding errors exceed the penalty.
+        whole_parameters: the penalty does not support parameters sharded across processes.
+        losses: the step's calls of loss functions must be recorded (:attr:`StepContext.losses`).
     """
 
     derivatives: int = 3
@@ -40,33 +40,33 @@ class Needs:
 
 
 class Penalty(ABC):
-    """A measure of curvature that can be added to a loss. A subclass is one file that reads like its formula."""
+    """A measure of curvature to add to a loss. Each subclass is one file that reads like its formula."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What the measure is called in logs: ``curvature/<name>``. A class attribute does."""
+        """Log name: ``curvature/<name>``. May be a class attribute."""
 
     @property
     def needs(self) -> Needs:
-        """What the penalty needs of the model and the step. A class attribute does."""
+        """Requirements on the model and the step. May be a class attribute."""
         return Needs()
 
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:
-        """The measure at this step: a scalar that can be differentiated with respect to the parameters."""
+        """The measure at this step: a scalar, differentiable with respect to the parameters."""
 
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
-        """What to add to the loss instead of ``strength * term(value)``, where the penalty needs ``differences``. The
-        penalty's value is the mean of theirs."""
+        """Terms to add to the loss instead of ``strength * term(value)`` if ``needs.differences`` is set. The penalty's
+        value is the mean of their values."""
         raise NotImplementedError
 
     def term(self, value: Tensor) -> Tensor:
-        """What enters the loss, times the strength. By default the value itself."""
+        """The term that enters the loss, before multiplication by the strength. By default the value itself."""
         return value
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Refuse a model before it is trained.
+        """Check the model before training.
 
         Raises:
             ValueError: the penalty cannot be computed on these parameters.
@@ -74,31 +74,31 @@ class Penalty(ABC):
         select_parameters(parameters)
 
     def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
-        """The penalty as a function whose gradient is the one it trains with: what it treats as constant (a direction
-        that a search has found) stays as it is at ``context``. By default nothing is."""
+        """The penalty as a function with exactly the gradient used in training: what the penalty treats as constant,
+        such as a direction found by a search, is fixed at its value for ``context``. By default nothing is constant."""
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """What the penalty keeps from step to step, for checkpoints. By default nothing."""
+        """State kept between steps, for checkpoints. By default empty."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Go on from a state; from an empty one, start anew."""
+        """Restore a state. An empty one resets the penalty."""
 
     def __call__(self, context: StepContext) -> Tensor:
-        """The term that enters the loss, times the strength."""
+        """The term that enters the loss, before multiplication by the strength."""
         return self.term(self.value(context))
 
 
 class WeightPenalty(Penalty):
-    """A penalty on derivatives with respect to the parameters, or some of them.
+    """A penalty on derivatives with respect to all or some parameters.
 
     Args:
-        parameters: restrict it to these: a glob on names (``"*.weight"``), a list of globs, or a predicate
-            ``(name, parameter) -> bool``. By default all that require a gradient.
+        parameters: restrict the penalty to these: a glob on names (``"*.weight"``), a list of globs, or a predicate
+            ``(name, parameter) -> bool``. Default: all that require a gradient.
 
     Raises:
-        ValueError: ``parameters`` is something else.
+        ValueError: ``parameters`` has another type.
     """
 
     def __init__(self, parameters: ParameterFilter = None) -> None:
@@ -106,7 +106,7 @@ class WeightPenalty(Penalty):
         self.parameters = parameters
 
     def selected(self, context: StepContext | DifferenceContext) -> dict[str, Tensor]:
-        """The parameters that the penalty is about, by name."""
+        """The penalized parameters, by name."""
         return select_parameters(context.parameters, self.parameters)
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
@@ -114,15 +114,16 @@ class WeightPenalty(Penalty):
 
 
 class InputPenalty(Penalty):
-    """A penalty on derivatives by the inputs, sample by sample: the mean over samples, whatever the batch size.
+    """A penalty on each sample's derivatives with respect to its input. It is a mean over samples, independent of the
+    batch size.
 
     Args:
-        inputs: which tensors of the batch: a key (or an attribute's name), an index, several of these, or a function
-            of the batch that returns one tensor or several of its own; by default the first floating-point tensor.
-            Several inputs are taken together, as one long vector for each sample. (The step gets a copy of the
-            batch's containers with these in place; what it writes into the containers, later hooks do not see.)
-        layer: take the output of this layer (by name, at its first call in a step) for the input instead, for
-            example that of an embedding.
+        inputs: tensors of the batch to use as input: a key (or attribute name), an index, several of these, or a
+            function of the batch that returns one or several of its tensors. Default: the first floating-point tensor.
+            Several inputs form one long vector per sample. The step receives a copy of the batch's containers with
+            these tensors replaced, so later hooks do not see what the step writes into the containers.
+        layer: use this layer's output as input instead (by name, at its first call in a step), for example of an
+            embedding.
 
     Raises:
         ValueError: both are given.
@@ -130,7 +131,7 @@ class InputPenalty(Penalty):
 
     def __init__(self, inputs: InputChoice = None, layer: str | None = None) -> None:
         if inputs is not None and layer is not None:
-            raise ValueError(f"inputs={inputs!r} and layer={layer!r} name two places to take the input from: keep one.")
+            raise ValueError(f"inputs={inputs!r} and layer={layer!r} both specify the input: keep one.")
         self.inputs = inputs
         self.layer = layer
 
@@ -139,15 +140,16 @@ class InputPenalty(Penalty):
         return Needs(losses=True)
 
     def check_inputs(self, context: StepContext) -> None:
-        """Refuse a context without inputs, or with some that are not samples in rows or not independent.
+        """Check that the context has inputs with one row per sample, and that the samples are independent.
 
         Raises:
-            ValueError: no input, inputs with different numbers of samples, or batch norm in training mode.
+            ValueError: no input, inputs with different numbers of samples, outputs that do not depend on the inputs,
+                or batch norm in training mode.
         """
         if not context.inputs:
             raise ValueError(
-                f"{type(self).__name__} differentiates by the inputs, and the context has none. Compute the loss from "
-                "them: StepContext.evaluate(loss, inputs, parameters)."
+                f"{type(self).__name__} differentiates with respect to the inputs, but the context has none. Compute "
+                "the loss from them: StepContext.evaluate(loss, inputs, parameters)."
             )
         sizes = [tuple(x.shape) for x in context.inputs]
         if len({size[0] for size in sizes}) > 1:
@@ -158,14 +160,14 @@ class InputPenalty(Penalty):
         if context.outputs and not any(depends(z, on=x) for z in context.outputs for x in context.inputs):
             chosen = ", ".join(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}" for x in context.inputs)
             raise ValueError(
-                f"The outputs do not depend on the inputs that {type(self).__name__} takes ({chosen}). They may be "
-                "the targets, where the real inputs are whole numbers, which have no derivatives; or the step "
-                "detaches them. Choose with `inputs=`; convert images to floating point before the step; for token ids "
-                "penalize the embeddings, by layer='<name of the embedding layer>'."
+                f"The outputs do not depend on the inputs that {type(self).__name__} takes ({chosen}). Perhaps these "
+                "are the targets, because the real inputs are integers, which have no derivatives; or the step "
+                "detaches them. Choose others with `inputs=`; convert images to floating point before the step; for "
+                "token ids penalize the embeddings with layer='<name of the embedding layer>'."
             )
         if context.losses.batch_statistics:
             raise ValueError(
-                "Batch norm normalized by the batch's own statistics, which couples the samples, and "
-                f"{type(self).__name__} is made of each sample's own derivatives. Put the batch norm layers in "
-                "evaluation mode (the callback and the mixin do this for nn.BatchNorm layers), or use GroupNorm."
+                "Batch norm used the batch's statistics, which couples the samples, but "
+                f"{type(self).__name__} needs each sample's own derivatives. Put the batch norm layers in evaluation "
+                "mode (the callback and the mixin do this for nn.BatchNorm layers), or use GroupNorm."
             )

@@ -1,4 +1,4 @@
-"""Penalties that are second differences of the step's loss: what they add, and what they are made from."""
+"""Penalties made of second differences of the step's loss: their terms and their context."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_hessian.curvature.vectors import pack
 
 @dataclass(frozen=True, kw_only=True)
 class SecondDifference:
-    """A penalty's share of the loss, weight * [L(theta + distance v) + L(theta - distance v) - 2 L(theta)].
+    """A term of the loss, weight * [L(theta + distance v) + L(theta - distance v) - 2 L(theta)].
 
     Args:
-        tensors: the parts of theta that move.
-        direction: v, part by part of the tensors' shapes (of a sharded one, the part that this process holds); drawn
-            anew at each call, so that nothing of the model's size need be kept for long.
-        distance: how far theta moves along v.
-        weight: strength / distance^2, over the number of differences that are averaged.
-        value: the penalty's value from Hv of all ranks' batches together (flat, over the tensors), which is
-            [g(theta + distance v) - g(theta - distance v)] / (2 distance). By default the value is v'Hv of this rank's
-            batch.
+        tensors: the displaced tensors of theta.
+        direction: returns v as one tensor per displaced tensor, of the same shape (for a sharded tensor, this
+            process's shard). Each call recomputes v, so that no vector of the model's size stays in memory.
+        distance: displacement of theta along v.
+        weight: strength / distance^2, divided by the number of averaged differences.
+        value: computes the penalty's value from Hv, the product over all ranks' batches (flat, over ``tensors``):
+            Hv = [g(theta + distance v) - g(theta - distance v)] / (2 distance). By default the value is v'Hv of this
+            rank's batch.
     """
 
     tensors: Sequence[Tensor]
@@ -36,31 +36,31 @@ class SecondDifference:
 
     @property
     def needs_product(self) -> bool:
-        """Whether the whole vector Hv is needed, not only v'Hv."""
+        """Whether the value needs the vector Hv, not only v'Hv."""
         return self.value is not None
 
     def slope(self, v: Sequence[Tensor], gradients: Mapping[Tensor, Tensor | None]) -> Tensor:
-        """v'g, of a gradient by tensor; a tensor without a gradient does not count."""
+        """v'g for gradients by tensor. Tensors without a gradient contribute 0."""
         pairs = [(part, g) for part, t in zip(v, self.tensors, strict=True) if (g := gradients.get(t)) is not None]
         return dot([part for part, _ in pairs], [gradient for _, gradient in pairs], self.tensors[0])
 
     def flat_gradient(self, gradients: Mapping[Tensor, Tensor | None]) -> Tensor:
-        """g over the tensors, as one vector; zero where a tensor has none."""
+        """g over the tensors as one vector, zero for tensors without a gradient."""
         found = [(tensor, gradients.get(tensor)) for tensor in self.tensors]
         return pack([torch.zeros_like(tensor) if g is None else g for tensor, g in found])
 
 
 @dataclass(frozen=True, kw_only=True)
 class DifferenceContext:
-    """What one training step offers a penalty that is made of second differences.
+    """The input of a penalty made of second differences, for one training step.
 
     Args:
         parameters: the model's parameters theta, by name.
         strength: the penalty's factor in the loss.
-        probes: where random vectors come from.
-        hessian_vector_product: ``hessian_vector_product(difference)`` is Hv of all ranks' batches together along a
-            difference (flat, over its tensors), for a search. It takes two runs of the step that leave no trace. Every
-            rank must call it as often.
+        probes: source of random vectors.
+        hessian_vector_product: ``hessian_vector_product(difference)`` is Hv along a difference, over all ranks' batches
+            (flat, over its tensors), for a search. It runs the step twice without side effects. All ranks must call it
+            equally often.
     """
 
     parameters: Mapping[str, Tensor]

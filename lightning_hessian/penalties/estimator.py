@@ -1,4 +1,4 @@
-"""What every way to compute a penalty is."""
+"""Base classes of the estimators, the methods by which penalties on the weights are computed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_hessian.penalties.differences import DifferenceContext, SecondDif
 from lightning_hessian.penalties.step_context import StepContext
 
 Selection = Callable[[StepContext | DifferenceContext], dict[str, Tensor]]
-"""The parameters that a penalty is about, by name; see :meth:`WeightPenalty.selected`."""
+"""Returns the penalized parameters by name; see :meth:`WeightPenalty.selected`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator(ABC):
-    """One way to compute a penalty on the weights: from the graph of a loss, or from losses at displaced parameters.
+    """One method for a penalty on the weights: from a loss's graph, or from losses at displaced parameters.
 
     Args:
-        selected: finds the parameters in a context.
+        selected: returns the penalized parameters of a context.
 
     Attributes:
-        method: what the setting ``method`` calls it.
+        method: its name in the setting ``method``.
     """
 
     method: ClassVar[str]
@@ -34,26 +34,26 @@ class Estimator(ABC):
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """What this way needs of the model and the step."""
+        """Requirements on the model and the step."""
 
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:
-        """The measure at this step: a scalar that can be differentiated with respect to the parameters."""
+        """The measure at this step: a scalar, differentiable with respect to the parameters."""
 
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
-        """What to add to the loss, for a way that needs ``differences``. The measure is the mean of their values."""
+        """Terms to add to the loss if ``needs.differences`` is set. The measure is the mean of their values."""
         raise NotImplementedError
 
 
 class DifferenceEstimator(Estimator):
-    """A way that is made of losses at displaced parameters: ordinary passes only."""
+    """An estimator from losses at displaced parameters. It needs ordinary passes only."""
 
     @abstractmethod
     def differences(self, context: DifferenceContext) -> list[SecondDifference]: ...
 
     def value(self, context: StepContext) -> Tensor:
-        """Refuse a loss that is computed already."""
+        """Raise an error, because the loss is already computed."""
         raise ValueError(
-            f"method={self.method!r} runs the step at other parameters, which a loss that is computed already cannot "
-            "do. Use HessianRegularizer or the mixin, or method='autograd'."
+            f"method={self.method!r} runs the step at other parameters, but this loss is already computed. Use "
+            "HessianRegularizer or the mixin, or method='autograd'."
         )

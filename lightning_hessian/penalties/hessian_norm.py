@@ -18,53 +18,52 @@ Method = Literal["autograd", "central_difference"]
 
 
 class HessianNorm(WeightPenalty):
-    r"""||H||_2, H the Hessian of the batch-mean loss with respect to the parameters: its largest absolute eigenvalue.
+    r"""||H||_2, the largest absolute eigenvalue of the weight Hessian H of the batch-mean loss.
 
-    Power iteration that goes on from step to step: a unit vector v over the parameters is kept, and
+    Power iteration, with a unit vector v over the parameters that is kept from step to step:
 
     .. math:: \|H\|_2 \approx \|Hv\| = u'Hv, \qquad u = Hv / \|Hv\|, \qquad v \leftarrow u .
 
-    It is the norm for the batches of all ranks together (their mean Hessian; the mean of the ranks' norms would be
-    larger): products are averaged over the ranks, and each differentiates u'H_r v, which is linear in its own Hessian
-    H_r, with u and v held constant. The gradient is that of ||Hv||, and exact where v has converged. ||Hv|| is a lower
-    bound of the norm, and right also where +lambda and -lambda tie.
+    With several ranks, H is the mean Hessian of all ranks' batches; the mean of the ranks' norms would be larger.
+    Products are averaged over ranks, and each rank differentiates u'H_r v, which is linear in its own Hessian H_r, with
+    u and v constant. The gradient is that of ||Hv||, exact once v has converged. ||Hv|| is a lower bound of the norm,
+    and is correct even if +lambda and -lambda tie.
 
-    Each batch has a Hessian of its own, so v follows a moving target, and lags where the top eigenvalue has rivals of
-    nearly its size. With accumulation of gradients the iteration goes on over the micro-batches, and what is penalized
-    is the mean of their norms; it also goes on over the calls of an optimizer's closure. The first step of a run
-    searches with 5 iterations more, from a random vector. So does one after the chosen parameters have changed (layers
-    unfrozen, a checkpoint of another model), with a warning. A step that fails leaves v alone, and so does one whose
-    penalty is not finite.
+    Each batch has its own Hessian, so v tracks a moving target and lags if other eigenvalues are nearly as large as the
+    top one. The iteration also continues across micro-batches of gradient accumulation (the penalty is then the mean of
+    their norms) and across calls of an optimizer's closure. The first step of a run adds 5 iterations, from a random
+    vector. So does the first step after the selected parameters change (layers unfrozen, a checkpoint of another
+    model), with a warning. A step that fails, or whose penalty is not finite, leaves v unchanged.
 
-    It is the Hessian of the loss that the step computes, in the mode the model is in.
+    H is the Hessian of the loss that the step computes, in the model's current mode.
 
-    The methods, and what a step costs in plain steps by operation count:
+    The methods, with the cost of a step in plain steps, by operation count:
 
-    - ``"autograd"`` (9): Hv by differentiating twice, with an exact gradient.
-    - ``"central_difference"`` (3): ordinary passes at theta, theta + e v and theta - e v, which give
+    - ``"autograd"`` (9): Hv by double differentiation, with an exact gradient.
+    - ``"central_difference"`` (3): ordinary passes at theta, theta + e v and theta - e v give
 
       .. math:: Hv \approx [g(\theta + e v) - g(\theta - e v)] / 2e, \qquad
           \nabla |v'Hv| \approx \pm [g(\theta + e v) + g(\theta - e v) - 2 g(\theta)] / e^2,
 
-      the sign that of v'Hv at the step before. The value is |v'Hv|, at most ||Hv|| and equal to it where v has
-      converged; it does not converge where +lambda and -lambda tie. For smooth models, in 32-bit precision.
+      with the sign of v'Hv at the previous step. The value is |v'Hv|, at most ||Hv|| and equal to it once v has
+      converged. v does not converge if +lambda and -lambda tie. For smooth models, in 32-bit precision.
 
     Args:
-        iterations: power iterations a step, at least 1. The last carries the gradient (autograd), or is free
-            (central_difference); each one more costs a Hessian-vector product, or two passes.
+        iterations: power iterations per step, at least 1. The last one carries the gradient (autograd) or is free
+            (central_difference). Each additional one costs a Hessian-vector product, or two passes.
         method: see above.
         parameters: restrict H to these: a glob on names (``"*.weight"``), a list of globs, or a predicate
-            ``(name, parameter) -> bool``. By default all that require a gradient.
-        step: e of ``"central_difference"``: how far theta moves along the unit vector v. None: a sixteenth of the
-            fourth root of the precision times the length of the chosen parameters, which leaves an error of 0.1 to
-            4 % of the gradient in float32 (measured on small networks, at the start of training and after it).
+            ``(name, parameter) -> bool``. Default: all that require a gradient.
+        step: e of ``"central_difference"``, the displacement of theta along the unit vector v. None:
+            eps^(1/4) / 16 times the L2 norm of the selected parameters, with the dtype's machine epsilon eps. The
+            gradient's error is then 0.1 to 4 % in float32 (on small networks, at the start of training and after it).
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Source:
-        Power iteration kept over training steps as in Yoshida and Miyato 2017 (arXiv 1705.10941), there for the norms
-        of weight matrices; Hessian-vector products: Pearlmutter 1994.
+        Power iteration across training steps: Yoshida and Miyato 2017 (arXiv 1705.10941), there for the norms of weight
+        matrices. Hessian-vector products: Pearlmutter 1994.
 
     Example:
         >>> import torch
@@ -90,11 +89,11 @@ class HessianNorm(WeightPenalty):
         step: float | None = None,
     ) -> None:
         super().__init__(parameters)
-        whole_number("iterations", iterations, 1, "the power iterations of a step")
+        whole_number("iterations", iterations, 1, "the power iterations per step")
         choice("method", method, get_args(Method))
         positive_or_none("step", step, "how far the parameters move")
         if step is not None and method != "central_difference":
-            raise ValueError(f"step={step} is that of method='central_difference', not {method!r}.")
+            raise ValueError(f"step={step} is only for method='central_difference', not {method!r}.")
         self.iterations = iterations
         self.method = method
         self.step = step
@@ -114,7 +113,7 @@ class HessianNorm(WeightPenalty):
         return self.estimator.with_fixed_direction(context)
 
     def state_dict(self) -> dict[str, Any]:
-        """v by the names of the parameters, and the sign of v'Hv; empty before the first step."""
+        """v by parameter name, and the sign of v'Hv. Empty before the first step."""
         return self._vector.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -32,73 +32,75 @@ Method = Literal["autograd", "two_pass", "central_difference", "gauss_newton"]
 Scale = Literal["none", "parameter"]
 
 MOST_EXACT = 10_000
-"""The most parameters for which ``probes=-1`` is accepted."""
+"""Maximum number of parameters for ``probes=-1``."""
 
 
 class HessianTrace(WeightPenalty):
-    r"""tr(H), H the Hessian of the batch-mean loss with respect to the parameters: flat minima.
+    r"""tr(H), where H is the Hessian of the batch-mean loss with respect to the parameters. It favors flat minima.
 
-    Hutchinson's estimate, with fresh probes each step (one fixed probe can be gamed by the network):
+    Hutchinson's estimator, with new probes each step, because a network could adapt to a fixed probe:
 
     .. math:: \mathrm{tr}(H) = E[v'Hv], \quad E[v v'] = I .
 
-    With entries +-1 (the default), Var[v'Hv] = 2 sum_{i != j} H_ij^2; with normal ones, 2 sum_ij H_ij^2.
+    With entries +-1 (the default), Var[v'Hv] = 2 sum_{i != j} H_ij^2; with Gaussian ones, 2 sum_ij H_ij^2.
 
-    It is the Hessian of the loss that the step computes, in the mode the model is in (so in training mode batch norm
-    normalizes by the batch, and dropout is active). The trace can be negative; see ``clamp``.
+    H is the Hessian of the loss that the step computes, in the model's current mode. So in training mode batch norm
+    uses the batch's statistics, and dropout is active. The trace can be negative; see ``clamp``.
 
-    The methods, and what they cost in plain steps by operation count:
+    The methods, with the cost of a step in plain steps, by operation count:
 
-    - ``"autograd"`` (9): v'Hv by differentiating twice, with an exact gradient.
-    - ``"two_pass"`` (2): the step's loss is replaced by its mean over theta + s v and theta - s v, two ordinary passes,
+    - ``"autograd"`` (9): v'Hv by double differentiation, with an exact gradient.
+    - ``"two_pass"`` (2): replaces the step's loss by its mean over theta + s v and theta - s v, two ordinary passes,
 
       .. math:: \tfrac12 [L(\theta + s v) + L(\theta - s v)] = L + \tfrac{s^2}{2} v'Hv + O(s^4), \qquad
           s = \sqrt{2 \cdot \text{strength}},
 
-      so that it runs wherever ordinary training runs: compiled models, fused attention, float16, sharded parameters.
-      What the step logs and counts (the task loss, metrics, batch norm's running statistics) is of its first run, at
-      theta + s v. For strengths above about 1e-4 recompute the statistics before evaluation
+      so it runs wherever ordinary training runs: compiled models, fused attention, float16, sharded parameters.
+      What the step logs and updates (task loss, metrics, batch norm's running statistics) comes from its first run, at
+      theta + s v. For strengths above about 1e-4 recompute the running statistics before evaluation
       (``torch.optim.swa_utils.update_bn``).
-    - ``"central_difference"`` (3): the same difference with a step of its own,
+    - ``"central_difference"`` (3): the same difference with a separate step e,
 
       .. math:: v'Hv = [L(\theta + e v) + L(\theta - e v) - 2 L(\theta)] / e^2 + O(e^2).
 
-    - ``"gauss_newton"`` (about 3): tr(G), the part of H that is the loss's curvature in the outputs, never negative,
+    - ``"gauss_newton"`` (about 3): tr(G), where G is the part of H from the loss's curvature in the outputs. It is
+      never negative.
 
       .. math:: \mathrm{tr}(G) = E_u \lVert \textstyle\sum_i J_i' S_i u_i \rVert^2, \qquad
           S_i S_i' = \partial^2 L / \partial z_i^2, \quad E[u u'] = I.
 
-      For piecewise-linear networks without batch norm G = H. The outputs are seen where the step calls cross entropy,
-      binary cross entropy with logits, or MSE. It is another number than tr(H), and its name in logs is
+      For piecewise-linear networks without batch norm G = H. The outputs are detected in the step's calls of cross
+      entropy, binary cross entropy with logits, or MSE. tr(G) differs from tr(H), so its log name is
       ``gauss_newton_trace``.
 
-    Where activations have kinks (ReLU, max-pooling) the two differences see them, and autograd does not: they estimate
-    the trace of the loss *smoothed* over the step.
+    With kinks (ReLU, max-pooling) the two difference methods estimate the trace of the loss *smoothed* over the step,
+    which includes the kinks. autograd ignores kinks.
 
     Args:
-        probes: how many v to average over (1 or 2 do for training), or -1 for the exact trace by all unit vectors,
-            for models of at most 10,000 chosen parameters (autograd only).
+        probes: number of probes v to average over (1 or 2 suffice for training). -1: the exact trace from all unit
+            vectors, for at most 10,000 selected parameters (autograd only).
         method: see above.
-        keep: the probability q in (0, 1] of keeping a part of v, the dropout scheme of the SEHT paper, rescaled
-            so that the estimate stays unbiased. (The paper does not rescale and estimates q tr(H).)
-        drop: what is kept or dropped. ``"tensor"``: whole parameter tensors, at least one kept; saves time with
-            autograd, because fewer tensors are differentiated. ``"element"``: single entries, scaled by 1/sqrt(q);
-            saves no time, Var = (1/q - 1) sum_i H_ii^2 + 2 sum_{i != j} H_ij^2.
+        keep: probability q in (0, 1] of keeping a part of v, the dropout scheme of the SEHT paper, rescaled so that
+            the estimate is unbiased. (The paper does not rescale and estimates q tr(H).)
+        drop: the parts to keep or drop. ``"tensor"``: whole parameter tensors, at least one is kept. It saves time with
+            autograd, which differentiates fewer tensors. ``"element"``: single entries, scaled by 1/sqrt(q). It saves
+            no time; Var = (1/q - 1) sum_i H_ii^2 + 2 sum_{i != j} H_ij^2.
         parameters: restrict the trace to these: a glob on names (``"*.weight"``), a list of globs, or a predicate
-            ``(name, parameter) -> bool``. By default all that require a gradient.
-        clamp: a lower bound on the value that enters the loss, for example 0; below it the penalty has no gradient.
-            The logged value is the raw one. Not with the two differences.
-        scale: ``"parameter"`` measures tr(D H D) instead, D the size of each filter (the root mean square over all
-            dimensions but the first; of biases and other vectors the absolute value of each entry), held constant
-            when differentiated: curvature along *relative* changes. Rescaling a layer that is followed by a norm does
-            not change it.
-        distribution: of the probes' entries: ``"rademacher"`` (+-1, the least variance), ``"gaussian"``, or a function,
+            ``(name, parameter) -> bool``. Default: all that require a gradient.
+        clamp: lower bound of the value in the loss, for example 0; below it the gradient is zero. The logged value is
+            not clamped. Not with the two difference methods.
+        scale: ``"parameter"`` measures tr(D H D) instead: curvature along *relative* changes. D is the size of each
+            filter (root mean square over all dimensions but the first; for biases and other vectors the absolute value
+            of each entry), a constant under differentiation. The result is invariant to rescaling a layer that is
+            followed by a norm.
+        distribution: of the probes' entries: ``"rademacher"`` (+-1, lowest variance), ``"gaussian"``, or a function,
             see :data:`~lightning_hessian.curvature.Distribution`.
-        step: e of ``"central_difference"``: by how much each entry moves (with ``scale="parameter"``, as a share of its
-            size). None: half the fourth root of the precision times the root mean square of the chosen parameters.
+        step: e of ``"central_difference"``, the displacement of each entry (with ``scale="parameter"``, relative to its
+            size). None: eps^(1/4) / 2 times the root mean square of the selected parameters, with the dtype's machine
+            epsilon eps.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Source:
         Liu, Yu, Lin 2022, "Regularizing Deep Neural Networks with Stochastic Estimators of Hessian Trace"
@@ -139,7 +141,7 @@ class HessianTrace(WeightPenalty):
         choice("scale", scale, get_args(Scale))
         distribution_of(distribution)
         if probes == -1 and keep < 1:
-            raise ValueError(f"probes=-1 asks for the exact trace and keep={keep} for a random part of it: choose one.")
+            raise ValueError(f"probes=-1 is the exact trace, but keep={keep} drops a random part of it: choose one.")
         if clamp is not None and not (is_number(clamp) and math.isfinite(clamp)):
             raise ValueError(f"clamp={clamp!r} must be a finite number, the lower bound of the penalty, or None.")
         positive_or_none("step", step, "by how much each entry moves")
@@ -147,13 +149,16 @@ class HessianTrace(WeightPenalty):
             raise ValueError(f"probes=-1, the exact trace, is for method='autograd', not {method!r}.")
         if clamp is not None and method in ("two_pass", "central_difference"):
             raise ValueError(
-                f"clamp={clamp} bounds the penalty, and method={method!r} adds none: its passes are the loss. Use "
-                "method='autograd', or 'gauss_newton', which is never negative."
+                f"clamp={clamp} bounds the penalty term, but method={method!r} has none: its loss is a combination of "
+                "passes. Use method='autograd', or 'gauss_newton', which is never negative."
             )
         if keep < 1 and method == "gauss_newton":
-            raise ValueError(f"keep={keep} drops parts of a probe of the parameters, and gauss_newton has none.")
+            raise ValueError(
+                f"keep={keep} drops parts of a probe over the parameters, but the probes of gauss_newton are over the "
+                "outputs. Use keep=1 or method='autograd'."
+            )
         if step is not None and method != "central_difference":
-            raise ValueError(f"step={step} is that of method='central_difference', not {method!r}.")
+            raise ValueError(f"step={step} is only for method='central_difference', not {method!r}.")
         self.probes = probes
         self.method = method
         self.keep = keep
@@ -176,9 +181,8 @@ class HessianTrace(WeightPenalty):
         size = sum(parameter.numel() for parameter in select_parameters(parameters, self.parameters).values())
         if self.probes == -1 and size > MOST_EXACT:
             raise ValueError(
-                f"probes=-1 would take {size:,} Hessian-vector products a step, one for each parameter. "
-                f"It is meant for at most {MOST_EXACT:,}: use probes=1, which is unbiased, or choose fewer "
-                "`parameters`."
+                f"probes=-1 would take {size:,} Hessian-vector products per step, one for each parameter, but the "
+                f"limit is {MOST_EXACT:,}. Use probes=1, which is unbiased, or select fewer `parameters`."
             )
 
     def value(self, context: StepContext) -> Tensor:
@@ -208,12 +212,12 @@ class HessianTrace(WeightPenalty):
             return CentralDifferenceTrace(selected=self.selected, probes=probes, sizes=sizes, step=self.step)
         if self.probes == -1:
             return ExactTrace(selected=self.selected, probes=probes, sizes=sizes)
-        ways: dict[str, type[Any]] = {
+        estimators: dict[str, type[Any]] = {
             "autograd": AutogradTrace,
             "two_pass": TwoPassTrace,
             "gauss_newton": GaussNewtonTrace,
         }
-        return ways[self.method](selected=self.selected, probes=probes, sizes=sizes)
+        return estimators[self.method](selected=self.selected, probes=probes, sizes=sizes)
 
     def __repr__(self) -> str:
         return f"HessianTrace(probes={self.probes}, method={self.method!r}, keep={self.keep}, drop={self.drop!r})"

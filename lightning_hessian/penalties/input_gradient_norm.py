@@ -1,4 +1,4 @@
-"""The length of the input gradient, Drucker and LeCun's double backpropagation."""
+"""The squared norm of the input gradient: Drucker and LeCun's double backpropagation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from lightning_hessian.penalties.step_context import StepContext
 
 
 class InputGradientNorm(InputPenalty):
-    r"""The mean over samples of the squared length of each sample's own input gradient.
+    r"""The mean over samples of the squared L2 norm of each sample's input gradient.
 
     .. math:: \frac{1}{B} \sum_i \|\nabla_{x_i} l_i\|_2^2
 
-    It is l_i, not the batch-mean loss, that is differentiated: published codes that take the latter have a value that
-    is smaller by B^2 and shrinks as the batch grows. There is no factor of 1/2. Units: those of the loss over those of
-    the input, squared.
+    It differentiates the sample's loss l_i, not the batch-mean loss. Published code that uses the latter has a value
+    smaller by B^2, which depends on the batch size. There is no factor of 1/2. Units: (loss / input)^2.
 
-    Batch norm in training mode couples the samples; the penalty is then evaluated in a forward pass of its own, with
-    the running statistics from before the step.
+    Batch norm in training mode couples the samples. The penalty then uses a separate forward pass with the running
+    statistics from before the step.
 
     Args:
-        inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
-        layer: the layer whose output is the input, see :class:`InputPenalty`.
+        inputs: tensors of the batch to use as input, see :class:`InputPenalty`.
+        layer: layer whose output to use as input, see :class:`InputPenalty`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Source:
         Drucker and LeCun 1992, "Improving generalization performance using double backpropagation"; Ross and

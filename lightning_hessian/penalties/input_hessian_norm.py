@@ -22,34 +22,35 @@ Method = Literal["autograd", "finite_difference"]
 
 
 class InputHessianNorm(InputPenalty):
-    r"""The mean over samples of ||H_i||_2, H_i the Hessian of sample i's loss with respect to its input.
+    r"""The mean over samples of ||H_i||_2, where H_i is the Hessian of sample i's loss with respect to its input.
 
     .. math:: \frac{1}{B} \sum_i \|H_i v_i\|, \qquad H_i = \frac{\partial^2 l_i}{\partial x_i^2}, \quad \|v_i\| = 1
 
-    The direction v_i is searched for without a graph, from the input gradient, and then held: the gradient flows
-    through the one product H_i v_i, and is exact where the search has converged. ||H_i v_i|| is at most ||H_i||_2 (the
-    largest absolute eigenvalue). One Hessian-vector product of the summed loss serves all samples. Units: those of the
-    loss over those of the input squared; l_i is the loss that the step averages (or sums) over the samples.
+    A search without a graph, starting at the input gradient, finds the direction v_i, which is then constant. The
+    gradient flows through the single product H_i v_i and is exact once the search has converged. ||H_i v_i|| is at most
+    ||H_i||_2, the largest absolute eigenvalue. One Hessian-vector product of the summed loss serves all samples. l_i is
+    the loss that the step averages or sums over the samples. Units: loss / input^2.
 
-    Batch norm in training mode couples the samples, so that H_i does not exist: the penalty is then evaluated in a
-    forward pass of its own, with the running statistics from before the step. With piecewise-linear activations H_i
-    is that of the loss in the logits alone, and networks can hide from it: take softplus, GELU, SiLU or tanh.
+    Batch norm in training mode couples the samples, so H_i does not exist. The penalty then uses a separate forward
+    pass with the running statistics from before the step. With piecewise-linear activations H_i contains only the
+    loss's curvature in the logits, so a network can evade the penalty. Use softplus, GELU, SiLU or tanh.
 
     Args:
-        iterations: products to spend on the search, at least 0. One leaves an error of about 3 % of the norm on trained
-            networks, ``iterations=2, search="lanczos"`` one of 1 to 2 % (``benchmarks/input_hessian.py quality``).
-        search: ``"power"`` iteration, or ``"lanczos"``, which is better from two iterations on and keeps a basis of
-            ``iterations`` vectors.
-        method: ``"autograd"``, or ``"finite_difference"``: |v'Hv| from the losses at x - hv, x and x + hv, and the
-            search from gradients there. That needs ordinary backward passes only, so fused and compiled operators
-            work; the step is run again for each, with the same dropout masks.
-        squared: penalize the mean of the squares, which is smooth at 0.
-        step: of the finite differences: h = ``step`` times the length of the sample's input.
-        inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
-        layer: the layer whose output is the input, see :class:`InputPenalty`.
+        iterations: Hessian-vector products for the search, at least 0. On trained networks one leaves an error of about
+            3 % of the norm; ``iterations=2, search="lanczos"`` leaves 1 to 2 % (``benchmarks/input_hessian.py
+            quality``).
+        search: ``"power"`` iteration, or ``"lanczos"``, which is better from two iterations on and stores
+            ``iterations`` basis vectors.
+        method: ``"autograd"``, or ``"finite_difference"``: |v'Hv| from the losses at x - hv, x and x + hv, with the
+            search from gradients there. It needs ordinary backward passes only, so fused and compiled operators work.
+            Each evaluation repeats the step with the same dropout masks.
+        squared: penalize the mean of the squared norms, which is smooth at 0.
+        step: of the finite differences: h = ``step`` times the L2 norm of the sample's input.
+        inputs: tensors of the batch to use as input, see :class:`InputPenalty`.
+        layer: layer whose output to use as input, see :class:`InputPenalty`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Source:
         Mustafa, Vandermeulen, Kloft 2020, "Input Hessian Regularization of Neural Networks" (arXiv 2009.06571).
@@ -76,11 +77,11 @@ class InputHessianNorm(InputPenalty):
         layer: str | None = None,
     ) -> None:
         super().__init__(inputs, layer)
-        whole_number("iterations", iterations, 0, "the Hessian-vector products that the search spends")
+        whole_number("iterations", iterations, 0, "the Hessian-vector products of the search")
         choice("search", search, SEARCHES)
         choice("method", method, get_args(Method))
         if not is_number(step) or not 0 < float(step) < math.inf:
-            raise ValueError(f"step={step!r} must be a positive number: the finite step as a share of the input.")
+            raise ValueError(f"step={step!r} must be a positive number, relative to the L2 norm of the input.")
         self.iterations = iterations
         self.search = search
         self.method = method
@@ -107,10 +108,10 @@ class InputHessianNorm(InputPenalty):
 
     def _direction(self, hessians: _Hessians, context: StepContext) -> Tensor:
         start = hessians.gradient
-        nowhere = ~start.any(dim=1, keepdim=True)
-        if nowhere.any():
+        is_zero = ~start.any(dim=1, keepdim=True)
+        if is_zero.any():
             random = context.probes.draw(start.numel(), 0, start.device, start.dtype)
-            start = torch.where(nowhere, random.view_as(start), start)
+            start = torch.where(is_zero, random.view_as(start), start)
         find = power_iteration if self.search == "power" else lanczos
         return find(hessians.matvec, start, self.iterations)
 
@@ -118,7 +119,7 @@ class InputHessianNorm(InputPenalty):
         squares = hessians.squared_length(v)
         if self.squared:
             return squares.mean()
-        # The root has no derivative at 0. (What is not a number must stay so.)
+        # The root has no derivative at 0. NaN must stay NaN.
         zero = squares == 0
         return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt()).mean()
 
@@ -127,16 +128,16 @@ class InputHessianNorm(InputPenalty):
 
 
 class _Hessians(Protocol):
-    """One way to the Hessians of all samples; vectors are rows, of shape (samples, n)."""
+    """Interface to the Hessians of all samples. Vectors are rows, of shape (samples, n)."""
 
     gradient: Tensor
-    """Of each sample's loss by its input, without a graph."""
+    """Each sample's input gradient, without a graph."""
 
     def matvec(self, v: Tensor) -> Tensor:
         """H_i v_i, without a graph."""
 
     def squared_length(self, v: Tensor) -> Tensor:
-        """||H_i v_i||^2, of shape (samples,), with a graph to the parameters."""
+        """||H_i v_i||^2, of shape (samples,), differentiable with respect to the parameters."""
 
 
 class _ByAutograd:
@@ -152,16 +153,16 @@ class _ByAutograd:
 
 
 class _ByFiniteDifferences:
-    """From runs of the step at shifted inputs: ordinary first-order gradients only."""
+    """From runs of the step at shifted inputs, with first-order gradients only."""
 
-    # A second difference is a share of about (h / ||x||)^2 of the losses, which 8 bits do not show.
+    # A second difference is about (h / ||x||)^2 of the losses, which bfloat16's 8 significant bits cannot resolve.
     needs = Needs(derivatives=1, full_precision=True, losses=True)
 
     def __init__(self, context: StepContext, step: float) -> None:
         if context.at_shifted_inputs is None:
             raise ValueError(
-                "method='finite_difference' evaluates the loss at other inputs, and the context cannot do that. "
-                "Make it by StepContext.evaluate(loss, inputs, parameters), or use method='autograd'."
+                "method='finite_difference' evaluates the loss at other inputs, but this context cannot. Create it "
+                "with StepContext.evaluate(loss, inputs, parameters), or use method='autograd'."
             )
         self.context = context
         self.at_shifted_inputs = context.at_shifted_inputs
@@ -173,23 +174,23 @@ class _ByFiniteDifferences:
         return (self._gradient(self._at(v, self.h)) - self.gradient) / self.h
 
     def squared_length(self, v: Tensor) -> Tensor:
-        # |v'Hv| is ||Hv|| at an eigenvector.
+        # |v'Hv| equals ||Hv|| at an eigenvector.
         contexts = self._at(v, self.h), self.context, self._at(v, -self.h)
         ahead, here, behind = (self._losses(context) for context in contexts)
         differences = ahead + behind - 2 * here
-        self._refuse_other_terms(differences, *(context.summed_loss for context in contexts))
+        self._check_sum(differences, *(context.summed_loss for context in contexts))
         return (differences / self.h.squeeze(1).square()).square()
 
-    def _refuse_other_terms(self, found: Tensor, ahead: Tensor, here: Tensor, behind: Tensor) -> None:
-        """The samples' differences must sum to the loss's own, up to rounding."""
+    def _check_sum(self, found: Tensor, ahead: Tensor, here: Tensor, behind: Tensor) -> None:
+        """Check that the samples' differences sum to the loss's difference, up to rounding."""
         with torch.no_grad():
             missing = (ahead + behind - 2 * here - found.sum()).abs()
             rounding = 100 * torch.finfo(here.dtype).eps * here.abs()
             if missing > 0.05 * found.abs().sum() + rounding:
                 raise ValueError(
-                    "method='finite_difference' needs the loss as a sum over samples, and what the loss functions of "
-                    "torch.nn.functional return in the step is not all of it: other terms depend on the inputs, or a "
-                    "factor does (as in the focal loss). Use method='autograd'."
+                    "method='finite_difference' needs the loss as a sum over samples, but the loss functions of "
+                    "torch.nn.functional called in the step do not account for all of it: other terms depend on the "
+                    "inputs, or a factor does (as in the focal loss). Use method='autograd'."
                 )
 
     def _at(self, v: Tensor, h: Tensor) -> StepContext:
@@ -202,8 +203,8 @@ class _ByFiniteDifferences:
         losses = context.sample_losses
         if losses is None:
             raise ValueError(
-                "method='finite_difference' needs each sample's loss, and the step's comes from none of the usual loss "
-                "functions of torch.nn.functional (cross_entropy, nll_loss, mse_loss, "
+                "method='finite_difference' needs each sample's loss, but the step's loss comes from none of the usual "
+                "loss functions of torch.nn.functional (cross_entropy, nll_loss, mse_loss, "
                 "binary_cross_entropy_with_logits, ...) or their modules. Call one, or use method='autograd'."
             )
         return losses

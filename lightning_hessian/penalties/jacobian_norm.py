@@ -1,4 +1,4 @@
-"""The Frobenius norm of the outputs' Jacobian by the inputs."""
+"""The squared Frobenius norm of the Jacobian of the outputs with respect to the inputs."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lightning_hessian.step.batches import InputChoice
 
 
 class JacobianNorm(InputPenalty):
-    r"""The mean over samples of ||J_i||_F^2, J_i the Jacobian of sample i's C outputs by its input.
+    r"""The mean over samples of ||J_i||_F^2. J_i is the Jacobian of sample i's C outputs with respect to its input.
 
     .. math:: \frac{1}{B} \sum_i \|J_i\|_F^2 = \frac{1}{B} \sum_i C \, E_u \|u' J_i\|^2, \qquad
         u \text{ uniform on the unit sphere of } R^C
 
-    The outputs are seen where the step calls its loss function (cross entropy, binary cross entropy with logits, MSE,
-    NLL), or are what it returns under "logits". There is no factor of 1/2 (Hoffman et al. have one). Units: those of
-    the outputs over those of the input, squared.
+    The outputs are detected in the step's call of a loss function (cross entropy, binary cross entropy with logits,
+    MSE, NLL), or are what the step returns under "logits". There is no factor of 1/2, unlike in Hoffman et al. Units:
+    (output / input)^2.
 
-    Batch norm in training mode couples the samples; the penalty is then evaluated in a forward pass of its own, with
-    the running statistics from before the step.
+    Batch norm in training mode couples the samples. The penalty then uses a separate forward pass with the running
+    statistics from before the step.
 
     Args:
-        projections: how many u to draw for each sample and step, or -1 for the exact norm by all C unit vectors.
-        inputs: which tensors of the batch are the input, see :class:`InputPenalty`.
-        layer: the layer whose output is the input, see :class:`InputPenalty`.
+        projections: number of vectors u per sample and step, or -1 for the exact norm from all C unit vectors.
+        inputs: tensors of the batch to use as input, see :class:`InputPenalty`.
+        layer: layer whose output to use as input, see :class:`InputPenalty`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of range.
 
     Source:
         Hoffman, Roberts, Yaida 2019, "Robust Learning with Jacobian Regularization" (arXiv 1908.02729).
@@ -64,7 +64,7 @@ class JacobianNorm(InputPenalty):
         for u in self._directions(outputs, context):
             gradients = input_gradients((outputs * u).sum(), context.inputs, derivatives=2)
             squares.append(torch.stack([gradient.square().sum() for gradient in gradients]).sum() / context.samples)
-        # E[u u'] = 1 / C for a random u, and the unit vectors' sum is the whole norm.
+        # E[u u'] = I / C for a random u. The sum over all unit vectors is the exact norm.
         return torch.stack(squares).sum() if self.projections == -1 else outputs.size(1) * torch.stack(squares).mean()
 
     def _directions(self, outputs: Tensor, context: StepContext) -> Iterator[Tensor]:
@@ -77,8 +77,8 @@ class JacobianNorm(InputPenalty):
     def _outputs(self, context: StepContext) -> Tensor:
         if not context.outputs:
             raise ValueError(
-                "JacobianNorm differentiates the step's outputs, and none were seen: the loss comes from none of "
-                "the usual loss functions of torch.nn.functional (cross_entropy, nll_loss, mse_loss, "
+                "JacobianNorm differentiates the step's outputs but found none: the loss comes from none of the usual "
+                "loss functions of torch.nn.functional (cross_entropy, nll_loss, mse_loss, "
                 'binary_cross_entropy_with_logits, ...) or their modules. Return {"loss": ..., "logits": ...} from the '
                 "step."
             )

@@ -1,4 +1,4 @@
-"""The ways to compute the operator norm of the weight Hessian, by a power iteration kept from step to step."""
+"""Estimators of the operator norm of the weight Hessian, by power iteration across steps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_hessian.penalties.estimator import DifferenceEstimator, Estimator
 from lightning_hessian.penalties.step_context import StepContext
 
 FIRST_SEARCH = 5
-"""Iterations to spend in addition where there is no v yet."""
+"""Additional iterations if there is no v yet."""
 
 
 @dataclass
 class PowerVector:
-    """What the power iteration keeps from step to step.
+    """State of the power iteration between steps.
 
     Args:
-        parts: v, by the names of the parameters; empty before the first step.
+        parts: v by parameter name. Empty before the first step.
         sign: the sign of v'Hv.
     """
 
@@ -35,23 +35,23 @@ class PowerVector:
     sign: float = 1.0
 
     def start(self, selected: Mapping[str, Tensor], probes: ProbeSource) -> tuple[Tensor, int]:
-        """The v to begin with, flat, and how many iterations to search for it before those of the step."""
+        """The initial v, flat, and the number of iterations to run before those of the step."""
         first = next(iter(selected.values()))
         if self.parts and _shapes(self.parts) == _shapes(selected):
             return pack([self.parts[name] for name in selected]).to(first.device, first.dtype), 0
         if self.parts:
             changed = sorted(set(_shapes(self.parts).items()) ^ set(_shapes(selected).items()))
             warnings.warn(
-                "HessianNorm's vector belongs to other parameters than those it is to penalize (the first that "
-                f"differs: {changed[0][0]!r}): it is searched for anew.",
+                "HessianNorm's vector belongs to other parameters than the selected ones (the first difference is "
+                f"{changed[0][0]!r}). The search starts anew.",
                 stacklevel=2,
             )
         size = sum(tensor.numel() for tensor in selected.values())
-        # All ranks search for one vector.
+        # All ranks must start from the same vector.
         return probes.shared().draw(size, 0, first.device, first.dtype), FIRST_SEARCH
 
     def keep(self, u: Tensor, selected: Mapping[str, Tensor]) -> bool:
-        """Go on from u at the next step, unless it is zero or not a number."""
+        """Store u for the next step, unless it is zero or NaN."""
         is_usable = u.square().sum().item() > 0
         if is_usable:
             self.parts = dict(zip(selected, unpack(u, list(selected.values())), strict=True))
@@ -75,12 +75,12 @@ def _sign(value: Tensor) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class NormEstimator(Estimator):
-    """One way to compute ||H||_2.
+    """An estimator of ||H||_2.
 
     Args:
-        selected: finds the parameters in a context.
-        iterations: power iterations a step; the last has the gradient.
-        vector: what is kept from step to step.
+        selected: returns the penalized parameters of a context.
+        iterations: power iterations per step; the last one carries the gradient.
+        vector: state kept between steps.
     """
 
     iterations: int
@@ -88,11 +88,11 @@ class NormEstimator(Estimator):
 
     @abstractmethod
     def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
-        """The value with the direction that a search finds at ``context``."""
+        """The value, with the direction fixed to the search's result at ``context``."""
 
 
 class AutogradNorm(NormEstimator):
-    """||Hv|| = u'Hv, u = Hv / ||Hv||, by differentiating twice; u and v are constants of the gradient."""
+    """||Hv|| = u'Hv, u = Hv / ||Hv||, by double differentiation. The gradient treats u and v as constants."""
 
     method = "autograd"
     needs = Needs(derivatives=3)
@@ -107,7 +107,7 @@ class AutogradNorm(NormEstimator):
         return lambda other: torch.dot(u, other.hessian(self.selected(other)).matvec(v, create_graph=True))
 
     def _iterate(self, context: StepContext) -> tuple[Tensor, Tensor, Tensor]:
-        """u and v, and this rank's Hv with its graph."""
+        """u, v, and this rank's Hv with its graph."""
         selected = self.selected(context)
         hessian = context.hessian(selected)
 
@@ -117,7 +117,7 @@ class AutogradNorm(NormEstimator):
         start, first_search = self.vector.start(selected, context.probes)
         v = power_iteration(matvec, start.unsqueeze(0), self.iterations - 1 + first_search)[0]
         product = hessian.matvec(v, create_graph=True)
-        # Of length 0 where the product is zero: the norm has no gradient there.
+        # u is 0 if the product is 0, where the norm has no gradient.
         u = normalize_rows(context.mean_over_ranks(product.detach()).unsqueeze(0))[0]
         return u, v, product
 
@@ -127,11 +127,11 @@ class CentralDifferenceNorm(NormEstimator, DifferenceEstimator):
     """|v'Hv|, Hv = [g(theta + e v) - g(theta - e v)] / 2e, from ordinary passes.
 
     Args:
-        step: e; None for a default from the precision.
+        step: e; None for a default that depends on the dtype.
     """
 
     method = "central_difference"
-    # A second difference by a small step is rounding in 8 bits. Whole parameters: v is kept whole.
+    # bfloat16's 8 significant bits cannot resolve the second difference. v is not sharded, so parameters must not be.
     needs = Needs(derivatives=1, differences=True, smooth=True, full_precision=True, whole_parameters=True)
     step: float | None
 
@@ -166,7 +166,7 @@ class CentralDifferenceNorm(NormEstimator, DifferenceEstimator):
         return self.value
 
     def _default_distance(self, tensors: Sequence[Tensor]) -> float:
-        # The error of a second difference of gradients is O(e^2) + O(eps / e^2). The first is larger along v, where the
-        # loss curves most, than along the trace's probes: their step is eight times as long.
+        # The error of a second difference of gradients is O(e^2) + O(eps / e^2). The O(e^2) part is larger along v, the
+        # direction of highest curvature, than along the trace's probes, whose step is eight times as long.
         share = torch.finfo(tensors[0].dtype).eps ** 0.25 / 16
         return share * torch.stack([tensor.detach().square().sum() for tensor in tensors]).sum().sqrt().item()

@@ -1,4 +1,4 @@
-"""What one training step offers a penalty."""
+"""The input of a penalty for one training step."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepContext:
-    """What one training step offers a penalty.
+    """The input of a penalty for one training step.
 
     Args:
         loss: the loss L(theta), with its graph, computed inside ``higher_order()``.
         parameters: the model's parameters theta, by name.
-        probes: where random vectors come from; by default each context draws new ones (one fixed probe could be gamed
-            by the network). ``ProbeSource(seed, step)`` gives the same ones again.
-        inputs: the step's inputs x, each of shape (samples, ...), in the graph of the loss. The penalties on the
-            inputs need them.
-        losses: the calls of loss functions that were seen in the step; they tell whether the loss is the mean or the
-            sum of the samples' losses l_i (where none was seen, it is taken for the mean).
-        outputs: logits or predictions, in the graph of the inputs; by default what the loss functions were called on.
-        mean_over_ranks: the mean of a tensor over the processes that share the batch, the same on all of them; every
-            one of them must call it. By default there is one process.
+        probes: source of random vectors. By default each context draws new ones, because a network could adapt to a
+            fixed probe. ``ProbeSource(seed, step)`` is reproducible.
+        inputs: the step's inputs x, each of shape (samples, ...), in the graph of the loss. Input penalties need them.
+        losses: recorded calls of loss functions. They determine whether the loss is the mean or the sum of the samples'
+            losses l_i (without a call: the mean).
+        outputs: logits or predictions, in the graph of the inputs. By default the arguments of the loss functions.
+        mean_over_ranks: mean of a tensor over the processes that share the batch, equal on all of them. Each process
+            must call it. Default: one process.
         at_shifted_inputs: ``at_shifted_inputs(shifts)`` runs the same step at x + shifts, with the same random numbers,
             and returns its context. Finite differences need it.
-        batch_size: how many samples the batch has, where there are no inputs to tell.
+        batch_size: number of samples in the batch, needed without ``inputs``.
     """
 
     loss: Tensor
@@ -59,13 +58,13 @@ class StepContext:
         parameters: Mapping[str, Tensor],
         probes: ProbeSource | None = None,
     ) -> StepContext:
-        """The context of ``loss(*inputs)``, for penalties on the inputs outside of Lightning.
+        """The context of ``loss(*inputs)``, for input penalties outside of Lightning.
 
         Args:
-            loss: computes the mean loss of a batch from its inputs, the forward pass included.
+            loss: computes the mean loss of a batch from its inputs, including the forward pass.
             inputs: one tensor or several, each of shape (samples, ...).
             parameters: the model's parameters, by name.
-            probes: where random vectors come from; by default each context draws new ones.
+            probes: source of random vectors. By default each context draws new ones.
 
         Example:
             >>> from torch import nn
@@ -102,34 +101,34 @@ class StepContext:
 
     @property
     def samples(self) -> int:
-        """How many samples the batch has.
+        """Number of samples in the batch.
 
         Raises:
-            ValueError: neither inputs nor a batch tell.
+            ValueError: the context has neither ``inputs`` nor ``batch_size``.
         """
         if self.inputs:
             return self.inputs[0].size(0)
         if self.batch_size is None:
             raise ValueError(
-                "The context has neither inputs nor a batch that tell the number of samples. Make it with "
-                "`inputs=` or `batch_size=`; in the mixin hand the inputs over: self.regularized(loss, inputs=x)."
+                "The context has no inputs and no batch size, so the number of samples is unknown. Create it with "
+                "`inputs=` or `batch_size=`; in the mixin pass the inputs: self.regularized(loss, inputs=x)."
             )
         return self.batch_size
 
     def hessian(self, parameters: Mapping[str, Tensor]) -> HessianOperator:
-        """The Hessian of the loss with respect to some of the parameters; its products can be differentiated."""
+        """The Hessian of the loss with respect to these parameters. Its products are differentiable."""
         return HessianOperator(self.loss, parameters.values(), differentiable=True)
 
     @property
     def summed_loss(self) -> Tensor:
-        """sum_i l_i: its derivatives by x_i are those of l_i, for all samples at once."""
+        """sum_i l_i. Its derivatives with respect to x_i are those of l_i, for all samples at once."""
         return self.loss if self._reduction == "sum" else self.loss * self.samples
 
     @property
     def sample_losses(self) -> Tensor | None:
-        """l_i, of shape (samples,), up to terms that do not pass through a loss function; None where none was seen.
+        """l_i, of shape (samples,), without terms that do not pass through a loss function. None without any call.
 
-        Where a factor of a loss function depends on the inputs (focal loss), these are not the samples' losses.
+        If a loss function's factor depends on the inputs (focal loss), these are not the samples' losses.
         """
         calls = self.losses.calls_in(self.loss)
         if not calls:
@@ -144,22 +143,22 @@ class StepContext:
         return self.losses.reduction_of(self.loss, self.samples)
 
     def by_sample(self, tensor: Tensor) -> Tensor:
-        """A tensor of the step's as (samples, n).
+        """Reshape a tensor of the step to (samples, n).
 
         Raises:
-            ValueError: it has another number of rows, and they are not those of the samples one after the other.
+            ValueError: its rows are neither one per sample nor grouped by sample in order.
         """
         count = len(tensor) if tensor.dim() > 0 else 1
         if count != self.samples and (tensor.numel() % self.samples or self._mixes(tensor)):
             raise ValueError(
-                f"A tensor of shape {tuple(tensor.shape)} went into the loss for {self.samples} samples, and its rows "
-                "cannot be told apart by sample. Call the loss function on a tensor of shape (samples, ...), or return "
-                '{"loss": ..., "logits": ...} with such logits.'
+                f"A tensor of shape {tuple(tensor.shape)} entered the loss of {self.samples} samples, but its rows "
+                "cannot be told apart by sample. Call the loss function on a tensor of shape (samples, ...), or "
+                'return {"loss": ..., "logits": ...} with such logits.'
             )
         return tensor.reshape(self.samples, -1)
 
     def _mixes(self, tensor: Tensor) -> bool:
-        # Does what would be the first sample's depend on another's input, or what would be another's on the first's?
+        # Do the first sample's rows depend on another sample's input, or other samples' rows on the first one's?
         own = tensor.reshape(self.samples, -1)
         for part, others in ((own[0], slice(1, None)), (own[1:], slice(0, 1))):
             if self._depends(part.sum(), others):
@@ -173,10 +172,10 @@ class StepContext:
         return any(gradient is not None and bool(gradient[samples].any()) for gradient in gradients)
 
     def couples(self) -> bool:
-        """Whether one sample's outputs, or its share of the loss, depend on another sample's input.
+        """Whether a sample's outputs, or its share of the loss, depend on another sample's input.
 
-        Where a loss function was seen, its arguments and its factor in the loss tell. Otherwise the mixed second
-        derivatives of the loss do.
+        If the step called a loss function, its arguments and its factor in the loss determine this; otherwise the
+        loss's mixed second derivatives do.
         """
         seen = self.losses.calls_in(self.loss)
         if not seen:
@@ -187,13 +186,13 @@ class StepContext:
             parts = [self.by_sample(part) for part in (*self.outputs, *factors) if part.numel() >= self.samples]
         except ValueError:
             return True
-        # What stands before a mean or a sum belongs to all samples.
+        # A factor of a mean or a sum belongs to all samples.
         return any(self._depends(factor.sum(), slice(None)) for factor in shared) or any(
             self._depends(part[0].sum(), slice(1, None)) for part in parts
         )
 
     def _couples_by_mixed_derivatives(self) -> bool:
-        """Whether d^2 L / dx_i dx_j is not zero for a sample i of a random half and a sample j of the other."""
+        """Whether d^2 L / dx_i dx_j is nonzero for a sample i in a random half and a sample j in the other half."""
         if self.samples < 2:
             return False
         generator = self.probes.generator(_COUPLING)
@@ -210,6 +209,6 @@ class StepContext:
 
 
 _COUPLED = 1e-3
-"""How large mixed derivatives are, in units of the samples' own, that are no rounding."""
+"""Mixed derivatives above this fraction of the samples' own are not rounding errors."""
 _COUPLING = 1 << 20
-"""A stream of probes of its own."""
+"""A separate probe stream."""

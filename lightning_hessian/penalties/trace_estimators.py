@@ -1,4 +1,4 @@
-"""The ways to estimate the trace of the weight Hessian."""
+"""Estimators of the trace of the weight Hessian."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lightning_hessian.penalties.step_context import StepContext
 Drop = Literal["tensor", "element"]
 
 Sizes = Sequence[Tensor] | None
-"""The diagonal of D in tr(D H D), one part for each tensor; None for D = 1."""
+"""The diagonal of D in tr(D H D), one part per tensor; None for D = I."""
 
 
 def no_sizes(tensors: Sequence[Tensor]) -> Sizes:
-    """D = 1: the trace as it is."""
+    """D = I: the unscaled trace."""
     return None
 
 
 def filter_sizes(tensors: Sequence[Tensor]) -> Sizes:
-    """The size of each filter: the root mean square over all dimensions but the first. Of vectors, the absolute value
-    of each entry. Constants, without a graph."""
+    """The size of each filter: root mean square over all dimensions but the first. For vectors, the absolute value of
+    each entry. The results are constants, without a graph."""
     return [_filter_size(local(tensor)) for tensor in tensors]
 
 
@@ -46,13 +46,13 @@ def _filter_size(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceProbes:
-    """How the probes v of a trace are drawn, with E[v v'] = D^2.
+    """How to draw the probes v of a trace, with E[v v'] = D^2.
 
     Args:
-        count: how many v to average over.
+        count: number of probes to average over.
         distribution: of their entries.
-        keep: the probability of keeping a part of v.
-        drop: the parts that are kept or dropped: whole tensors, or single elements.
+        keep: probability of keeping a part of v.
+        drop: the parts to keep or drop: whole tensors, or single elements.
     """
 
     count: int
@@ -63,7 +63,8 @@ class TraceProbes:
     def draw(
         self, source: ProbeSource, tensors: Sequence[Tensor], sizes: Sizes, index: int
     ) -> tuple[list[int], Callable[[], list[Tensor]]]:
-        """Which tensors a probe keeps, and v over these; drawn anew at each call, so that nobody need keep it."""
+        """Indices of the kept tensors, and a function that returns v over them. It redraws v at each call to save
+        memory."""
         kept, factor = list(range(len(tensors))), 1.0
         if self.keep < 1 and self.drop == "tensor":
             kept, factor = source.kept_tensors(len(tensors), self.keep, index)
@@ -85,12 +86,12 @@ class TraceProbes:
 
 @dataclass(frozen=True, kw_only=True)
 class TraceEstimator(Estimator):
-    """One way to estimate tr(D H D).
+    """An estimator of tr(D H D).
 
     Args:
-        selected: finds the parameters in a context.
-        probes: how v is drawn.
-        sizes: the diagonal of D, from the parameters.
+        selected: returns the penalized parameters of a context.
+        probes: how to draw v.
+        sizes: computes the diagonal of D from the parameters.
     """
 
     name: ClassVar[str] = "hessian_trace"
@@ -99,7 +100,7 @@ class TraceEstimator(Estimator):
 
 
 class AutogradTrace(TraceEstimator):
-    """v'Hv by differentiating twice."""
+    """v'Hv by double differentiation."""
 
     method = "autograd"
     needs = Needs(derivatives=3)
@@ -108,7 +109,7 @@ class AutogradTrace(TraceEstimator):
         tensors = list(self.selected(context).values())
         sizes = self.sizes(tensors)
         draws = [self.probes.draw(context.probes, tensors, sizes, index) for index in range(self.probes.count)]
-        # One first gradient serves all probes; it stops at the tensors that no probe keeps.
+        # All probes share one first gradient. It omits tensors that no probe keeps.
         needed = sorted({i for kept, _ in draws for i in kept})
         hessian = HessianOperator(context.loss, [tensors[i] for i in needed], differentiable=True)
         forms = [hessian.quadratic_form(pack(v()), [needed.index(i) for i in kept]) for kept, v in draws]
@@ -137,7 +138,7 @@ class ExactTrace(TraceEstimator):
 
 
 class GaussNewtonTrace(TraceEstimator):
-    """||D sum_i J_i' S_i u_i||^2, of mean tr(D G D)."""
+    """||D sum_i J_i' S_i u_i||^2, with expectation tr(D G D)."""
 
     method = "gauss_newton"
     name = "gauss_newton_trace"
@@ -165,7 +166,7 @@ class DifferenceTrace(TraceEstimator, DifferenceEstimator):
 
     @abstractmethod
     def distance(self, context: DifferenceContext, tensors: Sequence[Tensor]) -> float:
-        """How far theta moves."""
+        """Displacement of theta along v."""
 
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
         tensors = list(self.selected(context).values())
@@ -192,14 +193,15 @@ class TwoPassTrace(DifferenceTrace):
 
 @dataclass(frozen=True, kw_only=True)
 class CentralDifferenceTrace(DifferenceTrace):
-    """The difference with a distance of its own.
+    """The difference with a distance independent of the strength.
 
     Args:
-        step: the distance; None for half the fourth root of the precision times the root mean square of the parameters.
+        step: the distance. None: eps^(1/4) / 2 times the root mean square of the parameters, with the dtype's machine
+            epsilon eps.
     """
 
     method = "central_difference"
-    # A second difference by a small step is rounding in 8 bits.
+    # bfloat16's 8 significant bits cannot resolve a second difference with a small step.
     needs = Needs(derivatives=1, differences=True, smooth=True, full_precision=True, whole_parameters=False)
     step: float | None
 

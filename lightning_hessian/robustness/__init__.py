@@ -1,1 +1,1 @@
-"""Attacks on the inputs, and accuracy under them."""
+"""Adversarial attacks on inputs, and accuracy under attack."""

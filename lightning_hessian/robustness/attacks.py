@@ -1,7 +1,6 @@
-"""Attacks on a classifier's inputs, in pure torch: where in a ball around each sample does the prediction change?
+"""Attacks on a classifier's inputs, in pure torch: find points in a ball around each sample that change its prediction.
 
-Gradients are taken by ``torch.autograd.grad`` with respect to the inputs alone, in evaluation mode; everything else is
-left as it was found.
+``torch.autograd.grad`` differentiates with respect to the inputs only, in evaluation mode. All other state is restored.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ Bounds = tuple[float | Tensor, float | Tensor] | None
 
 @runtime_checkable
 class Attack(Protocol):
-    """What an attack is: a name for the logs, and a function that returns adversarial inputs of x's shape."""
+    """Interface of an attack: a name for the logs, and a function that returns adversarial inputs of x's shape."""
 
     @property
     def name(self) -> str:
         """Used in the names of logged values."""
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """Inputs near x that ``model`` is meant to take for another class than y."""
+        """Inputs near x that aim to make ``model`` predict another class than y."""
 
 
 class GradientAttack:
-    """What :class:`FGSM` and :class:`PGD` are. LightningCLI takes one by its ``class_path`` where this is asked for; of
-    a protocol or a dataclass it would not tell which one was meant."""
+    """Base class of :class:`FGSM` and :class:`PGD`. With it LightningCLI can select an attack by ``class_path``, which
+    it cannot with a protocol or a dataclass."""
 
     @property
     def name(self) -> str:
@@ -51,7 +50,7 @@ class GradientAttack:
         raise NotImplementedError
 
     def __call__(self, model: Model, x: Tensor, y: Tensor) -> Tensor:
-        """Inputs near x that ``model`` is meant to take for another class than y."""
+        """Inputs near x that aim to make ``model`` predict another class than y."""
         raise NotImplementedError
 
 
@@ -62,20 +61,19 @@ class FGSM(GradientAttack):
     .. math:: x' = x + r \, \mathrm{sign}(g), \qquad x' = x + r \, g / \lVert g \rVert_2, \qquad g = \nabla_x L
 
     Args:
-        radius: r, in the units of x (0.03 of images in [0, 1] is not 0.03 of normalized ones).
-        norm: ``"linf"``, the largest change of any entry, or ``"l2"``, the length of a sample's change.
-        loss: what is increased: ``"cross_entropy"``; ``"cw"``, max_{k != y} z_k - z_y; ``"dlr"``, the same divided
-            by z_(1) - z_(3), which no rescaling of the logits z can hide (at least 3 classes).
+        radius: r, in the units of x (0.03 differs between images in [0, 1] and normalized images).
+        norm: ``"linf"``, the largest change of any entry, or ``"l2"``, the L2 norm of a sample's change.
+        loss: the loss to increase: ``"cross_entropy"``; ``"cw"``, max_{k != y} z_k - z_y; ``"dlr"``, the same divided
+            by z_(1) - z_(3), which is invariant to rescaling of the logits z (needs at least 3 classes).
         bounds: (low, high), the range of the data: numbers, or tensors that broadcast to x (for example of shape
             (channels, 1, 1)). None: no range.
 
     Returns:
-        When called with (model, x, y): inputs of x's shape and type, in the ball and the bounds (up to the
-        rounding of that type). A sample that the
-        step does not help keeps its x.
+        When called with (model, x, y): inputs of x's shape and dtype, within the ball and the bounds (up to rounding
+        in that dtype). A sample that the step does not improve keeps its x.
 
     Raises:
-        ValueError: an argument is out of its range; when called, x, y or the logits do not fit.
+        ValueError: an argument is out of range; when called, x, y or the logits are invalid.
 
     Source:
         Goodfellow, Shlens, Szegedy 2015 (arXiv 1412.6572).
@@ -111,34 +109,34 @@ class FGSM(GradientAttack):
 
 @dataclass(frozen=True, eq=False)
 class PGD(GradientAttack):
-    r"""Steps of projected gradient ascent from random points of the ball; the best point of all is kept.
+    r"""Projected gradient ascent from random points of the ball; returns the best point found.
 
     .. math:: x_{t+1} = P(x_t + a \, \mathrm{sign}(g_t)), \qquad x_{t+1} = P(x_t + a \, g_t / \lVert g_t \rVert_2)
 
-    P projects on the ball of the radius around x and on the bounds. A misclassified point is better than any rightly
-    classified one, and among equals the one of higher loss is better. Where a sample's gradient is zero its step is
-    random. Each restart goes on with the samples that are still rightly classified, from points that depend on the
-    seed and the number of the restart only, so more restarts never raise the robust accuracy.
+    P projects onto the ball of the radius around x and onto the bounds. A misclassified point is better than any
+    correctly classified one; otherwise the higher loss is better. If a sample's gradient is zero, its step is random.
+    Each restart continues with the samples that are still correctly classified. Its starting points depend only on the
+    seed and the restart's index, so more restarts never raise the robust accuracy.
 
-    A low success rate proves nothing: gradients may be masked. Compare the losses, more steps and more restarts.
+    A low success rate does not prove robustness, because gradients may be masked. Compare losses, and try more steps
+    and restarts.
 
     Args:
         radius: of the ball, in the units of x.
         norm: as in :class:`FGSM`.
-        steps: gradient steps of each restart.
+        steps: gradient steps per restart.
         step_size: a, in the units of x; None for 2.5 * radius / steps.
         loss: as in :class:`FGSM`.
-        restarts: how many random starts.
+        restarts: number of random starts.
         bounds: as in :class:`FGSM`.
-        seed: of the random starts. Global random state is neither used nor changed.
+        seed: of the random starts. The global random state is neither used nor changed.
 
     Returns:
-        When called with (model, x, y): inputs of x's shape and type, in the ball and the bounds (up to the
-        rounding of that type). A sample that is
-        misclassified already keeps its x.
+        When called with (model, x, y): inputs of x's shape and dtype, within the ball and the bounds (up to rounding
+        in that dtype). A sample that is already misclassified keeps its x.
 
     Raises:
-        ValueError: an argument is out of its range; when called, x, y or the logits do not fit.
+        ValueError: an argument is out of range; when called, x, y or the logits are invalid.
 
     Source:
         Madry et al. 2018 (arXiv 1706.06083); losses: Carlini & Wagner 2017 (arXiv 1608.04644), Croce & Hein 2020
@@ -187,7 +185,7 @@ class PGD(GradientAttack):
                 if not len(rows):
                     break
                 source = ProbeSource(self.seed, step=restart)
-                # Drawn for all samples, so that a sample's start does not depend on which others are left.
+                # Drawn for all samples, so that a sample's start does not depend on which others are still attacked.
                 noise = _point_of_ball(search.x, self.radius, self.norm, source.generator(0, x.device))
                 search.climb(rows, search.projected(search.x + noise), self.steps, size, source)
         return search.result()
@@ -195,11 +193,10 @@ class PGD(GradientAttack):
 
 @contextmanager
 def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
-    """Evaluate ``model`` in evaluation mode and differentiate it anywhere; leave all as found, also on an exception.
+    """Run ``model`` in evaluation mode with gradients enabled, and restore all state, also after an exception.
 
-    Each module's own mode is restored, its buffers, and the random state of the CPU and of x's CUDA device. Gradients
-    can be taken, also where the caller is in ``no_grad`` or ``inference_mode``; tensors that were made in inference
-    mode must be cloned inside.
+    Restores each module's mode and buffers, and the random states of the CPU and of x's CUDA device. Gradients work
+    even if the caller is in ``no_grad`` or ``inference_mode``, but clone tensors from inference mode inside first.
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     with ExitStack() as stack:
@@ -207,21 +204,21 @@ def undisturbed(model: Model, x: Tensor) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if any(isinstance(module, nn.RNNBase) for module in modules):
-            # cuDNN's recurrent kernels have a backward pass in training mode only (pytorch#10006).
+            # cuDNN's recurrent kernels support backward in training mode only (pytorch#10006).
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        # Weights that autocast has cast without gradient must not serve the caller's own forward pass.
+        # The caller's forward pass must not reuse weights that autocast cached without a gradient.
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(evaluation_mode(modules))
         if isinstance(model, nn.Module):
-            stack.enter_context(Snapshot(model, x.device).rewound())  # a model may count its calls
+            stack.enter_context(Snapshot(model, x.device).rewound())  # e.g. a buffer that counts calls
         yield
 
 
 def logits_of(model: Model, x: Tensor, y: Tensor) -> Tensor:
-    """The logits (samples, classes) of ``model``, in float32 or better, if they are what a classifier returns.
+    """The logits of ``model``, of shape (samples, classes), in float32 or higher precision.
 
     Raises:
-        ValueError: they are not, or y does not hold one class for each sample.
+        ValueError: the model's output has another shape, or y does not hold one class per sample.
     """
     logits = model(x)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
@@ -252,22 +249,22 @@ def runner_up(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Search:
-    """The best point found so far for each sample, and the way to better ones."""
+    """The best point found so far for each sample, and the steps that improve it."""
 
     def __init__(
         self, model: Model, x: Tensor, y: Tensor, radius: float, norm: Norm, loss: AttackLoss, bounds: Bounds
     ) -> None:
         if not x.is_floating_point():
             raise ValueError(
-                f"x is of type {x.dtype}, and only floating-point inputs have a gradient. Convert images to floats; "
-                "attack token ids by their embeddings."
+                f"x is of type {x.dtype}, but only floating-point inputs have a gradient. Convert images to floats; "
+                "for token ids, attack the embeddings."
             )
         self.model = model
         self.radius = radius
         self.norm = norm
         self.loss = loss
         self.dtype = x.dtype
-        # In half precision a small step may not move x at all. The clone is no inference tensor.
+        # In half precision a small step may not change x. The clone is not an inference tensor.
         self.x = x.detach().clone().to(_at_least_float32(x.dtype))
         self.y = y.detach().clone()
         self.low, self.high = _bounds_of(self.x, bounds, torch.finfo(x.dtype).eps)
@@ -279,21 +276,21 @@ class _Search:
         return self.best.to(self.dtype)
 
     def try_unmoved(self) -> None:
-        """Take x itself for a candidate."""
+        """Consider x itself as a candidate."""
         everyone = torch.arange(len(self.x), device=self.x.device)
         with torch.no_grad():
             self._losses(everyone, self.x)
 
     def climb(self, rows: Tensor, start: Tensor, steps: int, size: float, source: ProbeSource) -> None:
-        """Ascend with the samples ``rows`` from their points of ``start``; every point on the way is a candidate."""
+        """Gradient ascent for the samples ``rows`` from ``start``. Every point on the way is a candidate."""
         point = start[rows]
         for step in range(steps):
             point = point.detach().requires_grad_()
             losses = self._losses(rows, point)
             if not losses.requires_grad:
                 raise ValueError(
-                    "The logits do not depend on x by differentiable operations, so an attack by gradients would find "
-                    "nothing and the model would look robust. Look for no_grad, detach or numpy in the forward pass."
+                    "The logits do not depend differentiably on x, so a gradient attack would find nothing and the "
+                    "model would look robust. Look for no_grad, detach or numpy in the forward pass."
                 )
             (gradient,) = torch.autograd.grad(losses.sum(), point)
             point = point.detach() + size * self._direction(rows, gradient, source, step)
@@ -302,7 +299,7 @@ class _Search:
             self._losses(rows, point)
 
     def _losses(self, rows: Tensor, point: Tensor) -> Tensor:
-        """The attack's losses at a point of each of the samples ``rows``; a better point than the best replaces it."""
+        """The attack's losses of the samples ``rows`` at ``point``. Updates the best points."""
         y = self.y[rows]
         logits = logits_of(self.model, point.to(self.dtype), y)
         losses = _loss(self.loss, logits, y)
@@ -317,22 +314,22 @@ class _Search:
         return losses
 
     def _direction(self, rows: Tensor, gradient: Tensor, source: ProbeSource, step: int) -> Tensor:
-        """The steepest ascent of length 1 in the norm; a random direction where the gradient is zero or not finite."""
+        """Direction of steepest ascent, of norm 1. Random if the gradient is zero or not finite."""
         largest = _by_sample(flat_samples(gradient).abs().amax(dim=1), gradient)
         known = (largest > 0) & largest.isfinite()
         if not bool(known.all()):
-            # For all samples and by the step's own stream: it must not matter which samples are left.
+            # Drawn for all samples and from the step's own stream: a sample's step must not depend on other samples.
             noise = _gaussian(self.x, source.generator(1 + step, self.x.device))[rows]
             gradient = torch.where(known, gradient, noise)
             largest = torch.where(known, largest, 1)
         if self.norm == "linf":
             return gradient.sign()
-        # The squares of a saturated loss's gradient may underflow: scale before the norm.
+        # Scale before the norm, because the squares of a saturated loss's gradient may underflow.
         scaled = gradient / largest
         return scaled / _length(scaled)
 
     def projected(self, point: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The point of the ball and the bounds; each of the two steps can only bring it nearer to x."""
+        """Project onto the ball, then onto the bounds. The latter moves towards x, so it does not leave the ball."""
         x = self.x if rows is None else self.x[rows]
         change = point - x
         if self.norm == "linf":
@@ -356,7 +353,7 @@ def _loss(loss: AttackLoss, logits: Tensor, y: Tensor) -> Tensor:
         return margin
     if logits.size(1) < 3:
         raise ValueError(
-            "loss='dlr' divides by the distance of the highest logit to the third, and the model has two classes "
+            "loss='dlr' divides by the difference of the highest and the third logit, and the model has two classes "
             "only. Choose loss='cw'."
         )
     top = logits.topk(3, dim=1).values
@@ -364,7 +361,7 @@ def _loss(loss: AttackLoss, logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _bounds_of(x: Tensor, bounds: Bounds, eps: float) -> tuple[Tensor | None, Tensor | None]:
-    """Both bounds in x's shape, if x is within them."""
+    """Both bounds in x's shape, after a check that x is within them."""
     if bounds is None:
         return None, None
     try:
@@ -375,12 +372,12 @@ def _bounds_of(x: Tensor, bounds: Bounds, eps: float) -> tuple[Tensor | None, Te
             f"bounds of the shapes {shapes} do not broadcast to x of shape {tuple(x.shape)}. For one bound per channel "
             "of an image, give tensors of shape (channels, 1, 1)."
         ) from error
-    # Normalizing the data and the bounds may round them differently.
+    # Normalization may round the data and the bounds differently.
     slack = max(1e-4, eps)
     if bool(((x < low - slack * (1 + low.abs())) | (x > high + slack * (1 + high.abs()))).any()):
         raise ValueError(
             f"x goes from {float(x.min()):.4g} to {float(x.max()):.4g} and leaves the bounds, which go from "
-            f"{float(low.min()):.4g} to {float(high.max()):.4g}. Perhaps x is normalized and the bounds are not: give "
+            f"{float(low.min()):.4g} to {float(high.max()):.4g}. Perhaps x is normalized and the bounds are not. Pass "
             "bounds (and the radius) in the units of x, such as ((0 - mean) / std, (1 - mean) / std)."
         )
     return low, high
@@ -391,12 +388,12 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def flat_samples(x: Tensor) -> Tensor:
-    """As (samples, entries)."""
+    """Reshape to (samples, entries)."""
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _by_sample(values: Tensor, like: Tensor) -> Tensor:
-    """Values of shape (samples,) as (samples, 1, ...)."""
+    """Reshape values of shape (samples,) to (samples, 1, ...)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
@@ -410,12 +407,12 @@ def _gaussian(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _point_of_ball(x: Tensor, radius: float, norm: Norm, generator: torch.Generator) -> Tensor:
-    """A change of each sample that is uniform in the ball around 0."""
+    """A random displacement of each sample, uniform in the ball."""
     if norm == "linf":
         return torch.empty_like(x).uniform_(-radius, radius, generator=generator)
     direction = _gaussian(x, generator)
     share = torch.rand(len(x), dtype=x.dtype, device=x.device, generator=generator)
-    # Within the fraction s of the radius lies the fraction s^n of the volume.
+    # The ball of radius s r contains the fraction s^n of the volume.
     share = share ** (1 / math.prod(x.shape[1:]))
     return direction / _length(direction) * _by_sample(radius * share, x)
 

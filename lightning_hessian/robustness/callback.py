@@ -20,40 +20,40 @@ from lightning_hessian.robustness.attacks import FGSM, PGD, Attack, GradientAtta
 from lightning_hessian.step.batches import InputChoice, part_of, select_inputs, tensors_in
 
 TargetChoice = str | int | Callable[[Any], Tensor] | None
-"""Which tensor of a batch holds the classes: a key or an attribute's name, an index, a function of the batch, or None
-for the first one of whole numbers, one for each sample."""
+"""The batch's tensor of classes: a key or an attribute's name, an index, a function of the batch, or None for the first
+integer tensor of shape (samples,)."""
 
 MASKED = 0.05
-"""How much less accuracy a margin loss must leave than cross-entropy before gradients are called masked."""
+"""Gradients count as masked if a margin loss leaves an accuracy this much lower than cross-entropy does."""
 
 
 class AdversarialAccuracy(Callback):
-    """Measure clean and robust accuracy in validation and test, and change nothing.
+    """Measure clean and robust accuracy in validation and test, without changing training.
 
-    Logged at the epoch's end, as means over the samples of all ranks: ``robust/clean/accuracy``, for each attack
-    ``robust/<attack name>/accuracy`` (such as ``robust/pgd_linf_0.1/accuracy``), all on the same samples, and on
-    request ``robust/radius_estimate``, in the units of the inputs. Of several dataloaders the first is measured. The
-    logits are ``module(x)``, in evaluation mode and without autocast, which would round small gradients away.
+    Logged at the end of the epoch, as means over the samples of all ranks: ``robust/clean/accuracy``;
+    ``robust/<attack name>/accuracy`` for each attack (such as ``robust/pgd_linf_0.1/accuracy``), on the same samples;
+    optionally ``robust/radius_estimate``, in the units of the inputs. Only the first dataloader is measured. The logits
+    are ``module(x)`` in evaluation mode, without autocast because it rounds small gradients to zero.
 
-    Modes, gradients, buffers and random state stay as they were, so training is the same bit by bit.
+    Modes, gradients, buffers and random state are restored, so training is bitwise unchanged.
 
     Args:
-        attacks: one or several, such as ``PGD(0.1)``; or other callables ``(model, x, y) -> inputs`` with a ``name``.
-            (Two PGDs of one name log theirs with steps and restarts: ``pgd_linf_0.1_40x2``.)
-            One attack by gradients can be fooled: give a PGD with ``loss="cw"`` or ``"dlr"`` besides. A warning tells
-            where it finds far more.
-        every_n_epochs: in ``fit``, measure in the validation of every n-th epoch only. ``trainer.validate`` and
+        attacks: one or several, such as ``PGD(0.1)``, or other callables ``(model, x, y) -> inputs`` with a ``name``.
+            PGDs of the same name log their steps and restarts too: ``pgd_linf_0.1_40x2``. Masked gradients can fool a
+            single gradient attack, so add a PGD with ``loss="cw"`` or ``"dlr"``. A warning reports if it succeeds far
+            more often.
+        every_n_epochs: in ``fit``, measure only in the validation of every n-th epoch. ``trainer.validate`` and
             ``trainer.test`` always measure.
-        max_samples: measure the first ones only, this many on all ranks together. None: all. (Each PGD step costs a
-            forward and a backward pass.)
-        radius_estimate: log the mean of :func:`~lightning_hessian.radius_estimate` too, a local second-order
-            estimate and no certificate, over the samples where it is finite.
-        inputs: which tensor of the batch is x: a key, an index, or a function of the batch; by default the first
-            floating-point one.
-        targets: likewise, the classes y; by default the first tensor of whole numbers, one for each sample.
+        max_samples: measure only this many samples, the first ones, across all ranks. None: all. Each PGD step costs a
+            forward and a backward pass.
+        radius_estimate: also log the mean of :func:`~lightning_hessian.radius_estimate` (a local second-order
+            estimate, not a certificate) over the samples where it is finite.
+        inputs: the batch's tensor x: a key, an index, or a function of the batch. Default: the first floating-point
+            tensor.
+        targets: the batch's classes y, chosen likewise. Default: the first integer tensor of shape (samples,).
 
     Raises:
-        ValueError: an argument is out of its range, or two attacks have the same name.
+        ValueError: an argument is out of range, or two attacks have the same name.
         MisconfigurationException: the module defines no ``forward``, or the batch has no such inputs or targets.
 
     Example:
@@ -89,7 +89,7 @@ class AdversarialAccuracy(Callback):
         names = self._names = _names(self.attacks)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"attacks has more than one named {', '.join(repeated)}, and they would log under the same name. Keep "
+                f"attacks has more than one named {', '.join(repeated)}, so they would log under the same name. Keep "
                 "one of each."
             )
         whole_number("every_n_epochs", every_n_epochs, least=1)
@@ -108,7 +108,7 @@ class AdversarialAccuracy(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict" and getattr(pl_module.forward, "__func__", None) is LightningModule.forward:
             raise MisconfigurationException(
-                f"AdversarialAccuracy attacks the logits `module(x)`, and {type(pl_module).__name__} defines no "
+                f"AdversarialAccuracy attacks the logits `module(x)`, but {type(pl_module).__name__} defines no "
                 "`forward`. Define `def forward(self, x)` that returns the logits, of shape (samples, classes)."
             )
 
@@ -134,8 +134,8 @@ class AdversarialAccuracy(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def attacked(self, module: LightningModule, x: Tensor) -> tuple[nn.Module, Tensor]:
-        """The model that is attacked, and its inputs, in whose units the attacks' radii and bounds are. A subclass may
-        put other units between the two."""
+        """The attacked model and its inputs. Radii and bounds are in the units of these inputs; a subclass may convert
+        to other units."""
         return module, x
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -146,8 +146,8 @@ class AdversarialAccuracy(Callback):
         keys = [_key("clean"), *map(_key, self._names)]
         if self.radius_estimate:
             keys.append("robust/radius_estimate")
-        # The same names on every rank, also on one without a sample: computing and logging them is collective.
-        with torch.inference_mode(False):  # they are updated outside of inference mode
+        # The same keys on every rank, even on one without samples, because computing and logging are collective.
+        with torch.inference_mode(False):  # the metrics are updated outside of inference mode
             self._means = {key: MeanMetric().to(module.device) for key in keys}
         if self.max_samples is not None:
             share, rest = divmod(self.max_samples, trainer.world_size)
@@ -174,7 +174,7 @@ class AdversarialAccuracy(Callback):
                 self._means[_key(name)].update(right.float())
             if self.radius_estimate:
                 estimate = radius.radius_estimate(model, x, y).float()
-                # One sample without slope and curvature would make the mean infinite.
+                # A single sample with zero gradient and Hessian would make the mean infinite.
                 self._means["robust/radius_estimate"].update(estimate[estimate.isfinite()])
 
     def _log(self, module: LightningModule) -> None:
@@ -184,25 +184,25 @@ class AdversarialAccuracy(Callback):
         self._means = {}
         self._look_for_masking(values)
         for key, value in values.items():
-            # The mean over all ranks already: reducing equal values again only tells Lightning so.
+            # Already the mean over all ranks. `sync_dist` only informs Lightning.
             module.log(key, value, sync_dist=True)
 
     def _samples_of(self, batch: Any) -> tuple[Tensor, Tensor]:
         try:
             x, *more = select_inputs(batch, self.inputs)
         except ValueError as error:
-            raise MisconfigurationException(f"AdversarialAccuracy finds no inputs to attack. {error}") from error
+            raise MisconfigurationException(f"AdversarialAccuracy found no inputs to attack. {error}") from error
         if more:
             raise MisconfigurationException(
-                f"inputs={self.inputs!r} chooses {1 + len(more)} tensors, and AdversarialAccuracy attacks one. Choose "
+                f"inputs={self.inputs!r} chooses {1 + len(more)} tensors, but AdversarialAccuracy attacks one. Choose "
                 "the one that `module(x)` takes."
             )
         y = self._targets_of(batch, x)
         if not isinstance(y, Tensor):
             raise MisconfigurationException(
-                f"AdversarialAccuracy finds no targets in the batch (targets={self.targets!r}): it needs a tensor of "
-                f"whole numbers, the class of each of the {len(x)} samples. Name it by a key or an index, or pass "
-                "targets=lambda batch: ...; soft or one-hot labels can be turned into classes there by `.argmax(1)`."
+                f"AdversarialAccuracy found no targets in the batch (targets={self.targets!r}). It needs an integer "
+                f"tensor with the classes of the {len(x)} samples. Pass its key or index, or "
+                "targets=lambda batch: ...; for soft or one-hot labels apply `.argmax(1)` there."
             )
         return x, y
 
@@ -223,37 +223,37 @@ class AdversarialAccuracy(Callback):
             return
         self._looked_for_randomness = True
         difference = (logits - logits_of(model, x, y)).abs().max()
-        # Kernels may add in another order each time; dropout moves the logits by far more.
+        # The order of summation in kernels may vary; dropout changes the logits far more.
         if difference > 1e-3 * logits.abs().max():
             rank_zero_warn(
                 f"The predictions of {type(module).__name__} are random in evaluation mode: two passes over one batch "
-                "differ. Attacks on a randomized model mislead, because each gradient belongs to another model. Look "
-                "for F.dropout without training=self.training, or noise that is added in evaluation."
+                "differ. Attacks on a randomized model are unreliable, because each gradient belongs to another model. "
+                "Look for F.dropout without training=self.training, or noise added in evaluation mode."
             )
 
     def _look_for_masking(self, values: Mapping[str, Tensor]) -> None:
         ours = [(a, name) for a, name in zip(self.attacks, self._names, strict=True) if isinstance(a, FGSM | PGD)]
-        plain = {_but_for_the_loss(attack): name for attack, name in ours if attack.loss == "cross_entropy"}
+        plain = {_settings_without_loss(attack): name for attack, name in ours if attack.loss == "cross_entropy"}
         for attack, name in ours:
-            other = plain.get(_but_for_the_loss(attack))
+            other = plain.get(_settings_without_loss(attack))
             if attack.loss == "cross_entropy" or other is None or self._warned_of_masking:
                 continue
             by_margin, by_cross_entropy = (float(values[_key(one)]) for one in (name, other))
             if by_margin < by_cross_entropy - MASKED:
                 self._warned_of_masking = True
                 rank_zero_warn(
-                    f"{name} leaves an accuracy of {by_margin:.3f} and {other} one of "
-                    f"{by_cross_entropy:.3f}: the gradients of the cross-entropy are masked (saturated), and the model "
-                    "is less robust than that attack says. Trust the lower value."
+                    f"{name} leaves an accuracy of {by_margin:.3f}, but {other} leaves {by_cross_entropy:.3f}: the "
+                    "gradients of the cross-entropy are masked (saturated), so the model is less robust than "
+                    f"{other} suggests. Trust the lower value."
                 )
 
 
-def _but_for_the_loss(attack: FGSM | PGD) -> str:
+def _settings_without_loss(attack: FGSM | PGD) -> str:
     return repr(dataclasses.replace(attack, loss="cross_entropy"))
 
 
 def _names(attacks: Sequence[Attack]) -> list[str]:
-    """Those of the attacks; where two have the same, with the steps and restarts that tell them apart."""
+    """The attacks' names. PGDs with the same name get their steps and restarts appended."""
     names = [attack.name for attack in attacks]
     return [
         f"{name}_{attack.steps}x{attack.restarts}" if isinstance(attack, PGD) and names.count(name) > 1 else name
