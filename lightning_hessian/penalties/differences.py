@@ -22,7 +22,7 @@ class SecondDifference:
         direction: returns v as one tensor per displaced tensor, of the same shape (for a sharded tensor, this
             process's shard). Each call recomputes v, so that no vector of the model's size stays in memory.
         distance: displacement of theta along v.
-        weight: strength / distance^2, divided by the number of averaged differences.
+        weight: the factor, such as strength / distance^2 over the number of averaged differences.
         value: computes the penalty's value from Hv, the product over all ranks' batches (flat, over ``tensors``):
             Hv = [g(theta + distance v) - g(theta - distance v)] / (2 distance). By default the value is v'Hv of this
             rank's batch.

@@ -45,8 +45,9 @@ class HessianNorm(WeightPenalty):
       .. math:: Hv \approx [g(\theta + e v) - g(\theta - e v)] / 2e, \qquad
           \nabla |v'Hv| \approx \pm [g(\theta + e v) + g(\theta - e v) - 2 g(\theta)] / e^2,
 
-      with the sign of v'Hv at the previous step. The value is |v'Hv|, at most ||Hv|| and equal to it once v has
-      converged. v does not converge if +lambda and -lambda tie. For smooth models, in 32-bit precision.
+      with the sign of v'Hv from the latest product (of the previous step, if ``iterations=1``). The value is |v'Hv|,
+      at most ||Hv|| and equal to it once v has converged. v does not converge if +lambda and -lambda tie. For smooth
+      models, in 32-bit precision.
 
     Args:
         iterations: power iterations per step, at least 1. The last one carries the gradient (autograd) or is free

@@ -96,8 +96,8 @@ class HessianTrace(WeightPenalty):
         distribution: of the probes' entries: ``"rademacher"`` (+-1, lowest variance), ``"gaussian"``, or a function,
             see :data:`~lightning_hessian.curvature.Distribution`.
         step: e of ``"central_difference"``, the displacement of each entry (with ``scale="parameter"``, relative to its
-            size). None: eps^(1/4) / 2 times the root mean square of the selected parameters, with the dtype's machine
-            epsilon eps.
+            size). None: eps^(1/4) / 2 with the dtype's machine epsilon eps, times the root mean square of the selected
+            parameters unless ``scale="parameter"``.
 
     Raises:
         ValueError: an argument is out of range.
