@@ -135,9 +135,11 @@ class Case:
         def step(batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-        runs = PenaltyRuns(step_for([penalty], self.net, step, (self.x, self.y)), [penalty])
+        runs = PenaltyRuns(
+            step_for([penalty], self.net, step, (self.x, self.y)), [penalty], [ProbeSource(step=self.step)]
+        )
         loss = runs.run().loss
-        (loss + 1e-3 * penalty(runs.context(penalty, ProbeSource(step=self.step)))).backward()
+        (loss + 1e-3 * penalty(runs.context(penalty))).backward()
 
 
 def cost(rounds: int) -> None:

@@ -52,7 +52,9 @@ def by_hand(module, penalty, steps=2, **settings):
 
 
 def runs_of(module, batch, penalty):
-    return PenaltyRuns(step_for([penalty], module, lambda batch: module.training_step(batch, 0), batch), [penalty])
+    return PenaltyRuns(
+        step_for([penalty], module, lambda batch: module.training_step(batch, 0), batch), [penalty], [lh.ProbeSource()]
+    )
 
 
 def quiet(module):
@@ -125,7 +127,7 @@ def test_inputs_are_found_in_any_batch(name, shape):
 
     module = Reads(middle=nn.Identity())
     penalty = PENALTIES[name](inputs=inputs)
-    value = penalty.value(runs_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
+    value = penalty.value(runs_of(module, batch, penalty).context(penalty))
     expected = PENALTIES[name]().value(context_of_inputs(module, x, y))
     assert value.item() == pytest.approx(expected.item(), rel=1e-9)
     assert not x.requires_grad  # the user's own tensor is as it was
@@ -161,9 +163,7 @@ def test_every_run_gets_the_batch_as_it_was(name, layer, middle):
     penalty = PENALTIES[name](layer=layer)
     values = [
         penalty.value(
-            runs_of(kind(middle=copy.deepcopy(middle)), {"x": x.clone(), "y": y}, penalty).context(
-                penalty, lh.curvature.ProbeSource()
-            )
+            runs_of(kind(middle=copy.deepcopy(middle)), {"x": x.clone(), "y": y}, penalty).context(penalty)
         ).item()
         for kind in (Changes, Leaves)
     ]
@@ -375,7 +375,7 @@ def test_several_inputs_together(name):
     module = Pair(middle=nn.Identity())
     for inputs in (["left", "right"], lambda batch: (batch["left"], batch["right"])):
         penalty = PENALTIES[name](inputs=inputs)
-        value = penalty.value(runs_of(module, batch, penalty).context(penalty, lh.curvature.ProbeSource()))
+        value = penalty.value(runs_of(module, batch, penalty).context(penalty))
         whole = context_of_inputs(module, x, y)
         assert value.item() == pytest.approx(PENALTIES[name]().value(whole).item(), rel=1e-6)
 
@@ -383,7 +383,7 @@ def test_several_inputs_together(name):
 def sample_values(module, x, y):
     """Each sample's ||H_i v_i||, ||grad l_i||^2 and ||J_i||^2, from the run that the penalties look at."""
     penalty = lh.InputHessianNorm()
-    context = runs_of(module, (x, y), penalty).context(penalty, lh.curvature.ProbeSource())
+    context = runs_of(module, (x, y), penalty).context(penalty)
     hessians = lh.curvature.SampleHessians(context.summed_loss, context.inputs)
     v = lh.curvature.power_iteration(hessians.matvec, hessians.gradient.detach(), 1)
     (logits,), inputs = context.outputs, context.inputs
@@ -404,7 +404,7 @@ def test_batch_norm_lets_no_sample_touch_another(name):
             module.net[1].running_mean.normal_(generator=torch.Generator().manual_seed(0))
         runs = runs_of(module, (x, y), penalty)
         assert list(runs.batch_norms) == ["net.1"]
-        return len(x) * penalty.value(runs.context(penalty, lh.curvature.ProbeSource())).item()
+        return len(x) * penalty.value(runs.context(penalty)).item()
 
     x, y = next(iter(data()))
     changed = x.clone()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -15,12 +14,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import activations, norms, refusals
-from lightning_hessian.curvature.errors import OTHERWISE, HigherOrderError, derivatives_explained, nested_tensor_error
-from lightning_hessian.curvature.modes import in_modes
+from lightning_hessian.curvature.checkpoints import checkpoints_recomputed_in
+from lightning_hessian.curvature.errors import HigherOrderError, derivatives_explained, nested_tensor_error
+from lightning_hessian.curvature.layers import calling_module, counts_batches, layer_name
 from lightning_hessian.curvature.replacements import replacement
 
 # PyTorch's versions are correct, but slow when differentiated three times.
@@ -89,7 +88,7 @@ class higher_order(TorchFunctionMode):
             # Importing the compiler takes seconds. If it is not imported yet, nothing is compiled.
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_checkpoints_in_higher_order(self))
+            stack.enter_context(checkpoints_recomputed_in(self._module, self._recomputing))
             super().__enter__()
             self._stack = stack.pop_all()
         return self
@@ -110,7 +109,7 @@ class higher_order(TorchFunctionMode):
         # A gradient computed in the forward pass adds one derivative.
         derivatives = 3 if self.takes_gradients or _transformed() else self.derivatives
         if (primitive := replacement(func, args, kwargs, derivatives)) is not None:
-            layer = self.layer_name(_calling_module())
+            layer = self.layer_name(calling_module())
             if args and isinstance(args[0], Tensor) and args[0].is_nested:
                 raise nested_tensor_error(f"{name} in {layer}")
             self.replaced[layer] = name.strip("_")
@@ -118,11 +117,11 @@ class higher_order(TorchFunctionMode):
                 return primitive(*args, **kwargs)
         if (faster := _FASTER.get(func)) is not None and _plain(args):
             return faster(*args, **kwargs)
-        if self._recomputes and func is Tensor.add_ and _counts_batches(args[0]):
+        if self._recomputes and func is Tensor.add_ and counts_batches(args[0]):
             return args[0]
         if (check := refusals.CALLS.get(func)) is not None and (wrong := check(*args, **kwargs)) is not None:
-            raise HigherOrderError(f"{self.layer_name(_calling_module())} {wrong}")
-        if name not in self._first_caller and (caller := _calling_module()) is not None:
+            raise HigherOrderError(f"{self.layer_name(calling_module())} {wrong}")
+        if name not in self._first_caller and (caller := calling_module()) is not None:
             self._first_caller[name] = caller
         with torch.backends.cudnn.flags(enabled=False) if func in _RECURRENT else nullcontext():
             return func(*args, **kwargs)
@@ -136,13 +135,7 @@ class higher_order(TorchFunctionMode):
 
     def layer_name(self, layer: nn.Module | None) -> str:
         """Return the layer's full name in ``module``, or else its class name."""
-        if layer is None:
-            return "the code outside any module"
-        if self._module is not None:
-            for name, candidate in self._module.named_modules():
-                if candidate is layer:
-                    return name or type(layer).__name__
-        return type(layer).__name__
+        return layer_name(self._module, layer)
 
     def explained(self) -> AbstractContextManager[None]:
         """Translate autograd's errors about missing derivatives. The new error names the operator, layer and remedy."""
@@ -151,69 +144,6 @@ class higher_order(TorchFunctionMode):
     def _caller_of(self, operator: str) -> str | None:
         called = [name for name in self._first_caller if _same_operator(name, operator)]
         return self.layer_name(self._first_caller[max(called, key=len)]) if called else None
-
-
-@contextmanager
-def _checkpoints_in_higher_order(context: higher_order) -> Iterator[None]:
-    """Recompute checkpointed regions as they first ran, at any time and in any thread. Refuse reentrant checkpoints."""
-    checkpoint = torch.utils.checkpoint
-    # Which of these names exist, and which one calls the other, depends on the PyTorch version.
-    names = [
-        name
-        for name in ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
-        if hasattr(checkpoint, name)
-    ]
-
-    def in_higher_order(generator: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(generator)
-        def wrapped(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            # Selective checkpoints allow only one backward pass. Without a selection, every pass recomputes all.
-            if (selection := kwargs.get("context_fn")) is not None:
-                kwargs["context_fn"] = _without_selection(selection)
-            elif len(args) > 1 and callable(args[1]):
-                args = (args[0], _without_selection(args[1]), *args[2:])
-
-            layers = context._module.modules() if context._module is not None else ()
-            modes = [(layer, layer.training) for layer in layers]
-
-            # The generator calls this to recompute. The caller itself makes the first run.
-            def recomputed(*inputs: Any, **keywords: Any) -> Any:
-                with context._recomputing(), in_modes(modes):
-                    return function(*inputs, **keywords)
-
-            return generator(recomputed, *args, **kwargs)
-
-        return wrapped
-
-    class Refused:
-        @staticmethod
-        def apply(*_: Any) -> Any:
-            raise HigherOrderError(
-                f"{context.layer_name(_calling_module())} uses a reentrant checkpoint, which cannot be differentiated "
-                f"twice (pytorch#102223). Pass `use_reentrant=False` to torch.utils.checkpoint.checkpoint. {OTHERWISE}"
-            )
-
-    patched: dict[str, Any] = {name: in_higher_order(getattr(checkpoint, name)) for name in names}
-    patched["CheckpointFunction"] = Refused
-    originals = {name: getattr(checkpoint, name) for name in patched}
-    try:
-        for name, replacement in patched.items():
-            setattr(checkpoint, name, replacement)
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(checkpoint, name, original)
-
-
-def _without_selection(contexts: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a checkpoint's contexts without the pair that caches the results of a selective checkpoint."""
-
-    def checked() -> Any:
-        pair = contexts()
-        selective = any(type(one).__name__ == "_CachedTorchDispatchMode" for one in pair)
-        return (nullcontext(), nullcontext()) if selective else pair
-
-    return checked
 
 
 def _plain(args: Any) -> bool:
@@ -240,22 +170,6 @@ def _control_flow_in(trace: TracebackType | None) -> str | None:
         if package == "torch._higher_order_ops" and name in _CONTROL_FLOW:
             return name
         trace = trace.tb_next
-    return None
-
-
-def _counts_batches(tensor: Tensor) -> bool:
-    layer = _calling_module()
-    return isinstance(layer, _NormBase) and tensor is layer.num_batches_tracked
-
-
-def _calling_module() -> nn.Module | None:
-    """Return the innermost module with a method on the Python stack."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            return owner
-        frame = frame.f_back  # type: ignore[assignment]
     return None
 
 

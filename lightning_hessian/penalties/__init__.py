@@ -7,10 +7,11 @@ from lightning_hessian.penalties.hessian_trace import HessianTrace
 from lightning_hessian.penalties.input_gradient_norm import InputGradientNorm
 from lightning_hessian.penalties.input_hessian_norm import InputHessianNorm
 from lightning_hessian.penalties.jacobian_norm import JacobianNorm
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 
 __all__ = [
     "DifferenceContext",
+    "ForwardContext",
     "HessianNorm",
     "HessianTrace",
     "InputGradientNorm",

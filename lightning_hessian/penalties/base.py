@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_hessian.curvature import ParameterFilter, select_parameters
 from lightning_hessian.curvature.graph import depends
 from lightning_hessian.curvature.parameters import check_filter
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 from lightning_hessian.step.batches import InputChoice
 
 
@@ -29,6 +30,7 @@ class Needs:
         full_precision: 16-bit rounding errors exceed the penalty.
         whole_parameters: the penalty does not support parameters sharded across processes.
         losses: the step's calls of loss functions must be recorded (:attr:`StepContext.losses`).
+        taylor: the forward pass runs inside :meth:`Penalty.forward_mode` and carries Taylor coefficients.
     """
 
     derivatives: int = 3
@@ -37,6 +39,7 @@ class Needs:
     full_precision: bool = False
     whole_parameters: bool = True
     losses: bool = False
+    taylor: bool = False
 
 
 class Penalty(ABC):
@@ -59,6 +62,10 @@ class Penalty(ABC):
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
         """Terms to add to the loss instead of ``strength * term(value)`` if ``needs.differences`` is set. The penalty's
         value is the mean of their values."""
+        raise NotImplementedError
+
+    def forward_mode(self, context: ForwardContext) -> taylor_mode:
+        """The context manager for the forward pass if ``needs.taylor`` is set."""
         raise NotImplementedError
 
     def term(self, value: Tensor) -> Tensor:
@@ -105,7 +112,7 @@ class WeightPenalty(Penalty):
         check_filter(parameters)
         self.parameters = parameters
 
-    def selected(self, context: StepContext | DifferenceContext) -> dict[str, Tensor]:
+    def selected(self, context: StepContext | DifferenceContext | ForwardContext) -> dict[str, Tensor]:
         """The penalized parameters, by name."""
         return select_parameters(context.parameters, self.parameters)
 

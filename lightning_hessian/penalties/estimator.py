@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_hessian.penalties.base import Needs
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 
-Selection = Callable[[StepContext | DifferenceContext], dict[str, Tensor]]
+Selection = Callable[[StepContext | DifferenceContext | ForwardContext], dict[str, Tensor]]
 """Returns the penalized parameters by name; see :meth:`WeightPenalty.selected`."""
 
 

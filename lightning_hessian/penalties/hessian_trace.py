@@ -12,15 +12,17 @@ from torch import Tensor
 from lightning_hessian.arguments import choice, count_or_all, is_number, positive_or_none
 from lightning_hessian.curvature import Distribution, ParameterFilter, select_parameters
 from lightning_hessian.curvature.probes import distribution_of
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.penalties.base import Needs, WeightPenalty
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 from lightning_hessian.penalties.trace_estimators import (
     AutogradTrace,
     CentralDifferenceTrace,
     Drop,
     ExactTrace,
     GaussNewtonTrace,
+    TaylorTrace,
     TraceEstimator,
     TraceProbes,
     TwoPassTrace,
@@ -28,7 +30,7 @@ from lightning_hessian.penalties.trace_estimators import (
     no_sizes,
 )
 
-Method = Literal["autograd", "two_pass", "central_difference", "gauss_newton"]
+Method = Literal["taylor", "autograd", "two_pass", "central_difference", "gauss_newton"]
 Scale = Literal["none", "parameter"]
 
 MOST_EXACT = 10_000
@@ -145,7 +147,7 @@ class HessianTrace(WeightPenalty):
         if clamp is not None and not (is_number(clamp) and math.isfinite(clamp)):
             raise ValueError(f"clamp={clamp!r} must be a finite number, the lower bound of the penalty, or None.")
         positive_or_none("step", step, "by how much each entry moves")
-        if probes == -1 and method != "autograd":
+        if probes == -1 and method not in ("taylor", "autograd"):
             raise ValueError(f"probes=-1, the exact trace, is for method='autograd', not {method!r}.")
         if clamp is not None and method in ("two_pass", "central_difference"):
             raise ValueError(
@@ -188,6 +190,11 @@ class HessianTrace(WeightPenalty):
     def value(self, context: StepContext) -> Tensor:
         return self.estimator.value(context)
 
+    def forward_mode(self, context: ForwardContext) -> taylor_mode:
+        estimator = self.estimator
+        assert isinstance(estimator, TaylorTrace)
+        return estimator.forward_mode(context)
+
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
         return self.estimator.differences(context)
 
@@ -213,6 +220,7 @@ class HessianTrace(WeightPenalty):
         if self.probes == -1:
             return ExactTrace(selected=self.selected, probes=probes, sizes=sizes)
         estimators: dict[str, type[Any]] = {
+            "taylor": TaylorTrace,
             "autograd": AutogradTrace,
             "two_pass": TwoPassTrace,
             "gauss_newton": GaussNewtonTrace,

@@ -7,10 +7,11 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.curvature import HessianOperator, ProbeSource, higher_order, watch_losses
 from lightning_hessian.curvature.operators import input_gradients, vector_jacobian_product
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.curvature.vectors import pack_rows
 from lightning_hessian.step.isolation import RandomState
 
@@ -37,6 +38,7 @@ class StepContext:
         at_shifted_inputs: ``at_shifted_inputs(shifts)`` runs the same step at x + shifts, with the same random numbers,
             and returns its context. Finite differences need it.
         batch_size: number of samples in the batch, needed without ``inputs``.
+        taylor: the mode that carried Taylor coefficients through the step, needed by penalties that use them.
     """
 
     loss: Tensor
@@ -49,6 +51,7 @@ class StepContext:
     mean_over_ranks: Callable[[Tensor], Tensor] = _unchanged
     at_shifted_inputs: Callable[[Sequence[Tensor]], StepContext] | None = None
     batch_size: int | None = None
+    taylor: taylor_mode | None = None
 
     @classmethod
     def evaluate(
@@ -212,3 +215,18 @@ _COUPLED = 1e-3
 """Mixed derivatives above this fraction of the samples' own are not rounding errors."""
 _COUPLING = 1 << 20
 """A separate probe stream."""
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What one training step offers a penalty before its forward pass.
+
+    Args:
+        parameters: the model's parameters, by name.
+        probes: source of random vectors.
+        module: the model, for the names of layers in errors.
+    """
+
+    parameters: Mapping[str, Tensor]
+    probes: ProbeSource = field(default_factory=ProbeSource.fresh)
+    module: nn.Module | None = None

@@ -15,11 +15,12 @@ from lightning_hessian.curvature import Distribution, HessianOperator, ProbeSour
 from lightning_hessian.curvature.gauss_newton import random_factors
 from lightning_hessian.curvature.operators import vector_jacobian_product
 from lightning_hessian.curvature.sharding import local, shard_like, sum_over_shards
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.curvature.vectors import pack
 from lightning_hessian.penalties.base import Needs
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
 from lightning_hessian.penalties.estimator import DifferenceEstimator, Estimator
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 
 Drop = Literal["tensor", "element"]
 
@@ -114,6 +115,31 @@ class AutogradTrace(TraceEstimator):
         hessian = HessianOperator(context.loss, [tensors[i] for i in needed], differentiable=True)
         forms = [hessian.quadratic_form(pack(v()), [needed.index(i) for i in kept]) for kept, v in draws]
         return torch.stack(forms).mean()
+
+
+class TaylorTrace(AutogradTrace):
+    """v'Hv as the second Taylor coefficient of the loss along theta + t v."""
+
+    method = "taylor"
+    needs = Needs(derivatives=1, taylor=True)
+
+    def forward_mode(self, context: ForwardContext) -> taylor_mode:
+        """The mode that carries the coefficients along all probes."""
+        tensors = list(self.selected(context).values())
+        sizes = self.sizes(tensors)
+        directions: list[list[Tensor | None]] = []
+        for index in range(self.probes.count):
+            kept, v = self.probes.draw(context.probes, tensors, sizes, index)
+            direction: list[Tensor | None] = [None] * len(tensors)
+            for i, part in zip(kept, v(), strict=True):
+                direction[i] = part
+            directions.append(direction)
+        return taylor_mode(tensors, directions, context.module)
+
+    def value(self, context: StepContext) -> Tensor:
+        if context.taylor is None:
+            return super().value(context)  # the same number, from the graph of a loss that is computed already
+        return context.taylor.second(context.loss) / self.probes.count
 
 
 class ExactTrace(TraceEstimator):

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.graph import kinked_layers, kinks, without_hooks
 from lightning_hessian.curvature.sharding import local
 from lightning_hessian.penalties import SecondDifference, StepContext
@@ -21,6 +22,32 @@ def try_backward(one: FitPenalty, term: Tensor, parameters: Iterable[Tensor]) ->
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         with without_hooks(trained):
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+
+
+def check_coefficients(one: FitPenalty, context: StepContext) -> None:
+    """See that the first Taylor coefficient of the loss is g'v: no operation has passed the coefficients by.
+
+    Raises:
+        HigherOrderError: it is not.
+    """
+    mode = context.taylor
+    if mode is None or not context.loss.requires_grad or not one.is_first("coefficients"):
+        return
+    with without_hooks(mode.tensors):
+        gradient = torch.autograd.grad(context.loss, mode.tensors, retain_graph=True, allow_unused=True)
+    for p, found in enumerate(mode.first(context.loss)):
+        parts = [
+            (g * v[p]).double() for g, v in zip(gradient, mode.parts, strict=True) if g is not None and v[p] is not None
+        ]
+        expected = sum(part.sum() for part in parts)
+        size = sum(part.square().sum() for part in parts) ** 0.5 + abs(expected)
+        is_half = torch.is_autocast_enabled(context.loss.device.type) or context.loss.dtype.itemsize < 4
+        if abs((0.0 if found is None else found.double().reshape(())) - expected) > (0.2 if is_half else 1e-2) * size:
+            raise HigherOrderError(
+                f"{one.penalty!r} lost a part of the loss on its way: the first Taylor coefficient is not the slope of "
+                "the loss. The forward pass has an operation that PyTorch does not show (TorchScript, an extension). "
+                "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
+            )
 
 
 def warn_of_kinks(one: FitPenalty, module: nn.Module, loss: Tensor) -> None:

@@ -100,7 +100,8 @@ class RegularizedFit:
             with_graph = [one for one in active if not one.penalty.needs.differences]
             by_differences = [one for one in active if one.penalty.needs.differences]
             mean = functools.partial(mean_over_ranks, self.trainer)
-            runs = PenaltyRuns(repeatable, [one.penalty for one in with_graph], all_inputs, mean)
+            sources = [one.probes for one in with_graph]
+            runs = PenaltyRuns(repeatable, [one.penalty for one in with_graph], sources, all_inputs, mean)
             task_loss = None
             try:
                 if by_differences:

@@ -15,7 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hessian.curvature import ProbeSource, higher_order
 from lightning_hessian.curvature.modes import evaluation_mode
-from lightning_hessian.penalties import InputPenalty, Penalty, StepContext
+from lightning_hessian.curvature.taylor import taylor_mode
+from lightning_hessian.penalties import ForwardContext, InputPenalty, Penalty, StepContext
 from lightning_hessian.step.batches import samples_in, select_inputs, tensors_in
 from lightning_hessian.step.repeatability import check_repeatable
 from lightning_hessian.step.repeatable import RepeatableStep, StepRun
@@ -45,6 +46,7 @@ class _Run:
 
     run: StepRun
     inputs: dict[int, tuple[Tensor, ...]]
+    taylor: taylor_mode | None = None
 
 
 class PenaltyRuns:
@@ -52,11 +54,13 @@ class PenaltyRuns:
 
     Penalties on the inputs look at the run that counts, whose inputs are made leaves of the graph. Where batch norm in
     training mode couples the samples they share a second run instead, with the running statistics from before the
-    step. Finite differences run the step again at other inputs.
+    step. Finite differences run the step again at other inputs. A penalty by Taylor coefficients needs a run that
+    carries its own coefficients: the run that counts, if no other penalty shares that, or a further run.
 
     Args:
         step: the step.
         penalties: the penalties that act on it.
+        probes: for each penalty, where its random vectors come from.
         all_inputs: whether every tensor of the batch is an input for a penalty that does not choose.
         mean_over_ranks: see :class:`StepContext`; by default there is one process.
 
@@ -71,6 +75,7 @@ class PenaltyRuns:
         self,
         step: RepeatableStep,
         penalties: Sequence[Penalty],
+        probes: Sequence[ProbeSource],
         all_inputs: bool = False,
         mean_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
@@ -91,8 +96,13 @@ class PenaltyRuns:
         }
         for name, layer in self.batch_norms.items():
             _refuse_batch_statistics(name, layer)
+        self._probes = {id(penalty): source for penalty, source in zip(penalties, probes, strict=True)}
+        others = [p for p in penalties if not p.needs.taylor and not (self.batch_norms and isinstance(p, InputPenalty))]
+        carried = [p for p in penalties if p.needs.taylor] if step.context is None and not others else []
+        self._carried = carried[0] if carried else None
         self._shared: _Run | None = None
         self._apart: _Run | None = None
+        self._own: dict[int, _Run] = {}
 
     def run(self) -> StepRun:
         """The run of the step that counts.
@@ -105,6 +115,8 @@ class PenaltyRuns:
 
     def runs_again_for(self, penalty: Penalty) -> bool:
         """Whether a penalty looks at other runs than the one that counts."""
+        if penalty.needs.taylor:
+            return penalty is not self._carried
         return isinstance(penalty, InputPenalty) and (bool(self.batch_norms) or penalty.needs.derivatives == 1)
 
     def check_repeatable(self, loss: Tensor, by: str) -> list[str]:
@@ -113,9 +125,9 @@ class PenaltyRuns:
             self.step.module, lambda: self._run_for(self._sharing, self.step.rerun).run.loss, loss, by
         )
 
-    def context(self, penalty: Penalty, probes: ProbeSource) -> StepContext:
+    def context(self, penalty: Penalty) -> StepContext:
         """What the penalty is computed from."""
-        return self._context(self._run_of(penalty), penalty, probes)
+        return self._context(self._run_of(penalty), penalty)
 
     @contextmanager
     def explained(self, penalty: Penalty) -> Iterator[None]:
@@ -130,19 +142,29 @@ class PenaltyRuns:
     def forget_graphs(self) -> None:
         """Let go of the runs; the step can be run again."""
         self._shared = self._apart = None
+        self._own = {}
 
     @property
     def _sharing(self) -> list[Penalty]:
         """The penalties that look at the run that counts."""
-        return [p for p in self.penalties if not (self.batch_norms and isinstance(p, InputPenalty))]
+        return [p for p in self.penalties if self._looks_at_shared(p)]
+
+    def _looks_at_shared(self, penalty: Penalty) -> bool:
+        if penalty.needs.taylor:
+            return penalty is self._carried
+        return not (self.batch_norms and isinstance(penalty, InputPenalty))
 
     def _run_of(self, penalty: Penalty) -> _Run:
         """The run that a penalty looks at."""
         if self._shared is None:
             self.run()
         assert self._shared is not None
-        if not (self.batch_norms and isinstance(penalty, InputPenalty)):
+        if self._looks_at_shared(penalty):
             return self._shared
+        if penalty.needs.taylor:
+            if id(penalty) not in self._own:
+                self._own[id(penalty)] = self._run_for([penalty], self.step.rerun)
+            return self._own[id(penalty)]
         if self._apart is None:
             self._apart = self._run_independent(self._on_inputs)
         return self._apart
@@ -170,26 +192,38 @@ class PenaltyRuns:
                 if id(x) not in leaves:
                     leaves[id(x)] = _leaf(x, None if shifts is None else shifts[index])
             inputs[id(penalty)] = tuple(leaves[id(x)] for x in own)
+        for penalty in penalties:
+            if penalty.needs.taylor:
+                modes: list[taylor_mode] = []
+                found = run(0, leaves, partial(self._new_mode, penalty, modes))
+                return _Run(found, inputs, modes[-1])
         derivatives = max([1, *(penalty.needs.derivatives for penalty in penalties)])
         within = partial(_layer_outputs, self.step.module, on_layers, inputs, shifts) if on_layers else None
         return _Run(run(derivatives, leaves, within), inputs)
 
-    def _context(self, served: _Run, penalty: Penalty, probes: ProbeSource) -> StepContext:
+    def _new_mode(self, penalty: Penalty, modes: list[taylor_mode]) -> taylor_mode:
+        module = self.step.module
+        mode = penalty.forward_mode(ForwardContext(dict(module.named_parameters()), self._probes[id(penalty)], module))
+        modes.append(mode)
+        return mode
+
+    def _context(self, served: _Run, penalty: Penalty) -> StepContext:
         def at_shifted_inputs(shifts: Sequence[Tensor]) -> StepContext:
-            return self._context(self._run_independent([penalty], shifts), penalty, probes)
+            return self._context(self._run_independent([penalty], shifts), penalty)
 
         own = served.inputs.get(id(penalty), ())
         everyones = {id(x): x for inputs in served.inputs.values() for x in inputs}
         return StepContext(
             served.run.loss,
             dict(self.step.module.named_parameters()),
-            probes=probes,
+            probes=self._probes[id(penalty)],
             inputs=own if isinstance(penalty, InputPenalty) else tuple(everyones.values()),
             losses=served.run.losses_seen,
             outputs=served.run.outputs(),
             mean_over_ranks=self.mean_over_ranks,
             at_shifted_inputs=at_shifted_inputs,
             batch_size=samples_in(self.step.batch),
+            taylor=served.taylor,
         )
 
 

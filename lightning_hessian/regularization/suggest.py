@@ -211,7 +211,8 @@ class _Batch:
         self.probes = ProbeSource(step=index, micro_batch=index)  # what the callback draws in its first steps
         batch = copied(move_data_to_device(batch, self.trained[0].device))
         self.step = step_for([self.penalty], twin, lambda batch: step(twin, batch, index), batch)
-        self.runs = PenaltyRuns(self.step, [] if penalty.needs.differences else [self.penalty])
+        with_graph = [] if penalty.needs.differences else [self.penalty]
+        self.runs = PenaltyRuns(self.step, with_graph, [self.probes] * len(with_graph))
 
     def strength(self, share: float) -> float:
         """The strength at which the penalty's gradient has the share.
@@ -243,7 +244,7 @@ class _Batch:
 
     def _by_graph(self) -> list[Tensor]:
         with torch.autocast(self.trained[0].device.type, enabled=False), self.runs.explained(self.penalty):
-            return self._gradient(self.penalty(self.runs.context(self.penalty, self.probes)))
+            return self._gradient(self.penalty(self.runs.context(self.penalty)))
 
     def _by_differences(self, task: Sequence[Tensor], strength: float) -> list[Tensor]:
         """weight * [g(theta + s v) + g(theta - s v) - 2 g(theta)], summed over the differences."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_hessian.penalties import InputPenalty
 from lightning_hessian.regularization.active_penalty import ActivePenalty
 from lightning_hessian.regularization.first_looks import (
+    check_coefficients,
     check_runs_again,
     note_extra_forward,
     try_backward,
@@ -45,9 +46,10 @@ def sum_of_terms(
             if runs.runs_again_for(one.penalty):
                 check_runs_again(one.in_fit, module, partial(runs.check_repeatable, loss, repr(one.penalty)))
             with runs.explained(one.penalty):
-                context = runs.context(one.penalty, one.probes)
+                context = runs.context(one.penalty)
                 if isinstance(one.penalty, InputPenalty):
                     warn_of_coupling(one.in_fit, context)
+                check_coefficients(one.in_fit, context)
                 value = one.penalty.value(context)
                 log_penalty(module, one.name, value.detach())
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):

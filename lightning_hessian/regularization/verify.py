@@ -143,14 +143,14 @@ def verify(
     def task_loss() -> Tensor:
         with FullPrecision():
             step = step_for([penalty], twin, lambda batch: task(twin, batch, 0), copied(batch), context)
-            latest[:] = [PenaltyRuns(step, [penalty])]
+            latest[:] = [PenaltyRuns(step, [penalty], [ProbeSource(seed=1)])]
             try:
                 return latest[0].run().loss
             except BatchSkipped as skipped:
                 raise MisconfigurationException(f"{skipped} Pass a batch that has a loss.") from skipped
 
     def step_context() -> StepContext:
-        return latest[0].context(penalty, ProbeSource(seed=1))
+        return latest[0].context(penalty)
 
     with float64_by_default(), context.explained():
         check = DerivativeCheck(twin, task_loss, tensors)

@@ -104,7 +104,7 @@ class RepeatableStep:
         self._step = step
         self._copies_batch = copies_batch
         self._watches_losses = watches_losses
-        self._context = context
+        self.context = context
         device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
         kind = device.type
         # Autocast is off for the penalty's derivatives. The step keeps its usual setting.
@@ -121,7 +121,8 @@ class RepeatableStep:
         """Run the step with its usual side effects.
 
         Args:
-            derivatives: how often the loss will be differentiated. Above 1 the run is inside ``higher_order``.
+            derivatives: how often the loss will be differentiated by autograd. Above 1 the run is inside
+                ``higher_order``; with 0 it is outside of any.
             leaves: replacements for the batch's tensors, by the id of the original.
             within: creates a context manager that encloses the run.
 
@@ -192,7 +193,7 @@ class RepeatableStep:
             if within is not None:
                 stack.enter_context(within())
             batch = self._fresh_batch(leaves)
-            context = self._context
+            context = self.context if derivatives else None
             if context is None and derivatives > 1:
                 context = higher_order(self.module, derivatives)
             took_gradients = context is not None and context.takes_gradients
@@ -203,7 +204,7 @@ class RepeatableStep:
                 stack.enter_context(losses)
             stack.enter_context(self._autocast)
             output = self._step(batch)
-        loss = loss_of(output)
+            loss = loss_of(output)
         if loss is None and self._had_loss:
             raise MisconfigurationException(
                 "The training step returned a loss for this batch, and None when it was run again for a penalty. Its "

@@ -1,0 +1,186 @@
+"""Element-wise functions: y1 = f'(x) x1, y2 = f''(x) x1^2 + f'(x) x2, and the backward pass needs f'''."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hessian.curvature.taylor.coefficients import Coefficients, RuleFunction, add
+
+Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""x -> f(x), f'(x), f''(x), f'''(x)."""
+
+
+def elementwise(derivatives: Derivatives, x: Coefficients) -> Coefficients:
+    """The coefficients of f(x), f element by element."""
+    present = [x1 for x1 in x.first if x1 is not None]
+    y0, y2, *rest = _Elementwise.apply(derivatives, x.value, x.second, *present)
+    ys = iter(rest)
+    return Coefficients(y0, tuple(None if x1 is None else next(ys) for x1 in x.first), y2)
+
+
+class _Elementwise(RuleFunction):
+    """Saves x0, x1 and x2 only; the derivatives are computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, derivatives: Derivatives, x0: Tensor, x2: Tensor | None, *x1: Tensor) -> Any:
+        y0, f1, f2, _ = derivatives(x0)
+        ctx.derivatives = derivatives
+        ctx.has_second = x2 is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x0, *([x2] if x2 is not None else []), *x1)
+        y2 = None if x2 is None else f1 * x2
+        if x1:
+            y2 = add(y2, f2 * _sum_of_squares(x1))
+        return y0, y2, *(f1 * x for x in x1)
+
+    @staticmethod
+    def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
+        x0, *rest = ctx.saved_tensors
+        x2 = rest.pop(0) if ctx.has_second else None
+        x1 = rest
+        _, f1, f2, f3 = ctx.derivatives(x0)
+        along = add(*(None if g is None else g * x for g, x in zip(g1, x1, strict=True)))
+        d0 = add(None if g0 is None else g0 * f1, None if along is None else f2 * along)
+        if g2 is not None:
+            if x1:
+                d0 = add(d0, g2 * f3 * _sum_of_squares(x1))
+            if x2 is not None:
+                d0 = add(d0, g2 * f2 * x2)
+        twice = None if g2 is None or not x1 else 2 * g2 * f2
+        d1 = [
+            add(None if g is None else g * f1, None if twice is None else twice * x)
+            for g, x in zip(g1, x1, strict=True)
+        ]
+        d2 = None if g2 is None or x2 is None else g2 * f1
+        return None, d0, d2, *d1
+
+
+def _sum_of_squares(x1: Any) -> Tensor:
+    total = x1[0] * x1[0]
+    for x in x1[1:]:
+        total = torch.addcmul(total, x, x)
+    return total
+
+
+def _tanh(x: Tensor) -> Any:
+    y = torch.tanh(x)
+    f1 = 1 - y * y
+    f2 = -2 * y * f1
+    return y, f1, f2, -2 * (f1 * f1 + y * f2)
+
+
+def _sigmoid(x: Tensor) -> Any:
+    s = torch.sigmoid(x)
+    f1 = s * (1 - s)
+    t = 1 - 2 * s
+    return s, f1, f1 * t, f1 * (t * t - 2 * f1)
+
+
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Any:
+    s = torch.sigmoid(beta * x)
+    is_linear = beta * x > threshold
+    s = torch.where(is_linear, 1.0, s)
+    f2 = beta * s * (1 - s)
+    return F.softplus(x, beta, threshold), s, f2, beta * f2 * (1 - 2 * s)
+
+
+def _silu(x: Tensor) -> Any:
+    s = torch.sigmoid(x)
+    ds = s * (1 - s)
+    t = 1 - 2 * s
+    return x * s, torch.addcmul(s, x, ds), ds * (2 + x * t), ds * (3 * t + x * (t * t - 2 * ds))
+
+
+def _gelu(x: Tensor) -> Any:
+    density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    distribution = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    f1 = torch.addcmul(distribution, x, density)
+    return x * distribution, f1, density * (2 - x * x), density * x * (x * x - 4)
+
+
+def _gelu_tanh(x: Tensor) -> Any:
+    a, b = math.sqrt(2 / math.pi), 0.044715
+    u1, u2, u3 = a * (1 + 3 * b * x * x), 6 * a * b * x, 6 * a * b
+    y, t1, t2, t3 = _tanh(a * (x + b * x * x * x))
+    # h = tanh(u(x)) and f = x (1 + h) / 2.
+    h1 = t1 * u1
+    h2 = t2 * u1 * u1 + t1 * u2
+    h3 = t3 * u1 * u1 * u1 + 3 * t2 * u1 * u2 + t1 * u3
+    return x * (1 + y) / 2, (1 + y + x * h1) / 2, h1 + x * h2 / 2, 1.5 * h2 + x * h3 / 2
+
+
+def _exp(x: Tensor) -> Any:
+    y = x.exp()
+    return y, y, y, y
+
+
+def _log(x: Tensor) -> Any:
+    r = 1 / x
+    return x.log(), r, -r * r, 2 * r * r * r
+
+
+def _sin(x: Tensor) -> Any:
+    s, c = x.sin(), x.cos()
+    return s, c, -s, -c
+
+
+def _cos(x: Tensor) -> Any:
+    s, c = x.sin(), x.cos()
+    return c, -s, -c, s
+
+
+def _reciprocal(x: Tensor) -> Any:
+    r = 1 / x
+    return r, -r * r, 2 * r**3, -6 * r**4
+
+
+def _square(x: Tensor) -> Any:
+    return x * x, 2 * x, torch.full_like(x, 2.0), torch.zeros_like(x)
+
+
+def _sqrt(x: Tensor) -> Any:
+    y = x.sqrt()
+    f1 = 0.5 / y
+    f2 = -0.5 * f1 / x
+    return y, f1, f2, -1.5 * f2 / x
+
+
+def _rsqrt(x: Tensor) -> Any:
+    y = x.rsqrt()
+    r = 1 / x
+    f1 = -0.5 * y * r
+    f2 = -1.5 * f1 * r
+    return y, f1, f2, -2.5 * f2 * r
+
+
+def power(exponent: float) -> Derivatives:
+    """x -> x^n and its derivatives."""
+    n = exponent
+
+    def derivatives(x: Tensor) -> Any:
+        falling = [1.0, n, n * (n - 1), n * (n - 1) * (n - 2)]
+        # 0 * inf: a derivative that vanishes identically is zero also where x is.
+        return tuple(torch.zeros_like(x) if factor == 0 else factor * x ** (n - k) for k, factor in enumerate(falling))
+
+    return derivatives
+
+
+FORMULAS: dict[str, Derivatives] = {
+    "tanh": _tanh, "sigmoid": _sigmoid, "silu": _silu, "exp": _exp, "log": _log, "sin": _sin, "cos": _cos,
+    "reciprocal": _reciprocal, "square": _square, "sqrt": _sqrt, "rsqrt": _rsqrt,
+}  # fmt: skip
+"""Functions of one tensor without further arguments, by their names in torch, torch.Tensor and torch.nn.functional."""
+
+
+def softplus(beta: float, threshold: float) -> Derivatives:
+    return lambda x: _softplus(x, beta, threshold)
+
+
+def gelu(approximate: str) -> Derivatives:
+    return _gelu_tanh if approximate == "tanh" else _gelu

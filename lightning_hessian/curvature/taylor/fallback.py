@@ -1,0 +1,155 @@
+"""Functions without a rule: d^k/dt^k f(x(t)) at t = 0 by two nested ``torch.func.jvp``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, has_coefficients
+
+OTHERWISE = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
+
+
+def python_body(function: Any) -> AbstractContextManager[None] | None:
+    """For a function that PyTorch writes in Python with other functions: a context manager in which its next call runs
+    its body, whose own calls are then seen one by one. None for all others."""
+    names = getattr(function, "__globals__", {})
+    if not isinstance(function, FunctionType) or not names.get("__name__", "").startswith("torch."):
+        return None
+    checks = [name for name in names if name.startswith("has_torch_function")]
+    return _body_runs(names, checks) if checks else None
+
+
+@contextmanager
+def _body_runs(names: dict[str, Any], checks: list[str]) -> Iterator[None]:
+    originals = {name: names[name] for name in checks}
+
+    def no(*_: Any) -> bool:  # once
+        names.update(originals)
+        return False
+
+    names.update(dict.fromkeys(checks, no))
+    try:
+        yield
+    finally:
+        names.update(originals)
+
+
+def by_forward_mode(call: Call, name: str | None = None) -> Any:
+    """The coefficients of what a function returns, by forward-mode differentiation.
+
+    Args:
+        call: the call.
+        name: what errors call the function.
+
+    Raises:
+        HigherOrderError: the function has no forward-mode derivatives.
+    """
+    called = str(name or getattr(call.function, "__name__", repr(call.function)))
+    moving = [x for x in _tensors(call.args) + _tensors(tuple(call.kwargs.values())) if has_coefficients(x)]
+    device = moving[0].device
+    random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    results = []
+    for p in range(call.directions):
+        if p:  # the same random numbers for every direction
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state(random[1], device)
+        results.append(_along(call, moving, p, called))
+    return _collected(results)
+
+
+def _along(call: Call, moving: list[Tensor], p: int, name: str) -> Any:
+    """(y0, y1, y2) along direction p, in the structure of what the function returns; x2 goes with the first one."""
+    series = {id(x): call.of(x) for x in moving}
+
+    def at(t: Tensor) -> Any:
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor) and id(value) in series:
+                x = series[id(value)]
+                x1, x2 = x.first[p], None if p else x.second
+                return add(x.value, None if x1 is None else t * x1, None if x2 is None else t * t / 2 * x2)
+            if isinstance(value, list | tuple):
+                parts = [moved(part) for part in value]
+                return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+            return value
+
+        result = call.function(*moved(tuple(call.args)), **{key: moved(value) for key, value in call.kwargs.items()})
+        # What is no floating-point tensor is constant.
+        flat = [y for y in _leaves(result) if isinstance(y, Tensor) and y.is_floating_point()]
+        return tuple(flat), result
+
+    zero = torch.zeros((), dtype=_real(moving[0]), device=moving[0].device)
+    one = torch.ones_like(zero)
+
+    twice: Any = jvp  # its annotation does not know has_aux
+
+    def first_order(t: Tensor) -> Any:
+        y0, y1, result = twice(at, (t,), (one,), has_aux=True)
+        return (y0, y1), result
+
+    try:
+        (y0, y1), (_, y2), result = twice(first_order, (zero,), (one,), has_aux=True)
+    except (NotImplementedError, RuntimeError) as error:
+        raise HigherOrderError(
+            f"The operation {name} has no Taylor rule, and PyTorch cannot differentiate it in forward mode "
+            f"({str(error).splitlines()[0][:200]}). {OTHERWISE}"
+        ) from error
+    return y0, y1, y2, result
+
+
+def _collected(results: list[Any]) -> Any:
+    values, _, _, template = results[0]
+    found = iter(
+        Coefficients(
+            value,
+            tuple(first[i] for _, first, _, _ in results),
+            add(*(second[i] for _, _, second, _ in results)),
+        )
+        for i, value in enumerate(values)
+    )
+
+    def filled(part: Any) -> Any:
+        if isinstance(part, Tensor) and part.is_floating_point():
+            return next(found)
+        if isinstance(part, list | tuple):
+            parts = [filled(one) for one in part]
+            return tuple(parts) if hasattr(part, "_fields") else type(part)(parts)
+        return part
+
+    return filled(template)
+
+
+def custom_function(call: Call, cls: Any) -> Any:
+    """The coefficients of what a custom ``torch.autograd.Function`` returns, by its ``jvp``.
+
+    Raises:
+        HigherOrderError: it has none.
+    """
+    if cls.jvp is torch.autograd.Function.jvp:
+        raise HigherOrderError(
+            f"The forward pass calls the custom function {cls.__name__}, which has no `jvp`, so Taylor coefficients "
+            f"cannot pass it. Define its `jvp` (and `setup_context`). {OTHERWISE}"
+        )
+    return by_forward_mode(call, f"{cls.__name__}.apply")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]
+
+
+def _real(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else x.real.dtype

@@ -1,0 +1,89 @@
+"""Loss functions. Cross entropy is linear in the logarithms of the probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, bilinear, linear, total
+from lightning_hessian.curvature.taylor.softmax import log_softmax
+
+CROSS_ENTROPY = (
+    "input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing",
+)  # fmt: skip
+
+
+def cross_entropy_rule(call: Call) -> Any:
+    given = dict(zip(CROSS_ENTROPY, call.args, strict=False)) | call.kwargs
+    x, target, weight = call.of(given["input"]), given["target"], given.get("weight")
+    smoothing, ignored = given.get("label_smoothing", 0.0), given.get("ignore_index", -100)
+    reduction = given.get("reduction", "mean")
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return NotImplemented
+    classes = 1 if x.value.dim() > 1 else 0
+    wide = x.value.dtype in (torch.float16, torch.bfloat16)
+    log_p = log_softmax(linear(lambda t: t.float(), x) if wide else x, classes)
+    if target.is_floating_point():
+        if smoothing:
+            target = target * (1 - smoothing) + smoothing / x.value.size(classes)
+        return _soft(call, log_p, target, weight, classes, reduction)
+
+    def negative_log_likelihood(t: Tensor) -> Tensor:
+        return F.nll_loss(t, target, weight, ignore_index=ignored, reduction=reduction)
+
+    hard = linear(negative_log_likelihood, log_p)
+    if not smoothing:
+        return hard
+    shape = [1] * x.value.dim()
+    shape[classes] = -1
+    kept = target != ignored
+
+    def smooth(t: Tensor) -> Tensor:
+        weighted = t if weight is None else t * weight.view(shape)
+        each = -(weighted.sum(classes) * kept)
+        if reduction == "none":
+            return each
+        if reduction == "sum":
+            return each.sum()
+        return each.sum() / (kept.sum() if weight is None else (weight[target.where(kept, 0)] * kept).sum())
+
+    share = smoothing / x.value.size(classes)
+    return total(linear(lambda t: (1 - smoothing) * t, hard), linear(lambda t: share * smooth(t), log_p))
+
+
+def _soft(call: Call, log_p: Coefficients, target: Tensor, weight: Any, classes: int, reduction: str) -> Coefficients:
+    """- sum_c weight_c target_c log p_c; targets may have coefficients of their own."""
+    shape = [1] * log_p.value.dim()
+    shape[classes] = -1
+    q = call.of(target)
+    if weight is not None:
+        q = linear(lambda t: t * weight.view(shape), q)
+
+    def reduced(t: Tensor) -> Tensor:
+        each = -t.sum(classes)
+        if reduction == "none":
+            return each
+        return each.sum() / (each.numel() if reduction == "mean" else 1)
+
+    return linear(reduced, bilinear(torch.mul, q, log_p))
+
+
+def mse_loss(call: Call) -> Any:
+    """mean((x - y)^2), or its weighted sum."""
+    names = ("input", "target", "size_average", "reduce", "reduction", "weight")
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return NotImplemented
+    reduction, weight = given.get("reduction", "mean"), given.get("weight")
+    with call.inside():
+        squares = (given["input"] - given["target"]).square()
+        squares = squares if weight is None else squares * weight
+        if reduction == "none":
+            return call.of(squares)
+        reduced = squares.sum()
+        if reduction == "mean":
+            reduced = reduced / (squares.numel() if weight is None else weight.expand_as(squares).sum())
+        return call.of(reduced)

@@ -1,0 +1,202 @@
+"""``taylor_mode()``: every operation inside carries Taylor coefficients along."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_hessian.curvature import refusals
+from lightning_hessian.curvature.checkpoints import checkpoints_recomputed_in
+from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.layers import calling_module, counts_batches, layer_name
+from lightning_hessian.curvature.norms import statistics_at_rest
+from lightning_hessian.curvature.replacements import replacement
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    RuleFunction,
+    attach,
+    coefficients_of,
+    detach,
+    has_coefficients,
+)
+from lightning_hessian.curvature.taylor.fallback import by_forward_mode, custom_function, python_body
+from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
+from lightning_hessian.curvature.taylor.rules import CONSTANT, PROPERTIES, RULES
+
+
+class taylor_mode(TorchFunctionMode):
+    r"""Context manager: the forward pass inside computes Taylor coefficients along theta(t) = theta + t v_p.
+
+    .. math:: L(\theta + t v) = L_0 + t L_1 + \tfrac{t^2}{2} L_2 + O(t^3), \qquad L_1 = g'v, \quad L_2 = v'Hv
+
+    Each tensor x that depends on theta is an ordinary tensor to the code inside, and has its coefficients beside it.
+    Several directions share x_0, and x_2 is summed over them: P directions cost 2 + P streams. The second coefficient
+    of the loss is an ordinary scalar with an ordinary graph. One backward pass gives its exact gradient.
+
+    Functions with a rule (linear, bilinear, element-wise, norms, softmax, attention, losses, gathers) use it. All
+    others are differentiated by two nested ``torch.func.jvp``. A function without forward-mode derivatives is refused
+    by name.
+
+    Args:
+        tensors: the parameters theta, part by part; leaves that require a gradient.
+        directions: the v_p, each in parts of the tensors' shapes; None for a part that is zero.
+        module: the model, for the names of layers in errors.
+
+    Raises:
+        HigherOrderError: in the forward pass, for an operation without rule and without forward-mode derivatives, or a
+            write in place that the coefficients of other tensors would miss.
+
+    Source:
+        Griewank and Walther 2008, "Evaluating Derivatives", chapter 13; several directions at once: Dangel et al. 2025
+        (arXiv 2505.13644).
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> with taylor_mode([w], [[torch.ones(2)]]) as mode:
+        ...     loss = (w**3).sum()
+        >>> mode.second(loss).item()  # 6 w_1 + 6 w_2
+        18.0
+        >>> torch.autograd.grad(mode.second(loss), w)[0]
+        tensor([6., 6.])
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        directions: Sequence[Sequence[Tensor | None]],
+        module: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.directions = len(directions)
+        self.tensors = list(tensors)
+        self.parts = [tuple(v[i] for v in directions) for i in range(len(self.tensors))]
+        self._module = module
+        self._recomputes = False
+        self._writes = Writes()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> taylor_mode:
+        if self._module is not None:
+            refusals.refuse_layers(self._module)
+        with ExitStack() as stack:
+            stack.enter_context(checkpoints_recomputed_in(self._module, self._recomputing))
+            stack.enter_context(self._active())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """Inside, the parameters have their coefficients, and operations carry coefficients along."""
+        with ExitStack() as stack:
+            for tensor, parts in zip(self.tensors, self.parts, strict=True):
+                attach(Coefficients(tensor, parts, None))
+                stack.callback(detach, tensor)
+            stack.enter_context(_custom_functions_seen(self))
+            stack.enter_context(self._again())
+            yield
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Inside, a checkpointed region runs again, in the backward pass: its batch was counted already."""
+        before, self._recomputes = self._recomputes, True
+        try:
+            with statistics_at_rest(), self._active():
+                yield
+        finally:
+            self._recomputes = before
+
+    def first(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """L_1 = g'v_p for each direction; None is zero."""
+        return coefficients_of(loss, self.directions).first
+
+    def second(self, loss: Tensor) -> Tensor:
+        """sum_p v_p'Hv_p, with its graph."""
+        second = coefficients_of(loss, self.directions).second
+        return torch.zeros_like(loss) if second is None else second.reshape(loss.shape)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._recomputes and func is Tensor.add_ and counts_batches(args[0]):
+            return args[0]
+        if func in CONSTANT or not (has_coefficients(args) or has_coefficients(tuple(kwargs.values()))):
+            self._writes.check((args, kwargs))
+            result = func(*args, **kwargs)
+            if func is Tensor.detach:
+                self._writes.mark_constant(result)
+            return result
+        if not torch.is_grad_enabled():
+            result = func(*args, **kwargs)
+            self._writes.mark_constant(result)
+            return result
+        name = getattr(func, "__name__", "")
+        if name == "__set__":
+            return func(*args)
+        call = Call(func, args, kwargs, self.directions, self._again)
+        if name == "__get__":
+            rule = PROPERTIES.get(func)
+            return func(*args) if rule is None else self._attached(rule(call))
+        self._writes.check((args, kwargs))
+        if (check := refusals.CALLS.get(func)) is not None and (wrong := check(*args, **kwargs)) is not None:
+            raise HigherOrderError(f"{layer_name(self._module, calling_module())} {wrong}")
+        if is_in_place(call):
+            return self._writes.write(call, self._coefficients)
+        return self._attached(self._coefficients(call))
+
+    def _coefficients(self, call: Call) -> Any:
+        """What a call returns, tensors as coefficients."""
+        rule = RULES.get(call.function)
+        found = NotImplemented if rule is None else rule(call)
+        if found is not NotImplemented:
+            return found
+        if (primitive := replacement(call.function, call.args, call.kwargs, 3)) is not None:
+            with self._again():
+                return primitive(*call.args, **call.kwargs)
+        if (body := python_body(call.function)) is not None:
+            with self._again(), body:
+                return call.function(*call.args, **call.kwargs)
+        return by_forward_mode(call)
+
+    @contextmanager
+    def _again(self) -> Iterator[None]:
+        """Inside, operations carry coefficients along, also while one is taken apart."""
+        super().__enter__()
+        try:
+            yield
+        finally:
+            super().__exit__(None, None, None)
+
+    def _attached(self, result: Any) -> Any:
+        if isinstance(result, Coefficients):
+            return attach(result)
+        if isinstance(result, list | tuple):
+            parts = [self._attached(part) for part in result]
+            return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+        return result
+
+
+@contextmanager
+def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
+    """Custom autograd functions pass no torch function mode: see their calls by ``apply``."""
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        run = original.__get__(None, cls)
+        if not has_coefficients(args) or not torch.is_grad_enabled() or issubclass(cls, RuleFunction):
+            return run(*args, **kwargs)
+        return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again), cls))
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original

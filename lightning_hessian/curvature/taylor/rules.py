@@ -1,0 +1,406 @@
+"""The table of rules: which function goes by which rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_hessian.curvature.taylor import gathers, losses, norms
+from lightning_hessian.curvature.taylor import softmax as softmax_rules
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    Rule,
+    add,
+    bilinear,
+    has_coefficients,
+    linear,
+    scaled,
+    stacked,
+    total,
+)
+from lightning_hessian.curvature.taylor.elementwise import FORMULAS, elementwise, gelu, power, softplus
+
+RULES: dict[Any, Rule] = {}
+"""Function -> rule."""
+
+PROPERTIES: dict[Any, Rule] = {}
+"""The getter of a property of tensors -> rule. Other properties (shapes, ``data``, ...) are constants."""
+
+CONSTANT: set[Any] = set()
+"""Functions whose result has no derivative: shapes, comparisons, rounding, what leaves the graph."""
+
+_PLACES = (torch, Tensor, F, torch._C._nn, torch.special)
+
+
+def _named(names: str) -> list[Any]:
+    found = [getattr(place, name) for name in names.split() for place in _PLACES if hasattr(place, name)]
+    return [function for function in found if callable(function)]
+
+
+def _register(names: str, rule: Rule) -> None:
+    for function in _named(names):
+        RULES[function] = rule
+
+
+def linear_rule(call: Call) -> Any:
+    """f is linear in its first argument: f itself on every coefficient."""
+    x, *rest = call.args if call.args else (call.kwargs.get("input"),)
+    kwargs = {name: value for name, value in call.kwargs.items() if call.args or name != "input"}
+    if not has_coefficients(x) or has_coefficients(rest) or has_coefficients(tuple(kwargs.values())):
+        return NotImplemented
+    return several(lambda t: call.function(t, *rest, **kwargs), call.of(x))
+
+
+def several(f: Callable[[Tensor], Any], x: Coefficients) -> Any:
+    """The coefficients of a linear f that may return several tensors."""
+    values = f(x.value)
+    if isinstance(values, Tensor):
+        return linear(lambda t: values if t is x.value else f(t), x)
+    first = [None if x1 is None else f(x1) for x1 in x.first]
+    second = None if x.second is None else f(x.second)
+    return type(values)(
+        Coefficients(value, tuple(None if y is None else y[i] for y in first), None if second is None else second[i])
+        for i, value in enumerate(values)
+    )
+
+
+def jointly_linear_rule(call: Call) -> Any:
+    """f is linear in all its floating-point tensors together (cat, stack, index_add, ...); constant ones are zero."""
+
+    def at(k: int | None, value: Any) -> Any:
+        """The k-th x1, or x2 (None), in the place of every tensor."""
+        if isinstance(value, list | tuple):
+            return type(value)(at(k, part) for part in value)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        x = call.of(value)
+        part = x.second if k is None else x.first[k]
+        return torch.zeros_like(value) if part is None else part
+
+    def is_zero(k: int | None, value: Any) -> bool:
+        if isinstance(value, list | tuple):
+            return all(is_zero(k, part) for part in value)
+        if not isinstance(value, Tensor):
+            return True
+        x = call.of(value)
+        return (x.second if k is None else x.first[k]) is None
+
+    def part(k: int | None) -> Any:
+        everything = (*call.args, *call.kwargs.values())
+        if is_zero(k, everything):
+            return None
+        return call.function(*at(k, tuple(call.args)), **{name: at(k, value) for name, value in call.kwargs.items()})
+
+    return Coefficients(call.function(*call.args, **call.kwargs), tuple(map(part, range(call.directions))), part(None))
+
+
+def bilinear_rule(call: Call) -> Any:
+    """f is linear in its first and in its second argument."""
+    if len(call.args) < 2:
+        return NotImplemented
+    a, b, *rest = call.args
+    if has_coefficients(rest) or has_coefficients(tuple(call.kwargs.values())):
+        return NotImplemented
+    return bilinear(lambda p, q: call.function(p, q, *rest, **call.kwargs), call.of(a), call.of(b))
+
+
+def reflected(function: Callable[..., Any]) -> Rule:
+    """x.__rop__(y) is function(y, x)."""
+    return lambda call: RULES[function](call.other(function, (call.args[1], call.args[0]), {}))
+
+
+def add_rule(call: Call) -> Coefficients:
+    return _sum(call, 1)
+
+
+def sub_rule(call: Call) -> Coefficients:
+    return _sum(call, -1)
+
+
+def _sum(call: Call, sign: int) -> Coefficients:
+    a, b = call.args[0], call.argument(1, "other")
+    factor = sign * call.kwargs.get("alpha", 1)
+    x, y = call.of(a), call.of(b)
+    value = call.function(*call.args, **call.kwargs)
+
+    def summed(p: Tensor | None, q: Tensor | None) -> Tensor | None:
+        q = q if factor == 1 else (None if q is None else -q) if factor == -1 else scaled(factor, q)
+        found = add(p, q)
+        return found if found is None or found.shape == value.shape else found.expand(value.shape)
+
+    first = tuple(summed(p, q) for p, q in zip(x.first, y.first, strict=True))
+    return Coefficients(value, first, summed(x.second, y.second))
+
+
+def div_rule(call: Call) -> Any:
+    a, b = call.args[0], call.argument(1, "other")
+    if call.kwargs.get("rounding_mode") is not None or len(call.args) > 2:
+        return NotImplemented
+    if not has_coefficients(b):
+        return linear(lambda t: t / b, call.of(a))
+    inverse = elementwise(FORMULAS["reciprocal"], call.of(b))
+    quotient = bilinear(torch.mul, call.of(a), inverse)
+    return Coefficients(a / b, *quotient[1:])
+
+
+def pow_rule(call: Call) -> Any:
+    x, exponent = call.args[0], call.argument(1, "exponent")
+    if not isinstance(exponent, int | float) or not isinstance(x, Tensor):
+        return NotImplemented
+    if exponent == 2:
+        return elementwise(FORMULAS["square"], call.of(x))
+    return elementwise(power(float(exponent)), call.of(x))
+
+
+def elementwise_rule(name: str) -> Rule:
+    def rule(call: Call) -> Any:
+        x = call.of(call.argument(0, "input"))
+        return NotImplemented if x.value.is_complex() else elementwise(FORMULAS[name], x)
+
+    return rule
+
+
+def softplus_rule(call: Call) -> Coefficients:
+    beta, threshold = call.argument(1, "beta", 1), call.argument(2, "threshold", 20)
+    return elementwise(softplus(beta, threshold), call.of(call.argument(0, "input")))
+
+
+def gelu_rule(call: Call) -> Coefficients:
+    return elementwise(gelu(call.argument(1, "approximate", "none")), call.of(call.argument(0, "input")))
+
+
+def linear_layer_rule(call: Call) -> Coefficients:
+    """x W' + b."""
+    x, weight, bias = (call.of(call.argument(i, name)) for i, name in enumerate(("input", "weight", "bias")))
+    product = _through(F.linear, x, weight, in_rows=x.value.dim() > 1)
+    return product if bias.value is None else total(product, bias)
+
+
+def convolution_rule(spatial: int) -> Rule:
+    def rule(call: Call) -> Coefficients:
+        names = ("input", "weight", "bias")
+        x, weight, bias = (call.of(call.argument(i, name)) for i, name in enumerate(names))
+        rest = call.args[3:]
+        kwargs = {name: value for name, value in call.kwargs.items() if name not in names}
+        product = _through(
+            lambda p, q: call.function(p, q, None, *rest, **kwargs), x, weight, in_rows=x.value.dim() == spatial + 2
+        )
+        if bias.value is None:
+            return product
+        return total(product, linear(lambda t: t.view(-1, *[1] * spatial), bias))
+
+    return rule
+
+
+def _through(
+    f: Callable[[Tensor, Tensor], Tensor], x: Coefficients, weight: Coefficients, in_rows: bool
+) -> Coefficients:
+    """f(x, W), bilinear, with the samples of x in rows: all coefficients of x go through W in one call."""
+    if not in_rows:
+        return bilinear(f, x, weight)
+    rows, apart = stacked([x.value, *x.first, x.second])
+    y0, *y1, y2 = apart(f(rows, weight.value))
+    assert y0 is not None
+    for p, v in enumerate(weight.first):
+        if v is None:
+            continue
+        rows, apart = stacked([x.value, scaled(2, x.first[p])])
+        z1, z2 = apart(f(rows, v))
+        y1[p], y2 = add(y1[p], z1), add(y2, z2)
+    if weight.second is not None:
+        y2 = add(y2, f(x.value, weight.second))
+    return Coefficients(y0, tuple(y1), y2)
+
+
+def embedding_rule(call: Call) -> Any:
+    """Linear in the table; the row of ``padding_idx`` is a constant."""
+    indices, weight = call.argument(0, "input"), call.argument(1, "weight")
+    padding = call.argument(2, "padding_idx")
+    value = call.function(*call.args, **call.kwargs)
+    row = None if padding is None else padding % len(weight)
+
+    def looked_up(table: Tensor | None) -> Tensor | None:
+        if table is None:
+            return None
+        found = table[indices]
+        return found if row is None else found.masked_fill((indices == row).unsqueeze(-1), 0)
+
+    x = call.of(weight)
+    return Coefficients(value, tuple(map(looked_up, x.first)), looked_up(x.second))
+
+
+def where_rule(call: Call) -> Any:
+    if len(call.args) != 3:
+        return NotImplemented
+    condition, a, b = call.args
+    x, y = call.of(a), call.of(b)
+    value = call.function(condition, a, b)
+
+    def chosen(p: Tensor | None, q: Tensor | None) -> Tensor | None:
+        if p is None and q is None:
+            return None
+        return torch.where(condition, 0 if p is None else p, 0 if q is None else q).to(value.dtype)
+
+    first = tuple(chosen(p, q) for p, q in zip(x.first, y.first, strict=True))
+    return Coefficients(value, first, chosen(x.second, y.second))
+
+
+def tensor_where_rule(call: Call) -> Any:
+    """x.where(condition, y)."""
+    if len(call.args) != 3:
+        return NotImplemented
+    return where_rule(call.other(torch.where, (call.args[1], call.args[0], call.args[2]), {}))
+
+
+def masked_fill_rule(call: Call) -> Any:
+    x, mask, value = call.args[0], call.argument(1, "mask"), call.argument(2, "value")
+    if isinstance(value, Tensor) and has_coefficients(value):
+        return where_rule(call.other(torch.where, (mask, value, x), {}))
+    filled = call.function(*call.args, **call.kwargs)
+    return Coefficients(filled, *linear(lambda t: t.masked_fill(mask, 0), call.of(x))[1:])
+
+
+def pad_rule(call: Call) -> Any:
+    padding, mode = call.argument(1, "pad"), call.argument(2, "mode", "constant")
+    x = call.of(call.argument(0, "input"))
+    value = call.function(*call.args, **call.kwargs)
+    return Coefficients(value, *linear(lambda t: F.pad(t, padding, mode), x)[1:])
+
+
+def addmm_rule(call: Call) -> Any:
+    """beta c + alpha a @ b."""
+    if call.kwargs.keys() - {"beta", "alpha"} or len(call.args) != 3:
+        return NotImplemented
+    c, a, b = map(call.of, call.args)
+    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
+    product = bilinear(lambda p, q: alpha * (p @ q), a, b)
+    return total(linear(lambda t: beta * t, c), product)
+
+
+def einsum_rule(call: Call) -> Any:
+    equation, *operands = call.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or len(operands) > 2:
+        return NotImplemented
+    if len(operands) == 1:
+        return linear(lambda t: torch.einsum(equation, t), call.of(operands[0]))
+    return bilinear(lambda p, q: torch.einsum(equation, p, q), *map(call.of, operands))
+
+
+_register(
+    "reshape reshape_as view view_as flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis adjoint "
+    "contiguous clone unsqueeze squeeze sum mean sum_to_size expand expand_as broadcast_to __getitem__ chunk split "
+    "split_with_sizes tensor_split unsafe_chunk unsafe_split unbind hsplit vsplit dsplit neg negative positive __neg__ "
+    "__pos__ to float double half bfloat16 type type_as cpu cuda adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d roll flip fliplr flipud rot90 index_select gather take "
+    "take_along_dim unfold fold repeat repeat_interleave tile masked_select cumsum diff diag diagonal diag_embed "
+    "diagflat trace tril triu narrow select ravel atleast_1d atleast_2d atleast_3d pixel_shuffle pixel_unshuffle "
+    "channel_shuffle interpolate upsample upsample_nearest upsample_bilinear im2col col2im nll_loss nll_loss_nd "
+    "conj resolve_conj resolve_neg grid_sample view_as_real view_as_complex",
+    linear_rule,
+)
+_register(
+    "cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag index_add index_copy "
+    "scatter_add select_scatter slice_scatter diagonal_scatter masked_scatter",
+    jointly_linear_rule,
+)
+_register("mul multiply matmul bmm mm mv dot vdot outer ger inner kron __mul__ __rmul__ __matmul__", bilinear_rule)
+_register("add __add__ __radd__", add_rule)
+_register("sub subtract __sub__", sub_rule)
+RULES[Tensor.__rsub__] = reflected(torch.sub)
+_register("rsub", lambda call: sub_rule(call.other(torch.sub, (call.args[1], call.args[0]), {})))
+RULES[Tensor.__rmatmul__] = reflected(torch.matmul)
+_register("div divide true_divide __truediv__ __div__", div_rule)
+RULES[Tensor.__rtruediv__] = RULES[Tensor.__rdiv__] = reflected(torch.div)
+_register("pow __pow__", pow_rule)
+for _name in FORMULAS:
+    _register(_name, elementwise_rule(_name))
+_register("expit", elementwise_rule("sigmoid"))
+_register("softplus", softplus_rule)
+_register("gelu", gelu_rule)
+_register("linear", linear_layer_rule)
+for _spatial in (1, 2, 3):
+    _register(f"conv{_spatial}d conv_transpose{_spatial}d", convolution_rule(_spatial))
+RULES[F.embedding] = embedding_rule
+RULES[torch.where] = where_rule
+RULES[Tensor.where] = tensor_where_rule
+_register("masked_fill", masked_fill_rule)
+RULES[F.pad] = pad_rule
+_register("addmm addmv baddbmm", addmm_rule)
+RULES[torch.einsum] = einsum_rule
+
+_register("softmax", softmax_rules.softmax_rule)
+_register("log_softmax", softmax_rules.log_softmax_rule)
+RULES[F.scaled_dot_product_attention] = softmax_rules.attention_rule
+_register("dropout dropout1d dropout2d dropout3d feature_dropout", softmax_rules.dropout_rule)
+RULES[torch.dropout] = softmax_rules.dropout_rule
+
+RULES[F.layer_norm] = RULES[torch.layer_norm] = norms.norm_rule(
+    norms.layer_norm, ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
+)
+RULES[F.rms_norm] = RULES[torch.rms_norm] = norms.norm_rule(
+    norms.rms_norm, ("input", "normalized_shape", "weight", "eps")
+)
+RULES[F.group_norm] = RULES[torch.group_norm] = norms.norm_rule(
+    norms.group_norm, ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled")
+)
+_BATCH_NORM = ("running_mean", "running_var", "weight", "bias")
+RULES[F.batch_norm] = norms.norm_rule(norms.batch_norm, ("input", *_BATCH_NORM, "training", "momentum", "eps"))
+RULES[torch.batch_norm] = norms.norm_rule(
+    norms.batch_norm,
+    ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
+)
+
+RULES[F.cross_entropy] = losses.cross_entropy_rule
+RULES[F.mse_loss] = losses.mse_loss
+
+_values: Any
+_with_indices: Any
+_slope: Any
+for (_values, _with_indices), _spatial in gathers.POOLING.items():
+    RULES[_values] = gathers.pooling_rule(_with_indices, _spatial, returns_indices=False)
+    RULES[_with_indices] = gathers.pooling_rule(_with_indices, _spatial, returns_indices=True)
+_register("max min sort topk median nanmedian kthvalue cummax cummin mode", gathers.by_indices_rule)
+_register("maximum minimum fmax fmin", gathers._of_two)
+_register("amax amin", gathers.extremum_rule)
+for _names, _slope in {
+    "relu": gathers.relu_slope,
+    "leaky_relu": gathers.leaky_relu_slope,
+    "hardtanh": gathers.hardtanh_slope,
+    "relu6": gathers.relu6_slope,
+    "hardsigmoid": gathers.hardsigmoid_slope,
+    "threshold": gathers.threshold_slope,
+    "hardshrink softshrink": gathers.shrink_slope,
+    "abs absolute __abs__": gathers.abs_slope,
+}.items():
+    _register(_names, gathers.piecewise_linear(_slope))
+_register("clamp clip", gathers.clamp_rule)
+_register(
+    "clamp_min", lambda call: gathers.clamp_rule(call.other(torch.clamp, (call.args[0], call.argument(1, "min")), {}))
+)
+_register(
+    "clamp_max",
+    lambda call: gathers.clamp_rule(call.other(torch.clamp, (call.args[0], None, call.argument(1, "max")), {})),
+)
+
+for _name in ("T", "mT", "H", "mH", "real", "imag"):
+    PROPERTIES[getattr(Tensor, _name).__get__] = linear_rule
+
+CONSTANT |= set(
+    _named(
+        "size dim ndimension numel nelement element_size stride is_contiguous is_floating_point is_complex is_nonzero "
+        "storage_offset data_ptr get_device is_same_size __len__ __hash__ __repr__ __str__ __format__ __bool__ __int__ "
+        "__float__ __index__ __contains__ item tolist numpy __array__ requires_grad_ retain_grad register_hook detach "
+        "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite isclose allclose equal "
+        "argmax argmin argsort argwhere nonzero count_nonzero unique bincount histc bucketize searchsorted sign sgn "
+        "signbit round floor ceil trunc fix floor_divide __floordiv__ logical_and logical_or logical_not any all "
+        "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
+        "new_empty new_tensor is_inference is_shared untyped_storage result_type can_cast is_tensor backward heaviside"
+    )
+)
