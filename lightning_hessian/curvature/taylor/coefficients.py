@@ -47,6 +47,13 @@ def _version(tensor: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
+def written_without_gradient(tensor: Tensor) -> None:
+    """Keep the coefficients of a tensor that was written under ``torch.no_grad()``, as autograd keeps its graph."""
+    found = getattr(tensor, _ATTRIBUTE, None)
+    if found is not None:
+        setattr(tensor, _ATTRIBUTE, (*found[:2], _version(tensor)))
+
+
 def detach(tensor: Tensor) -> None:
     """Take the coefficients off a tensor."""
     if hasattr(tensor, _ATTRIBUTE):
@@ -123,7 +130,7 @@ def stacked(parts: Sequence[Tensor | None]) -> tuple[Tensor, Callable[[Tensor], 
     present = [part for part in parts if part is not None]
 
     def apart(result: Tensor) -> list[Tensor | None]:
-        pieces = iter(result.split(len(result) // len(present)))
+        pieces = iter(result.tensor_split(len(present)))
         return [None if part is None else next(pieces) for part in parts]
 
     return (present[0] if len(present) == 1 else torch.cat(present)), apart

@@ -159,6 +159,12 @@ def _rsqrt(x: Tensor) -> Any:
     return y, f1, f2, -2.5 * f2 * r
 
 
+def safe_sqrt(x: Tensor) -> Any:
+    """The root of a sum of squares: where that is zero the derivatives are zero, as autograd has it for a norm."""
+    is_zero = x == 0
+    return tuple(torch.where(is_zero, 0, part) for part in _sqrt(torch.where(is_zero, 1, x)))
+
+
 def power(exponent: float) -> Derivatives:
     """x -> x^n and its derivatives."""
     n = exponent

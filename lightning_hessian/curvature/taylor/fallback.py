@@ -42,6 +42,20 @@ def _body_runs(names: dict[str, Any], checks: list[str]) -> Iterator[None]:
         names.update(originals)
 
 
+WRONG = {
+    "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm", "native_layer_norm",
+    "native_group_norm", "linalg_householder_product", "scatter_reduce", "scatter_reduce_", "linalg_eigh",
+    "linalg_eigvalsh", "_safe_softmax.default", "renorm", "dist", "linalg_matrix_norm", "linalg_vector_norm", "norm",
+    "linalg_norm", "triplet_margin_loss", "cosine_embedding_loss", "linalg_svd", "svd",
+    "as_strided", "as_strided_copy", "as_strided_", "linalg_polar", "linalg_matrix_sqrth",
+    "linalg_lstsq",
+}  # fmt: skip
+"""Functions whose forward-mode derivatives are wrong at second order, not finite, or cannot be differentiated again
+(pytorch#196700, #196699, and the walk through PyTorch's operators in the tests)."""
+
+WRONG_FOR_COMPLEX = {"linalg_slogdet", "slogdet", "logdet", "std", "std_mean", "pairwise_distance"}
+
+
 def by_forward_mode(call: Call, name: str | None = None) -> Any:
     """The coefficients of what a function returns, by forward-mode differentiation.
 
@@ -54,6 +68,11 @@ def by_forward_mode(call: Call, name: str | None = None) -> Any:
     """
     called = str(name or getattr(call.function, "__name__", repr(call.function)))
     moving = [x for x in _tensors(call.args) + _tensors(tuple(call.kwargs.values())) if has_coefficients(x)]
+    if called in WRONG or (called in WRONG_FOR_COMPLEX and any(x.is_complex() for x in moving)):
+        raise HigherOrderError(
+            f"The operation {called} has no Taylor rule, and its forward-mode derivatives in PyTorch are not right at "
+            f"second order. {OTHERWISE}"
+        )
     device = moving[0].device
     random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     results = []

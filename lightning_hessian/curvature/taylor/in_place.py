@@ -16,6 +16,10 @@ from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, 
 
 _OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__"}
 _NO_WRITE = {"requires_grad_", "retain_grad_", "dropout_"}
+_RESHAPES = {
+    "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_", "resize_as_",
+    "set_",
+}  # fmt: skip
 _CONSTANT_MARK = "_taylor_constant"
 
 
@@ -67,7 +71,12 @@ class Writes:
         if call.kwargs.get("out") is not None or not isinstance(target, Tensor):
             raise _unknown(call)
         name = getattr(call.function, "__name__", "")
-        if name == "__setitem__":
+        if name in _RESHAPES:
+            raise _unknown(call)
+        if name in ("zero_", "fill_") and not has_coefficients((*call.args[1:], *call.kwargs.values())):
+            filled = call.function(target.clone(), *call.args[1:], **call.kwargs)
+            result = Coefficients(filled, (None,) * call.directions, None)
+        elif name == "__setitem__":
             result = _with_item(call)
         else:
             # A copy, because the rule may save its argument, which is about to change.
@@ -77,6 +86,8 @@ class Writes:
             result = compute(_out_of_place(call, copied))
         if not isinstance(result, Coefficients):
             result = call.of(result)
+        if result.value.shape != target.shape:
+            raise _unknown(call)
         target.copy_(result.value)
         detach(target)
         attach(Coefficients(target, *(_like(x, target) for x in (result.first, result.second))))

@@ -25,10 +25,11 @@ from lightning_hessian.curvature.taylor.coefficients import (
     coefficients_of,
     detach,
     has_coefficients,
+    written_without_gradient,
 )
 from lightning_hessian.curvature.taylor.fallback import by_forward_mode, custom_function, python_body
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
-from lightning_hessian.curvature.taylor.rules import CONSTANT, PROPERTIES, RULES
+from lightning_hessian.curvature.taylor.rules import CONSTANT, FOR_COMPLEX, PROPERTIES, RULES
 
 
 class taylor_mode(TorchFunctionMode):
@@ -136,7 +137,11 @@ class taylor_mode(TorchFunctionMode):
             return result
         if not torch.is_grad_enabled():
             result = func(*args, **kwargs)
-            self._writes.mark_constant(result)
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor):
+                    written_without_gradient(value)
+            if not has_coefficients(result):
+                self._writes.mark_constant(result)
             return result
         name = getattr(func, "__name__", "")
         if name == "__set__":
@@ -155,6 +160,8 @@ class taylor_mode(TorchFunctionMode):
     def _coefficients(self, call: Call) -> Any:
         """What a call returns, tensors as coefficients."""
         rule = RULES.get(call.function)
+        if rule is not None and rule not in FOR_COMPLEX and _has_complex((*call.args, *call.kwargs.values())):
+            return by_forward_mode(call)
         found = NotImplemented if rule is None else rule(call)
         if found is not NotImplemented:
             return found
@@ -182,6 +189,12 @@ class taylor_mode(TorchFunctionMode):
             parts = [self._attached(part) for part in result]
             return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
         return result
+
+
+def _has_complex(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_complex()
+    return isinstance(value, list | tuple) and any(map(_has_complex, value))
 
 
 @contextmanager

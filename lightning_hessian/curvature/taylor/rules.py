@@ -23,7 +23,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
     stacked,
     total,
 )
-from lightning_hessian.curvature.taylor.elementwise import FORMULAS, elementwise, gelu, power, softplus
+from lightning_hessian.curvature.taylor.elementwise import FORMULAS, elementwise, gelu, power, safe_sqrt, softplus
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -56,6 +56,14 @@ def linear_rule(call: Call) -> Any:
     return several(lambda t: call.function(t, *rest, **kwargs), call.of(x))
 
 
+def view_rule(call: Call) -> Any:
+    """A view of x0; the coefficients need not have its strides."""
+    if any(isinstance(value, torch.dtype) for value in (*call.args, *call.kwargs.values())):
+        return NotImplemented
+    value = call.function(*call.args, **call.kwargs)
+    return Coefficients(value, *linear(lambda t: t.reshape(value.shape), call.of(call.args[0]))[1:])
+
+
 def several(f: Callable[[Tensor], Any], x: Coefficients) -> Any:
     """The coefficients of a linear f that may return several tensors."""
     values = f(x.value)
@@ -76,7 +84,7 @@ def jointly_linear_rule(call: Call) -> Any:
         """The k-th x1, or x2 (None), in the place of every tensor."""
         if isinstance(value, list | tuple):
             return type(value)(at(k, part) for part in value)
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
         x = call.of(value)
         part = x.second if k is None else x.first[k]
@@ -282,6 +290,112 @@ def addmm_rule(call: Call) -> Any:
     return total(linear(lambda t: beta * t, c), product)
 
 
+def norm_rule(call: Call) -> Any:
+    """The L2 norm, over all or some dimensions."""
+    name = call.function.__name__
+    order = call.argument(1, "p" if name == "norm" else "ord", 2)
+    if order not in (2, 2.0, None, "fro") or call.kwargs.get("dtype") is not None:
+        return NotImplemented
+    x = call.of(call.argument(0, "x" if name == "linalg_vector_norm" else "input"))
+    dim, keepdim = call.argument(2, "dim"), call.argument(3, "keepdim", False)
+    is_matrix = x.value.dim() == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
+    if name == "linalg_norm" and order in (2, 2.0) and is_matrix:
+        return NotImplemented  # the largest singular value
+    if x.value.is_complex() or (dim is None and keepdim):
+        return NotImplemented
+    squares = elementwise(FORMULAS["square"], x)
+    summed = linear(lambda t: t.sum() if dim is None else t.sum(dim, keepdim=keepdim), squares)
+    return elementwise(safe_sqrt, summed)
+
+
+def composed(body: Callable[..., Any]) -> Rule:
+    """A function written with others, which have rules."""
+
+    def rule(call: Call) -> Any:
+        with call.inside():
+            return body(*call.args, **call.kwargs)
+
+    return rule
+
+
+def _std(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.sqrt(torch.var(*args, **kwargs))
+
+
+def _std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(*args, **kwargs)
+    return torch.sqrt(variance), mean
+
+
+def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    lengths = [torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps) for x in (x1, x2)]
+    return ((x1 / lengths[0]) * (x2 / lengths[1])).sum(dim)
+
+
+def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
+    return torch.linalg.vector_norm(x1 - x2 + eps, p, dim=-1, keepdim=keepdim)
+
+
+def _glu(input: Tensor, dim: int = -1) -> Tensor:
+    a, b = input.chunk(2, dim)
+    return a * torch.sigmoid(b)
+
+
+def _huber(input: Tensor, target: Tensor, delta: float) -> Tensor:
+    difference = input - target
+    size = difference.abs()
+    return torch.where(size <= delta, 0.5 * difference * difference, delta * (size - 0.5 * delta))
+
+
+def _reduced(each: Tensor, reduction: str) -> Tensor:
+    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
+
+
+def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None) -> Any:
+    each = _huber(input, target, delta)
+    if weight is None:
+        return _reduced(each, reduction)
+    weighted = each * weight
+    return weighted.sum() / weight.expand_as(each).sum() if reduction == "mean" else _reduced(weighted, reduction)
+
+
+def _smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    each = (input - target).abs() if beta == 0 else _huber(input, target, beta) / beta
+    return _reduced(each, reduction)
+
+
+def _binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    # PyTorch bounds the logarithms likewise.
+    each = -(target * input.log().clamp_min(-100) + (1 - target) * (1 - input).log().clamp_min(-100))
+    return _reduced(each if weight is None else each * weight, reduction)
+
+
+def _soft_margin_loss(
+    input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
+) -> Tensor:
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    return _reduced(F.softplus(-target * input), reduction)
+
+
 def einsum_rule(call: Call) -> Any:
     equation, *operands = call.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
@@ -294,7 +408,7 @@ def einsum_rule(call: Call) -> Any:
 
 
 _register(
-    "reshape reshape_as view view_as flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis adjoint "
+    "reshape reshape_as flatten unflatten permute transpose t swapaxes swapdims movedim moveaxis adjoint "
     "contiguous clone unsqueeze squeeze sum mean sum_to_size expand expand_as broadcast_to __getitem__ chunk split "
     "split_with_sizes tensor_split unsafe_chunk unsafe_split unbind hsplit vsplit dsplit neg negative positive __neg__ "
     "__pos__ to float double half bfloat16 type type_as cpu cuda adaptive_avg_pool1d adaptive_avg_pool2d "
@@ -305,6 +419,7 @@ _register(
     "conj resolve_conj resolve_neg grid_sample view_as_real view_as_complex",
     linear_rule,
 )
+_register("view view_as", view_rule)
 _register(
     "cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag index_add index_copy "
     "scatter_add select_scatter slice_scatter diagonal_scatter masked_scatter",
@@ -389,6 +504,23 @@ _register(
     lambda call: gathers.clamp_rule(call.other(torch.clamp, (call.args[0], None, call.argument(1, "max")), {})),
 )
 
+_register("norm", norm_rule)
+RULES[torch.linalg.vector_norm] = RULES[torch.linalg.norm] = RULES[torch.norm] = norm_rule
+_register("std", composed(_std))
+_register("std_mean", composed(_std_mean))
+RULES[F.glu] = composed(_glu)
+_register("cosine_similarity", composed(_cosine_similarity))
+_register("pairwise_distance", composed(_pairwise_distance))
+RULES[F.binary_cross_entropy] = composed(_binary_cross_entropy)
+RULES[F.huber_loss] = composed(_huber_loss)
+RULES[F.smooth_l1_loss] = composed(_smooth_l1_loss)
+RULES[F.soft_margin_loss] = composed(_soft_margin_loss)
+for _name in dir(torch.fft):
+    if "fft" in _name and not _name.endswith("freq") and "shift" not in _name:
+        RULES[getattr(torch.fft, _name)] = linear_rule
+_register("cfloat cdouble chalf", linear_rule)
+_register("complex", jointly_linear_rule)
+
 for _name in ("T", "mT", "H", "mH", "real", "imag"):
     PROPERTIES[getattr(Tensor, _name).__get__] = linear_rule
 
@@ -398,9 +530,15 @@ CONSTANT |= set(
         "storage_offset data_ptr get_device is_same_size __len__ __hash__ __repr__ __str__ __format__ __bool__ __int__ "
         "__float__ __index__ __contains__ item tolist numpy __array__ requires_grad_ retain_grad register_hook detach "
         "eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ isnan isinf isfinite isclose allclose equal "
-        "argmax argmin argsort argwhere nonzero count_nonzero unique bincount histc bucketize searchsorted sign sgn "
+        "argmax argmin argsort argwhere nonzero count_nonzero unique bincount histc bucketize searchsorted sign "
         "signbit round floor ceil trunc fix floor_divide __floordiv__ logical_and logical_or logical_not any all "
         "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
         "new_empty new_tensor is_inference is_shared untyped_storage result_type can_cast is_tensor backward heaviside"
     )
 )
+
+FOR_COMPLEX = {
+    linear_rule, jointly_linear_rule, bilinear_rule, add_rule, sub_rule, view_rule, linear_layer_rule, einsum_rule,
+    where_rule, tensor_where_rule, masked_fill_rule, addmm_rule, *(RULES[getattr(F, f"conv{n}d")] for n in (1, 2, 3)),
+}  # fmt: skip
+"""Rules that hold for complex tensors, too. All other functions of complex tensors go by forward mode."""
