@@ -43,8 +43,8 @@ def attach(x: Coefficients) -> Tensor:
 
 
 def _version(tensor: Tensor) -> int:
-    """Counts the writes in place to a tensor and all its views."""
-    return 0 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
+    """Counts the writes in place to a tensor and all its views; -1 where that is not known."""
+    return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
 def written_without_gradient(tensor: Tensor) -> None:
@@ -77,7 +77,7 @@ def coefficients_of(value: Any, directions: int) -> Coefficients:
     if found is None:
         return Coefficients(value, (None,) * directions, None)
     first, second, version = found
-    if version != _version(value):
+    if -1 not in (version, now := _version(value)) and version != now:
         raise HigherOrderError(
             f"A tensor of shape {tuple(value.shape)} was written in place through another view of its memory, so its "
             "Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."

@@ -108,6 +108,7 @@ def is_in_place(call: Call) -> bool:
     return position is not None and bool(call.argument(position, "inplace", False))
 
 
+@torch.compiler.assume_constant_result
 @cache
 def _inplace_position(function: Any) -> int | None:
     """Where a function of torch.nn.functional takes ``inplace``."""

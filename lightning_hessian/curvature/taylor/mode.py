@@ -29,7 +29,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
 )
 from lightning_hessian.curvature.taylor.fallback import by_forward_mode, custom_function, python_body
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
-from lightning_hessian.curvature.taylor.rules import CONSTANT, FOR_COMPLEX, PROPERTIES, RULES
+from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
 
 
 class taylor_mode(TorchFunctionMode):
@@ -129,7 +129,8 @@ class taylor_mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._recomputes and func is Tensor.add_ and counts_batches(args[0]):
             return args[0]
-        if func in CONSTANT or not (has_coefficients(args) or has_coefficients(tuple(kwargs.values()))):
+        number = rule_number(func)
+        if number == IS_CONSTANT or not (has_coefficients(args) or has_coefficients(tuple(kwargs.values()))):
             self._writes.check((args, kwargs))
             result = func(*args, **kwargs)
             if func is Tensor.detach:
@@ -148,10 +149,9 @@ class taylor_mode(TorchFunctionMode):
             return func(*args)
         call = Call(func, args, kwargs, self.directions, self._again)
         if name == "__get__":
-            rule = PROPERTIES.get(func)
-            return func(*args) if rule is None else self._attached(rule(call))
+            return func(*args) if number == NO_RULE else self._attached(RULE_LIST[number](call))
         self._writes.check((args, kwargs))
-        if (check := refusals.CALLS.get(func)) is not None and (wrong := check(*args, **kwargs)) is not None:
+        if number == NO_RULE and (wrong := _what_is_wrong(call)) is not None:
             raise HigherOrderError(f"{layer_name(self._module, calling_module())} {wrong}")
         if is_in_place(call):
             return self._writes.write(call, self._coefficients)
@@ -159,12 +159,13 @@ class taylor_mode(TorchFunctionMode):
 
     def _coefficients(self, call: Call) -> Any:
         """What a call returns, tensors as coefficients."""
-        rule = RULES.get(call.function)
-        if rule is not None and rule not in FOR_COMPLEX and _has_complex((*call.args, *call.kwargs.values())):
-            return by_forward_mode(call)
-        found = NotImplemented if rule is None else rule(call)
-        if found is not NotImplemented:
-            return found
+        number = rule_number(call.function)
+        if number != NO_RULE:
+            if number not in FOR_COMPLEX and _has_complex((*call.args, *call.kwargs.values())):
+                return by_forward_mode(call)
+            found = RULE_LIST[number](call)
+            if found is not NotImplemented:
+                return found
         if (primitive := replacement(call.function, call.args, call.kwargs, 3)) is not None:
             with self._again():
                 return primitive(*call.args, **call.kwargs)
@@ -191,6 +192,11 @@ class taylor_mode(TorchFunctionMode):
         return result
 
 
+def _what_is_wrong(call: Call) -> str | None:
+    check = refusals.CALLS.get(call.function)
+    return None if check is None else check(*call.args, **call.kwargs)
+
+
 def _has_complex(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.is_complex()
@@ -205,6 +211,8 @@ def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         run = original.__get__(None, cls)
         if not has_coefficients(args) or not torch.is_grad_enabled() or issubclass(cls, RuleFunction):
+            return run(*args, **kwargs)
+        if cls.__module__.startswith("torch._functorch"):  # a compiled graph, which carries the coefficients inside
             return run(*args, **kwargs)
         return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again), cls))
 

@@ -68,7 +68,8 @@ def several(f: Callable[[Tensor], Any], x: Coefficients) -> Any:
     """The coefficients of a linear f that may return several tensors."""
     values = f(x.value)
     if isinstance(values, Tensor):
-        return linear(lambda t: values if t is x.value else f(t), x)
+        first_parts = tuple(None if x1 is None else f(x1) for x1 in x.first)
+        return Coefficients(values, first_parts, None if x.second is None else f(x.second))
     first = [None if x1 is None else f(x1) for x1 in x.first]
     second = None if x.second is None else f(x.second)
     return type(values)(
@@ -537,8 +538,21 @@ CONSTANT |= set(
     )
 )
 
-FOR_COMPLEX = {
+_FOR_COMPLEX = {
     linear_rule, jointly_linear_rule, bilinear_rule, add_rule, sub_rule, view_rule, linear_layer_rule, einsum_rule,
     where_rule, tensor_where_rule, masked_fill_rule, addmm_rule, *(RULES[getattr(F, f"conv{n}d")] for n in (1, 2, 3)),
 }  # fmt: skip
 """Rules that hold for complex tensors, too. All other functions of complex tensors go by forward mode."""
+
+# What follows is looked up by the compiler, which cannot hash every function: by number.
+RULE_LIST: list[Rule] = list(dict.fromkeys([*RULES.values(), *PROPERTIES.values()]))
+FOR_COMPLEX = frozenset(i for i, rule in enumerate(RULE_LIST) if rule in _FOR_COMPLEX)
+IS_CONSTANT, NO_RULE = -2, -1
+_NUMBERS = {id(function): RULE_LIST.index(rule) for function, rule in [*RULES.items(), *PROPERTIES.items()]}
+_NUMBERS |= {id(function): IS_CONSTANT for function in CONSTANT}
+
+
+@torch.compiler.assume_constant_result
+def rule_number(function: Any) -> int:
+    """The place of a function's rule in ``RULE_LIST``, or ``IS_CONSTANT``, or ``NO_RULE``."""
+    return _NUMBERS.get(id(function), NO_RULE)
