@@ -25,6 +25,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -244,7 +245,8 @@ def label(settings: dict) -> str:
 
 
 def mean_and_error(values: list[float], digits: int, sign: str = "") -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    finite = all(map(math.isfinite, values))  # some runs have diverged
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 and finite else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
 
@@ -303,7 +305,7 @@ def report(arguments: argparse.Namespace) -> None:
         for part, columns in ((on_weights, COLUMNS), (on_inputs, INPUT_COLUMNS)):
             if len(part) > 1:
                 print(f"**{model}**\n")
-                table(part, groups[keys[0]], columns)
+                table(part, groups.get(keys[0], {}), columns)
 
 
 def along(arguments: argparse.Namespace) -> None:
