@@ -135,7 +135,13 @@ def curvature(
     was = module.training
     module.train(training)
     found, _ = Measurement(
-        trainer, module, batches, parameters, config, training, lambda module, batch: module.loss(batch)
+        trainer,
+        module,
+        batches=batches,
+        parameters=parameters,
+        config=config,
+        training_mode=training,
+        loss=lambda module, batch: module.loss(batch),
     ).measure(0, None)
     module.train(was)
     return {"trace": found.trace.estimate, "largest": found.largest[0][0], "smallest": found.smallest[0][0]}
