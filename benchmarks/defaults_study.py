@@ -25,6 +25,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -134,7 +135,13 @@ def curvature(
     was = module.training
     module.train(training)
     found, _ = Measurement(
-        trainer, module, batches, parameters, config, training, lambda module, batch: module.loss(batch)
+        trainer,
+        module,
+        batches=batches,
+        parameters=parameters,
+        config=config,
+        training_mode=training,
+        loss=lambda module, batch: module.loss(batch),
     ).measure(0, None)
     module.train(was)
     return {"trace": found.trace.estimate, "largest": found.largest[0][0], "smallest": found.smallest[0][0]}
@@ -244,7 +251,8 @@ def label(settings: dict) -> str:
 
 
 def mean_and_error(values: list[float], digits: int, sign: str = "") -> str:
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    finite = all(map(math.isfinite, values))  # some runs have diverged
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 and finite else ""
     return f"{statistics.mean(values):{sign}.{digits}f}{error}"
 
 
@@ -303,7 +311,7 @@ def report(arguments: argparse.Namespace) -> None:
         for part, columns in ((on_weights, COLUMNS), (on_inputs, INPUT_COLUMNS)):
             if len(part) > 1:
                 print(f"**{model}**\n")
-                table(part, groups[keys[0]], columns)
+                table(part, groups.get(keys[0], {}), columns)
 
 
 def along(arguments: argparse.Namespace) -> None:

@@ -50,7 +50,8 @@ import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli import models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
 from lightning_hessian.curvature.backward_watch import BackwardWatch  # noqa: E402
-from lightning_hessian.regularization.callback import new_fit  # noqa: E402
+from lightning_hessian.regularization.callback import enlist  # noqa: E402
+from lightning_hessian.regularization.fit import RegularizedFit  # noqa: E402
 
 STRENGTH = 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +194,8 @@ class Case(L.LightningModule):
 
         def step() -> None:
             if not fits:  # the module has a Trainer by now
-                fits.append(new_fit(self, [regularizer]))
+                fits.append(RegularizedFit(self))
+                enlist(fits[0], [regularizer])
                 fits[0].start()
             self.update(fits[0](lambda _: self.loss()))
 

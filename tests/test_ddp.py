@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.regularization.callback import new_fit
+from lightning_hessian.regularization.callback import enlist
+from lightning_hessian.regularization.fit import RegularizedFit
 
 
 def callback(penalty, **settings):
@@ -239,8 +240,10 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     monkeypatch.setattr(L.Trainer, "strategy", sharded.__new__(sharded))
     message = rf"{strategy} shards the parameters.*HessianTrace\(method='two_pass'\)"
     for penalty in (lh.HessianTrace(), lh.HessianNorm(), lh.HessianNorm(method="central_difference")):
+        fit = RegularizedFit(module)
+        enlist(fit, [callback(penalty)])
         with pytest.raises(MisconfigurationException, match=message):
-            new_fit(module, [callback(penalty)]).start()
+            fit.start()
 
 
 class BadOnRankOne(lh.HessianTrace):

@@ -163,3 +163,35 @@ def test_a_regularizer_that_is_none_gives_an_error_that_says_what_it_must_be(kin
         fit(module)
     with pytest.raises(MisconfigurationException, match="must be a HessianRegularizer"):
         module.regularized(lambda: torch.zeros(()))
+
+
+class InTurn(Manual):
+    """Two losses in a step, each with a regularizer of its own, set before its call."""
+
+    def __init__(self, *regularizers):
+        super().__init__()
+        self.in_turn = regularizers
+
+    def training_step(self, batch, batch_idx):
+        for regularizer in self.in_turn:
+            self.regularizer = regularizer
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.regularized(lambda: task_loss(self, batch)))
+            optimizer.step()
+
+
+def test_regularizers_that_take_turns_go_on_from_where_they_were():
+    penalties = [lh.HessianNorm(), lh.HessianNorm(method="central_difference")]
+    starts = []
+
+    class Counts(lh.HessianNorm):
+        def load_state_dict(self, state):
+            starts.append(self)
+            super().load_state_dict(state)
+
+    counting = Counts()
+    module = InTurn(*(lh.HessianRegularizer(p, strength=1e-3) for p in (*penalties, counting)))
+    fit(module, max_steps=-1, max_epochs=1)
+    assert starts == [counting]
+    assert all(penalty.state_dict() for penalty in penalties)

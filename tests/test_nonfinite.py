@@ -216,3 +216,23 @@ def test_weights_that_are_not_finite_are_named():
         module.net[0].bias[0] = torch.nan
     with pytest.warns(UserWarning, match=r"'net\.0\.bias' holds NaN.*diverged"):
         train(module, [lh.HessianRegularizer(lh.HessianTrace(), 1e-3)], max_steps=1)
+
+
+class BadValue(lh.Penalty):
+    name = "bad_value"
+
+    def value(self, context):
+        return context.loss * float("nan")
+
+
+def test_a_step_whose_only_penalty_was_left_out_is_counted_once_and_runs_once():
+    calls = []
+
+    def nan(z):
+        calls.append(1)
+        return z.square().mean() * float("nan")
+
+    regularizer = lh.HessianRegularizer(BadValue(), 1e-3)
+    train(Model(nan), [regularizer])
+    assert regularizer.nonfinite_steps == 3
+    assert len(calls) == 3

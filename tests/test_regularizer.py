@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
+from lightning_hessian.regularization.active_penalty import unique_names
 
 
 def regularizer(strength=0.02, **settings):
@@ -567,3 +568,56 @@ def test_a_hook_on_a_gradient_sees_the_one_that_is_trained_on_and_no_other(penal
     fit(plain, [lh.HessianRegularizer(penalty(), 0.05), Halved()])
     assert len(calls) == 6
     torch.testing.assert_close(weights(hooked), weights(plain), rtol=1e-10, atol=1e-12)
+
+
+def test_settings_may_change_during_a_fit():
+    class Stronger(lh.HessianRegularizer):
+        def strengths_at(self, step):
+            return [2 * strength for strength in super().strengths_at(step)]
+
+    class Reseeds(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            regularizers[0].seed = 7
+
+    seen = []
+
+    class Looks(lh.Penalty):
+        name = "looks"
+
+        def value(self, context):
+            seen.append(context.probes.seed)
+            return context.loss
+
+    recorder = Recorder()
+    regularizers = [Stronger(Looks(), 0.25)]
+    fit(Classifier(), [*regularizers, Reseeds(), recorder], max_steps=1)
+    assert seen == [7]
+    assert recorder.rows[0]["train/penalty"] == pytest.approx(0.5 * recorder.rows[0]["curvature/looks"])
+
+
+def test_a_callback_that_wraps_the_step_between_two_regularizers():
+    class Wraps(L.Callback):
+        def setup(self, trainer, pl_module, stage):
+            step = pl_module.training_step
+            pl_module.training_step = lambda batch, batch_idx: step(batch, batch_idx)
+
+    both = [lh.HessianRegularizer(lh.HessianTrace(seed_free), 0.01) for seed_free in (1, 2)]
+    plain, between = Classifier(), Classifier()
+    fit(plain, both, max_steps=2)
+    fit(between, [both[0], Wraps(), both[1]], max_steps=2)
+    assert_same(plain, between)
+
+
+def test_names_are_unique_whatever_they_are():
+    class Named(lh.Penalty):
+        def __init__(self, name):
+            self._name = name
+
+        @property
+        def name(self):
+            return self._name
+
+        def value(self, context):
+            return context.loss
+
+    assert unique_names([Named("a_2"), Named("a"), Named("a")]) == ["a_2", "a", "a_3"]

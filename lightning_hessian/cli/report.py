@@ -110,7 +110,13 @@ def report(trainer: Trainer, module: Classifier, data: ImageData, samples: int, 
         probes=probes, eigenvalues=1, iterations=LANCZOS, density_runs=0, layers={}, spaces={}, seed=seed
     )
     measurement = Measurement(
-        trainer, module, batches, parameters, config, training_mode=False, loss=lambda _, batch: module.loss(batch)
+        trainer,
+        module,
+        batches=batches,
+        parameters=parameters,
+        config=config,
+        training_mode=False,
+        loss=lambda _, batch: module.loss(batch),
     )
     curvature, _ = measurement.measure(trainer.global_step, module.lr)
     return Report(

@@ -1,4 +1,7 @@
-"""Hutchinson estimates for measurements: the trace, the traces of diagonal blocks, and the Frobenius norm."""
+"""Hutchinson estimates for measurements: the trace, the traces of diagonal blocks, and the Frobenius norm.
+
+Penalties in training compute v'Hv by :class:`HessianOperator` (operators.py).
+"""
 
 from __future__ import annotations
 

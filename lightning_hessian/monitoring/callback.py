@@ -332,7 +332,15 @@ class CurvatureMonitor(Callback):
             spaces={},
             seed=self.seed,
         )
-        measurement = Measurement(trainer, module, [], {}, config, self.mode == "train", self.loss)
+        measurement = Measurement(
+            trainer,
+            module,
+            batches=[],
+            parameters={},
+            config=config,
+            training_mode=self.mode == "train",
+            loss=self.loss,
+        )
         try:
             self._choose(measurement)
             for glob, dimension in self.overlap.items():

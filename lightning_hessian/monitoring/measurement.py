@@ -148,6 +148,7 @@ class Measurement:
         self,
         trainer: Trainer,
         module: LightningModule,
+        *,
         batches: Sequence[Any],
         parameters: Mapping[str, Tensor],
         config: MeasurementConfig,

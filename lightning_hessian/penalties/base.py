@@ -92,6 +92,9 @@ class Penalty(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Restore a state. An empty one resets the penalty."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def __call__(self, context: StepContext) -> Tensor:
         """The term that enters the loss, before multiplication by the strength."""
         return self.term(self.value(context))
@@ -115,6 +118,9 @@ class WeightPenalty(Penalty):
     def selected(self, context: StepContext | DifferenceContext | ForwardContext) -> dict[str, Tensor]:
         """The penalized parameters, by name."""
         return select_parameters(context.parameters, self.parameters)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'' if self.parameters is None else f'parameters={self.parameters!r}'})"
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         select_parameters(parameters, self.parameters)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.penalties import Penalty
 
 OnNonfinite = Literal["skip", "raise"]
+
+
+class Settings(Protocol):
+    """The settings of penalties. They may change during a fit."""
+
+    seed: int
+    on_nonfinite: OnNonfinite
+    allow_fp16: bool
+
+    def strengths_at(self, step: int) -> list[float]:
+        """The factor of each penalty in the loss at an optimizer step; 0 where it does not act."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -19,31 +30,27 @@ class FitPenalty:
     Args:
         penalty: the penalty.
         name: its unique name in logs and checkpoints.
-        strength_at: its factor in the loss at an optimizer step; 0 where it does not act.
-        seed: of its probes.
-        on_nonfinite: what to do where its value or its gradient is not finite.
-        allow_fp16: accept float16 precision.
+        settings: its settings, with those of other penalties.
+        index: the place of its strength among them.
 
     Attributes:
         skipped: on how many steps of the fit it was left out because it was not finite.
         has_unlogged: whether that number has grown and was not logged yet.
+        has_started: whether it was checked and has the state to start from.
     """
 
     penalty: Penalty
     name: str
-    strength_at: Callable[[int], float]
-    seed: int = 0
-    on_nonfinite: OnNonfinite = "skip"
-    allow_fp16: bool = False
+    settings: Settings
+    index: int
     skipped: int = 0
     has_unlogged: bool = False
+    has_started: bool = False
     _done: set[str] = field(default_factory=set)
 
-    def begin(self) -> None:
-        """Forget an earlier fit."""
-        self.skipped = 0
-        self.has_unlogged = False
-        self._done = set()
+    def strength_at(self, step: int) -> float:
+        """Its factor in the loss at an optimizer step."""
+        return self.settings.strengths_at(step)[self.index]
 
     def is_first(self, look: str) -> bool:
         """Whether this is the first call for this look in the fit."""
@@ -76,13 +83,15 @@ class ActivePenalty:
 
 
 def unique_names(penalties: Sequence[Penalty]) -> list[str]:
-    """The penalties' names; from the second of the same name on they are numbered.
+    """The penalties' names; a name that is taken gets a number.
 
     Example:
         >>> from lightning_hessian import HessianTrace, HessianNorm
         >>> unique_names([HessianTrace(), HessianNorm(), HessianTrace(probes=2)])
         ['hessian_trace', 'hessian_norm', 'hessian_trace_2']
     """
-    names = [penalty.name for penalty in penalties]
-    before = [names[:i].count(name) for i, name in enumerate(names)]
-    return [f"{name}_{count + 1}" if count else name for name, count in zip(names, before, strict=True)]
+    names: list[str] = []
+    for penalty in penalties:
+        candidates = [penalty.name, *(f"{penalty.name}_{number}" for number in range(2, len(penalties) + 2))]
+        names.append(next(name for name in candidates if name not in names))
+    return names

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, Literal, SupportsFloat
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsFloat
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization import penalized_step
-from lightning_hessian.regularization.active_penalty import FitPenalty, unique_names
+from lightning_hessian.regularization.active_penalty import FitPenalty, OnNonfinite, unique_names
+from lightning_hessian.regularization.checks import refuse_module
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
 
@@ -82,7 +82,7 @@ class HessianRegularizer(Callback):
         *,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
+        on_nonfinite: OnNonfinite = "skip",
         seed: int = 0,
         allow_fp16: bool = False,
     ) -> None:
@@ -114,16 +114,11 @@ class HessianRegularizer(Callback):
 
     def strengths_at(self, step: int) -> list[float]:
         """The factor of each penalty at an optimizer step; 0 where it does not act."""
-        return [self._strength_at(i, step) for i in range(len(self.penalties))]
-
-    def _strength_at(self, index: int, step: int) -> float:
-        strength = self._strengths()[index]
+        strengths = self._strengths()
         if step % self.every_n_steps:
-            return 0.0
+            return [0.0] * len(strengths)
         ramp = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
-        value = strength(step) if callable(strength) else strength
-        _check_strength(value)
-        return float(value) * self.every_n_steps * ramp
+        return [_at(strength, step) * self.every_n_steps * ramp for strength in strengths]
 
     def _strengths(self) -> list[Strength]:
         if not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
@@ -143,31 +138,18 @@ class HessianRegularizer(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} uses manual optimization, where the loss never passes through the "
-                "Trainer, so a callback cannot add to it. Inherit from HessianRegularizationMixin, set "
-                "`self.regularizer = HessianRegularizer(...)` in the module instead of passing it to the Trainer, and "
-                "compute the loss by `self.regularized(lambda: ...)` in `training_step`."
-            )
-        if getattr(pl_module, "regularizer", None) and hasattr(pl_module, "regularized"):
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} adds a penalty by the mixin's `regularizer`, and the Trainer has a "
-                "HessianRegularizer as well: one would see the other's penalty as part of the loss. Keep one."
-            )
+        refuse_module(pl_module)
         regularizers = _regularizers_of(trainer)
         if regularizers.count(self) > 1:
             raise MisconfigurationException("The Trainer has the same HessianRegularizer twice. Keep one.")
-        # Several of these callbacks share one fit, whichever is set up last. (What a tuner that failed has left behind
-        # is replaced.)
-        fit = new_fit(pl_module, regularizers)
-        for one in regularizers:
-            one._fit = fit
-        penalized_step.install(fit)
+        if self is regularizers[-1]:  # several of these callbacks share one fit
+            _begin_fit(pl_module, regularizers)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         regularizers = _regularizers_of(trainer)
         if self._fit is not None and self is regularizers[0]:
+            if self._fit.has_started:  # a tuner has trained with it
+                _begin_fit(pl_module, regularizers, self._fit.states)
             start(self._fit, regularizers)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,31 +175,41 @@ class HessianRegularizer(Callback):
         self.teardown(trainer, pl_module, "fit")
 
 
-def new_fit(module: LightningModule, regularizers: Sequence[HessianRegularizer]) -> RegularizedFit:
-    """A fit of the module with the penalties of all regularizers."""
-    names = iter(unique_names(penalties_of(regularizers)))
+def _begin_fit(
+    module: LightningModule, regularizers: Sequence[HessianRegularizer], states: Mapping[str, Any] | None = None
+) -> None:
+    """Make a fit of the module for all regularizers, and let its training step be penalized."""
+    fit = RegularizedFit(module)
+    fit.resume(states or {})
+    enlist(fit, regularizers)
     for one in regularizers:
-        one._in_fit = [
-            FitPenalty(
-                penalty=penalty,
-                name=next(names),
-                strength_at=partial(one._strength_at, index),
-                seed=one.seed,
-                on_nonfinite=one.on_nonfinite,
-                allow_fp16=one.allow_fp16,
-            )
-            for index, penalty in enumerate(one.penalties)
-        ]
-    return RegularizedFit(module, [penalty for one in regularizers for penalty in one._in_fit])
+        one._fit = fit
+    penalized_step.install(fit)
+
+
+def enlist(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> None:
+    """Let a fit use the penalties of these regularizers. What it knows of those that it has used before is kept."""
+    names = iter(unique_names(penalties_of(regularizers)))
+    enlisted = []
+    for one in regularizers:
+        if not any(known in fit.known for known in one._in_fit):
+            one._in_fit = [
+                FitPenalty(penalty=penalty, name=penalty.name, settings=one, index=index)
+                for index, penalty in enumerate(one.penalties)
+            ]
+        for penalty in one._in_fit:
+            penalty.name = next(names)
+            enlisted.append(penalty)
+    fit.use(enlisted)
 
 
 def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> None:
-    """Start a fit with the penalties of these regularizers, and say which of them do nothing."""
-    fit.start()
+    """Start the penalties of these regularizers that have not started, and say which of them do nothing."""
     for one in regularizers:
-        for penalty, strength in zip(one.penalties, one._strengths(), strict=True):
-            if strength == 0:
+        for penalty, strength in zip(one._in_fit, one._strengths(), strict=True):
+            if strength == 0 and not penalty.has_started:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")
+    fit.start()
 
 
 def penalties_of(regularizers: Sequence[HessianRegularizer]) -> list[Penalty]:
@@ -227,6 +219,12 @@ def penalties_of(regularizers: Sequence[HessianRegularizer]) -> list[Penalty]:
 def _regularizers_of(trainer: Trainer) -> list[HessianRegularizer]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, HessianRegularizer)]
+
+
+def _at(strength: Strength, step: int) -> float:
+    value = strength(step) if callable(strength) else strength
+    _check_strength(value)
+    return float(value)
 
 
 def _check_strength(strength: SupportsFloat) -> None:

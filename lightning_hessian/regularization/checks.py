@@ -12,6 +12,26 @@ from lightning_hessian.regularization.active_penalty import FitPenalty
 from lightning_hessian.regularization.input_runs import check_layer
 
 
+def refuse_module(module: LightningModule) -> None:
+    """Refuse a module whose loss the callback cannot reach.
+
+    Raises:
+        MisconfigurationException: it optimizes manually, or has a penalty by the mixin.
+    """
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(module).__name__} uses manual optimization, where the loss never passes through the "
+            "Trainer, so a callback cannot add to it. Inherit from HessianRegularizationMixin, set "
+            "`self.regularizer = HessianRegularizer(...)` in the module instead of passing it to the Trainer, and "
+            "compute the loss by `self.regularized(lambda: ...)` in `training_step`."
+        )
+    if getattr(module, "regularizer", None) and hasattr(module, "regularized"):
+        raise MisconfigurationException(
+            f"{type(module).__name__} adds a penalty by the mixin's `regularizer`, and the Trainer has a "
+            "HessianRegularizer as well: one would see the other's penalty as part of the loss. Keep one."
+        )
+
+
 def check_penalty(one: FitPenalty, module: LightningModule) -> None:
     """Refuse a penalty that cannot be computed on this module with its Trainer.
 
@@ -20,7 +40,7 @@ def check_penalty(one: FitPenalty, module: LightningModule) -> None:
     """
     penalty = one.penalty
     precision = str(module.trainer.precision)
-    if not one.allow_fp16:
+    if not one.settings.allow_fp16:
         _refuse_float16(penalty, precision)
     _refuse_sparse_gradients(penalty, module)
     _refuse_sharded_parameters(penalty, module)

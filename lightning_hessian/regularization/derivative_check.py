@@ -97,7 +97,7 @@ class DerivativeCheck:
     def _error(self, exact: list[float], directions: list[list[Tensor]], value: Callable[[], Tensor]) -> float:
         if not all(map(math.isfinite, exact)):
             return math.nan
-        # Truncation wants a short step and rounding a long one: the best of a few is the differences' own error.
+        # The truncation error grows with the step and the rounding error shrinks: take the best of a few steps.
         found = [self._differences(step, directions, value) for step in _STEPS]
         errors = [_relative(torch.tensor(exact), differences) for differences in found]
         best = min((error for error in errors if math.isfinite(error)), default=math.nan)

@@ -52,8 +52,10 @@ class DisplacedLosses:
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
 
-    def add(self, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]) -> Any:
-        """What the step returns, with the penalties in its loss.
+    def add(
+        self, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]
+    ) -> tuple[Any, list[ActivePenalty]]:
+        """What the step returns with the penalties in its loss, and the penalties that entered it.
 
         Args:
             with_graph: the penalties that are terms of the loss.
@@ -69,8 +71,10 @@ class DisplacedLosses:
         total = GradientSum(self._tensors)
         added: Tensor | float = 0.0
         output: Any = None
+        entered = list(active)
         if with_graph or center_weight:
-            output, added = self._add_center(total, center_weight, with_graph, active)
+            output, added, others = self._add_center(total, center_weight, with_graph, active)
+            entered = others + entered
         for one, differences in shares:
             values = []
             for difference in differences:
@@ -82,10 +86,10 @@ class DisplacedLosses:
             if is_finite or self._scale == 1:
                 log_penalty(self.module, one.name, value)
             if not is_finite and self._scale == 1:
-                return self._task_loss_alone(one, value, output)
+                return self._task_loss_alone(one, value, output), []
             added = added + one.strength * value
         log_added(self.module, torch.as_tensor(added), like=value)
-        return with_loss(output, total.loss())
+        return with_loss(output, total.loss()), entered
 
     def _context(self, one: ActivePenalty) -> DifferenceContext:
         return DifferenceContext(
@@ -102,16 +106,16 @@ class DisplacedLosses:
 
     def _add_center(
         self, total: GradientSum, weight: float, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]
-    ) -> tuple[Any, Tensor | float]:
+    ) -> tuple[Any, Tensor | float, list[ActivePenalty]]:
         """Add weight * L(theta) and the penalties with a graph; what the step returned, and the penalties' sum."""
         task = self.runs.run()
         for one in active:
             warn_of_kinks(one.in_fit, self.module, task.loss)
-        terms = sum_of_terms(self.module, self.runs, with_graph, task.loss) if with_graph else None
+        terms, entered = sum_of_terms(self.module, self.runs, with_graph, task.loss)
         loss = weight * task.loss + (0.0 if terms is None else terms)
         self.runs.forget_graphs()
         total.add(1.0, loss.detach(), self._differentiate(loss))
-        return task.output, 0.0 if terms is None else terms.detach()
+        return task.output, 0.0 if terms is None else terms.detach(), entered
 
     def _add_ends(self, total: GradientSum, one: ActivePenalty, difference: SecondDifference) -> tuple[Tensor, Any]:
         """Add weight * [L(theta + s v) + L(theta - s v)]; the penalty's value, and what the step returned."""

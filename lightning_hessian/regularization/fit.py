@@ -32,49 +32,57 @@ from lightning_hessian.step.repeatable import BatchSkipped
 class RegularizedFit:
     """Adds penalties to the loss of each training step, for one fit of one module.
 
-    It is made when fitting starts and is gone when it ends. A copy of what refers to it (the module, the callback) has
-    no fit: nobody fits the copy.
+    It is made when fitting starts and is gone when it ends. A copy of the module or the callback has no fit.
 
     Args:
         module: the module, attached to a Trainer.
-        penalties: what to add.
 
     Attributes:
-        has_started: whether :meth:`start` was called.
+        penalties: what is added now.
+        known: all penalties that were added in this fit.
+        states: what a checkpoint brought, by the penalties' names.
         total: in manual optimization, the loss of the latest backward pass, which may have other terms.
     """
 
-    def __init__(self, module: LightningModule, penalties: Sequence[FitPenalty]) -> None:
+    def __init__(self, module: LightningModule) -> None:
         self.module = module
         self.trainer = module.trainer
-        self.penalties = list(penalties)
-        self.has_started = False
+        self.penalties: list[FitPenalty] = []
+        self.known: list[FitPenalty] = []
+        self.states: Mapping[str, Any] = {}
         self.total: Tensor | None = None
-        self._states: Mapping[str, Any] = {}
         self._gradients = LossGradients(module)
 
     def __reduce__(self) -> Any:
         return NoneType, ()
 
+    @property
+    def has_started(self) -> bool:
+        """Whether all penalties that are added now have started."""
+        return all(one.has_started for one in self.penalties)
+
+    def use(self, penalties: Sequence[FitPenalty]) -> None:
+        """Add these penalties from now on."""
+        self.penalties = list(penalties)
+        self.known += [one for one in penalties if one not in self.known]
+
     def start(self) -> None:
-        """Begin anew; refuse, before training, what cannot work on this module and its Trainer.
+        """Start the penalties that have not started; refuse, before training, what cannot work here.
 
         Raises:
-            MisconfigurationException: a penalty cannot be computed here.
+            MisconfigurationException: a penalty cannot be computed on this module and its Trainer.
         """
         for one in self.penalties:
-            check_penalty(one, self.module)
-        for one in self.penalties:
-            one.begin()
-            one.penalty.load_state_dict(self._states.get(one.name, {}))
-        self._gradients = LossGradients(self.module)
-        self.has_started = True
+            if not one.has_started:
+                check_penalty(one, self.module)
+                one.penalty.load_state_dict(self.states.get(one.name, {}))
+                one.has_started = True
 
     def resume(self, states: Mapping[str, Any]) -> None:
         """Let the penalties go on from the states that a checkpoint brought; those without a state start anew."""
-        self._states = states
-        if self.has_started:
-            for one in self.penalties:
+        self.states = states
+        for one in self.penalties:
+            if one.has_started:
                 one.penalty.load_state_dict(states.get(one.name, {}))
 
     def __call__(self, step: Callable[[Any], Any], batch: Any = None, all_inputs: bool = False) -> Any:
@@ -105,15 +113,19 @@ class RegularizedFit:
             task_loss = None
             try:
                 if by_differences:
-                    output = DisplacedLosses(self.module, runs, self._gradients).add(with_graph, by_differences)
+                    displaced = DisplacedLosses(self.module, runs, self._gradients)
+                    output, entered = displaced.add(with_graph, by_differences)
                 else:
-                    output, task_loss = self._add_terms(runs, with_graph)
+                    output, entered, task_loss = self._add_terms(runs, with_graph)
             except BatchSkipped as skipped:
                 return skipped.output if repeatable.has_run else step(batch)
             runs.forget_graphs()
-            self.total = None
-            guard = GradientGuard(self.module, repeatable, active, self._gradients, task_loss, lambda: self.total)
-            guard.watch(output if isinstance(output, Tensor) else output["loss"])
+            if entered:
+                self.total = None
+                guard = GradientGuard(
+                    self.module, repeatable, entered, self._gradients, task_loss=task_loss, total=lambda: self.total
+                )
+                guard.watch(output if isinstance(output, Tensor) else output["loss"])
             return output
 
     def log_skipped(self) -> None:
@@ -135,18 +147,18 @@ class RegularizedFit:
         # Ranks draw probes of their own, but where they hold parts of one set of parameters.
         rank = 0 if any(map(is_dtensor, self.module.parameters())) else trainer.global_rank
         return [
-            ActivePenalty(in_fit=one, strength=strength, probes=ProbeSource(one.seed, now, count, rank))
+            ActivePenalty(in_fit=one, strength=strength, probes=ProbeSource(one.settings.seed, now, count, rank))
             for one, strength in zip(self.penalties, strengths, strict=True)
             if strength > 0
         ]
 
-    def _add_terms(self, runs: PenaltyRuns, active: Sequence[ActivePenalty]) -> tuple[Any, Tensor]:
-        """What the step returns with the penalties in its loss, and the task loss."""
+    def _add_terms(self, runs: PenaltyRuns, active: Sequence[ActivePenalty]) -> tuple[Any, list[ActivePenalty], Tensor]:
+        """What the step returns with the penalties in its loss, the penalties that entered it, and the task loss."""
         task = runs.run()
-        terms = sum_of_terms(self.module, runs, active, task.loss)
+        terms, entered = sum_of_terms(self.module, runs, active, task.loss)
         log_added(self.module, None if terms is None else terms.detach(), like=task.loss)
         output = task.output if terms is None else with_loss(task.output, task.loss + terms)
-        return output, task.loss.detach()
+        return output, entered, task.loss.detach()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.penalties import InputPenalty
-from lightning_hessian.regularization.callback import HessianRegularizer, new_fit, penalties_of, start
+from lightning_hessian.regularization.callback import HessianRegularizer, enlist, penalties_of, start
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
 
@@ -27,7 +27,7 @@ class HessianRegularizationMixin(LightningModule):
 
     These hooks must call ``super()`` where a module overrides them: ``on_save_checkpoint``, ``on_load_checkpoint``,
     ``on_before_backward`` (it sees whether the loss has other terms), ``on_after_backward`` and
-    ``configure_callbacks`` (it brings a warning if the first epoch passes without a call of ``self.regularized``).
+    ``configure_callbacks`` (its callback warns if the first epoch passes without a call of ``self.regularized``).
 
     Raises:
         MisconfigurationException: when fitting starts or in ``self.regularized``: ``self.regularizer`` is not a
@@ -96,11 +96,14 @@ class HessianRegularizationMixin(LightningModule):
         return given
 
     def _fit_now(self, regularizers: Sequence[HessianRegularizer]) -> RegularizedFit:
-        """The fit by these regularizers and the present Trainer."""
+        """The fit by the present Trainer, with the penalties of these regularizers."""
         fit = self._regularized_fit
-        if fit is None or fit.trainer is not self.trainer or self._regularized_by != tuple(regularizers):
-            fit = new_fit(self, regularizers)
-            self._regularized_fit, self._regularized_by = fit, tuple(regularizers)
+        if fit is None or fit.trainer is not self.trainer:
+            fit, self._regularized_by = RegularizedFit(self), ()
+            self._regularized_fit = fit
+        if self._regularized_by != tuple(regularizers):
+            enlist(fit, regularizers)
+            self._regularized_by = tuple(regularizers)
         return fit
 
     def regularized(self, loss: Callable[..., Output], inputs: Tensor | Sequence[Tensor] | None = None) -> Output:
@@ -166,7 +169,7 @@ class _FitOfMixin(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, HessianRegularizationMixin)
-        pl_module._regularized_fit = None
+        pl_module._regularized_fit, pl_module._regularized_by = None, ()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

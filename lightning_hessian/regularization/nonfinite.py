@@ -43,7 +43,7 @@ def skip_value(module: LightningModule, one: FitPenalty, loss: Tensor, value: Te
             "(the square root or a norm at 0, for example)."
         )
     message = f"The penalty {one.name} is {what} at step {module.trainer.global_step}. {cause}"
-    if one.on_nonfinite == "raise":
+    if one.settings.on_nonfinite == "raise":
         raise FloatingPointError(f"{message} Lower the learning rate or the strength, or pass on_nonfinite='skip'.")
     if one.skipped == 0:
         rank_zero_warn(
@@ -83,6 +83,7 @@ class GradientGuard:
         step: RepeatableStep,
         active: Sequence[ActivePenalty],
         gradients: LossGradients,
+        *,
         task_loss: Tensor | None,
         total: Callable[[], Tensor | None],
     ) -> None:
@@ -120,16 +121,15 @@ class GradientGuard:
         else:
             watch.undo()
             did = "The whole gradient of this backward pass is left out"
-        if any(one.in_fit.on_nonfinite == "raise" for one in self._active):
+        if any(one.in_fit.settings.on_nonfinite == "raise" for one in self._active):
             watch.undo()
             raise FloatingPointError(f"{message} {_NO_DERIVATIVE} Change the loss there, or pass on_nonfinite='skip'.")
-        for one in self._active:
-            if one.in_fit.skipped == 0:
-                rank_zero_warn(
-                    f"{message} {did}, and so does every later one like it; `train/{one.name}_skipped` counts them. "
-                    f"{_NO_DERIVATIVE} Pass on_nonfinite='raise' to stop instead."
-                )
-                break
+        first = [f"`train/{one.name}_skipped`" for one in self._active if one.in_fit.skipped == 0]
+        if first:
+            rank_zero_warn(
+                f"{message} {did}, and so does every later one like it, counted by {' and '.join(first)}. "
+                f"{_NO_DERIVATIVE} Pass on_nonfinite='raise' to stop instead."
+            )
         for one in self._active:
             one.in_fit.skipped += 1
             one.in_fit.has_unlogged = True  # logging is not allowed here

@@ -1,4 +1,4 @@
-"""A module's ``training_step`` with penalties added to its loss, for the time of a fit."""
+"""Stands in for a module's ``training_step`` during a fit. The penalties are added in fit.py."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ class _Batch:
         return self.step.gradients_at(difference.tensors, v, difference.distance, differentiate)
 
     def _gradient(self, value: Tensor) -> list[Tensor]:
-        # By backward(), which passes through reentrant checkpoints; the copy's own gradients are nobody's.
+        # By backward(), which passes through reentrant checkpoints. The module is a copy: its gradients are not needed.
         for tensor in self.trained:
             tensor.grad = None
         if value.requires_grad:

@@ -27,8 +27,8 @@ from lightning_hessian.regularization.ranks import on_all_ranks
 
 def sum_of_terms(
     module: LightningModule, runs: PenaltyRuns, active: Sequence[ActivePenalty], loss: Tensor
-) -> Tensor | None:
-    """sum_k strength_k * penalty_k, with its graph; None where no penalty is finite.
+) -> tuple[Tensor | None, list[ActivePenalty]]:
+    """sum_k strength_k * penalty_k with its graph, and the penalties in it; None if no penalty is finite.
 
     Args:
         module: the module, attached to a Trainer.
@@ -38,6 +38,7 @@ def sum_of_terms(
     """
     parameters = list(module.parameters())
     terms: list[Tensor] = []
+    entered: list[ActivePenalty] = []
     # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
     with torch.autocast(loss.device.type, enabled=False):
         for one in active:
@@ -54,7 +55,8 @@ def sum_of_terms(
                 log_penalty(module, one.name, value.detach())
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):
                     terms.append(one.strength * one.penalty.term(value))
+                    entered.append(one)
                     try_backward(one.in_fit, terms[-1], parameters)
                 else:
                     skip_value(module, one.in_fit, loss, value)
-    return torch.stack(terms).sum() if terms else None
+    return (torch.stack(terms).sum() if terms else None), entered

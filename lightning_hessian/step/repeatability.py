@@ -104,8 +104,9 @@ def parameters_unchanged(module: nn.Module) -> Iterator[None]:
         if parameter._version != version:
             raise MisconfigurationException(
                 f"The training step changes the parameter {name!r}. The step runs several times here, and each run "
-                "would change it again. Change it in `on_train_batch_end` (for example moving averages of weights), "
-                "or train with method='autograd', and measure with CurvatureMonitor(loss=...)."
+                "would change it again. Change it in `on_train_batch_end` (for example moving averages of weights). Or "
+                "train with a penalty that runs the step once (HessianTrace(), HessianNorm()), and measure with "
+                "CurvatureMonitor(loss=...)."
             )
 
 

@@ -114,6 +114,7 @@ class RepeatableStep:
         self._versions = [(x, x._version) for x in tensors_in(batch) if not x.is_inference()]
         self._batch_used = False
         self._had_loss = False
+        self._takes_gradients = False
 
     def run(
         self, derivatives: int = 1, leaves: Mapping[int, Tensor] | None = None, within: RunContext | None = None
@@ -195,7 +196,7 @@ class RepeatableStep:
             batch = self._fresh_batch(leaves)
             context = self.context if derivatives else None
             if context is None and derivatives > 1:
-                context = higher_order(self.module, derivatives)
+                context = higher_order(self.module, 3 if self._takes_gradients else derivatives)
             took_gradients = context is not None and context.takes_gradients
             if context is not None:
                 stack.enter_context(context)
@@ -214,23 +215,28 @@ class RepeatableStep:
             raise BatchSkipped(output)
         self._had_loss = True
         takes_more = context is not None and context.takes_gradients and not took_gradients
+        self._takes_gradients |= takes_more
         is_complete = context is None or context.derivatives == 3 or not takes_more
         return StepRun(output=output, loss=loss, losses_seen=losses, higher_order=context), is_complete
 
     def _fresh_batch(self, leaves: Mapping[int, Tensor] | None) -> Any:
         """Return the original batch, with the tensors in ``leaves`` replaced."""
-        if self._copies_batch:
-            if isinstance(self.batch, Iterator):
+        if isinstance(self.batch, Iterator):
+            if self._batch_used:
                 raise MisconfigurationException(
                     "The training step takes the dataloader's iterator, so running it a second time would take "
-                    "another batch. Let it take a batch, or use method='autograd', which runs the step once."
+                    "another batch. Let it take a batch, or use a penalty that runs the step once, such as "
+                    "method='autograd'."
                 )
+            self._batch_used = True
+            return self.batch
+        if self._copies_batch:
             tensors = list(tensors_in(self.batch))
             return exchanged(self.batch, tensors, [(leaves or {}).get(id(x), x).clone() for x in tensors])
         if not self._batch_used:
             self._batch_used = True
             return self.batch
-        if isinstance(self.batch, Iterator) or any(x._version != version for x, version in self._versions):
+        if any(x._version != version for x, version in self._versions):
             raise MisconfigurationException(
                 "The training step takes the dataloader's iterator or changes its batch in place. It must run a second "
                 "time, and would then see another batch. Let it take a batch, and change only a copy of the batch."
