@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from lightning_hessian.penalties.trace_estimators import (
     Drop,
     ExactTrace,
     GaussNewtonTrace,
+    Sizes,
     TaylorTrace,
     TraceEstimator,
     TraceProbes,
@@ -169,6 +170,7 @@ class HessianTrace(WeightPenalty):
         self.scale = scale
         self.distribution = distribution
         self.step = step
+        self._fixed_sizes: Sizes = None
 
     @property
     def name(self) -> str:
@@ -201,13 +203,12 @@ class HessianTrace(WeightPenalty):
     def term(self, value: Tensor) -> Tensor:
         return value if self.clamp is None else value.clamp(min=self.clamp)
 
-    def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+    def with_fixed_direction(self, context: StepContext) -> HessianTrace:
         if self.scale == "none":
             return self
-        estimator = self.estimator
-        sizes = estimator.sizes(list(self.selected(context).values()))
-        fixed = replace(estimator, sizes=lambda tensors: sizes)
-        return lambda other: self.term(fixed.value(other))
+        fixed = copy.copy(self)
+        fixed._fixed_sizes = self.estimator.sizes(list(self.selected(context).values()))
+        return fixed
 
     @property
     def estimator(self) -> TraceEstimator:
@@ -215,6 +216,8 @@ class HessianTrace(WeightPenalty):
         distribution = distribution_of(self.distribution)
         probes = TraceProbes(count=self.probes, distribution=distribution, keep=self.keep, drop=self.drop)
         sizes = filter_sizes if self.scale == "parameter" else no_sizes
+        if (fixed := self._fixed_sizes) is not None:
+            sizes = lambda tensors: fixed  # noqa: E731
         if self.method == "central_difference":
             return CentralDifferenceTrace(selected=self.selected, probes=probes, sizes=sizes, step=self.step)
         if self.probes == -1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_hessian.curvature import HessianOperator, higher_order, padding_rows
 from lightning_hessian.curvature.displacement import at_both_ends
 from lightning_hessian.curvature.graph import kinked_layers, kinks
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.curvature.vectors import pack
 from lightning_hessian.step.isolation import Snapshot, seed_all
 
@@ -43,15 +44,26 @@ class DerivativeCheck:
         module: the module that the function runs.
         function: gives a scalar with its graph.
         tensors: with respect to which.
+        by_taylor: compute v'Hv by Taylor coefficients, not by autograd.
+        plain: gives the same scalar outside of any mode; by default the function does.
 
     Attributes:
         converged: whether the differences agreed among themselves wherever a derivative was wrong.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[[], Tensor], tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[[], Tensor],
+        tensors: Sequence[Tensor],
+        by_taylor: bool = False,
+        plain: Callable[[], Tensor] | None = None,
+    ) -> None:
         self.module = module
         self.function = function
+        self.plain = plain or function
         self.tensors = list(tensors)
+        self.by_taylor = by_taylor
         self.converged = True
         self.before = Snapshot(module, self.tensors[0].device)
         generator = torch.Generator().manual_seed(0)
@@ -67,11 +79,19 @@ class DerivativeCheck:
                     for direction in self.directions:
                         direction[i][row] = 0
 
-    def evaluate(self) -> Tensor:
+    def evaluate(self, function: Callable[[], Tensor] | None = None) -> Tensor:
         """The function at the present tensors, with the same buffers and random numbers each time."""
         with self.before.rewound(), torch.enable_grad():
             seed_all(0, self.tensors[0].device)
-            return self.function()
+            return (function or self.function)()
+
+    def quadratic_form(self, v: Sequence[Tensor]) -> Tensor:
+        """v'Hv, with its graph."""
+        if not self.by_taylor:
+            return HessianOperator(self.evaluate(), self.tensors).quadratic_form(pack(v))
+        with taylor_mode(self.tensors, [v], self.module) as mode:
+            value = self.evaluate(self.plain)
+        return mode.second(value)
 
     def loss_gradient(self) -> float:
         """The relative error of the gradient."""
@@ -80,14 +100,18 @@ class DerivativeCheck:
     def hessian(self) -> float:
         """The relative error of v'Hv, which needs one derivative more than the gradient that is differenced."""
         v = self.directions[0]
-        exact = [_quadratic_form(self.evaluate(), self.tensors, v).item()]
+        exact = [self.quadratic_form(v).item()]
         return self._error(exact, [v], lambda: _dot(self._gradient(self.evaluate()), v))
 
     def gradient_of(self, measure: Callable[[Tensor], Tensor]) -> float:
         """The relative error of the gradient of a measure of the function's value."""
-        gradient = self._gradient(measure(self.evaluate()))
+        return self.gradient_error(lambda: measure(self.evaluate()))
+
+    def gradient_error(self, value: Callable[[], Tensor]) -> float:
+        """The relative error of the gradient of any value."""
+        gradient = self._gradient(value())
         exact = [_dot(gradient, direction).item() for direction in self.directions]
-        return self._error(exact, self.directions, lambda: measure(self.evaluate()))
+        return self._error(exact, self.directions, value)
 
     def _gradient(self, value: Tensor) -> Sequence[Tensor]:
         if not value.requires_grad:
@@ -141,12 +165,12 @@ def layers_at_fault(module: nn.Module, check: DerivativeCheck) -> tuple[str, ...
     for name in sorted(calls, key=lambda name: -name.count(".")):
         if any(fault.startswith(name + ".") for fault in faults):
             continue
-        if not is_right(_layer_error(*calls[name])):
+        if not is_right(_layer_error(*calls[name], check.by_taylor)):
             faults.append(name)
     return tuple(faults)
 
 
-def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
+def _layer_error(layer: nn.Module, args: Any, kwargs: Any, by_taylor: bool) -> float:
     """The worst relative error of the layer's first, second and third derivative by its inputs and parameters."""
     tensors: list[Tensor] = [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
@@ -167,7 +191,9 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
     def function() -> Tensor:
         outputs: list[Tensor] = []
         own_args, own_kwargs = inputs()
-        with FullPrecision(), higher_order(layer) as context, context.explained():
+        context = higher_order(layer)
+        inside = nullcontext() if by_taylor else context
+        with FullPrecision(), inside, context.explained():
             # A linear head alone would not look at products of the outputs' derivatives.
             apply_to_collection(layer(*own_args, **own_kwargs), Tensor, lambda y: outputs.append(y))
         value = torch.zeros(())
@@ -176,7 +202,7 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
             value = value + (weights * y).sum() + (weights * y.square()).mean()
         return value
 
-    check = DerivativeCheck(layer, function, tensors)
+    check = DerivativeCheck(layer, function, tensors, by_taylor)
     try:
         if not check.evaluate().requires_grad:
             return 0.0
@@ -184,17 +210,13 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any) -> float:
         errors = [
             check.loss_gradient(),
             check.hessian(),
-            check.gradient_of(lambda value: _quadratic_form(value, tensors, v)),
+            check.gradient_error(lambda: check.quadratic_form(v)),
         ]
         worst = max(errors) if all(map(math.isfinite, errors)) else math.nan
         undecided = not check.converged and (kinked_layers(layer) or kinks(check.evaluate()))
         return 0.0 if undecided and not math.isnan(worst) else worst
     except RuntimeError:  # no derivative at all
         return math.inf
-
-
-def _quadratic_form(loss: Tensor, tensors: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
-    return HessianOperator(loss, tensors).quadratic_form(pack(v))
 
 
 def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

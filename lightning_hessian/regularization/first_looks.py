@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -35,14 +36,17 @@ def check_coefficients(one: FitPenalty, context: StepContext) -> None:
         return
     with without_hooks(mode.tensors):
         gradient = torch.autograd.grad(context.loss, mode.tensors, retain_graph=True, allow_unused=True)
-    for p, found in enumerate(mode.first(context.loss)):
-        parts = [
-            (g * v[p]).double() for g, v in zip(gradient, mode.parts, strict=True) if g is not None and v[p] is not None
+    is_half = torch.is_autocast_enabled(context.loss.device.type) or context.loss.dtype.itemsize < 4
+    for p, first in enumerate(mode.first(context.loss)):
+        products = [
+            (g * part).double()
+            for g, parts in zip(gradient, mode.parts, strict=True)
+            if g is not None and (part := parts[p]) is not None
         ]
-        expected = sum(part.sum() for part in parts)
-        size = sum(part.square().sum() for part in parts) ** 0.5 + abs(expected)
-        is_half = torch.is_autocast_enabled(context.loss.device.type) or context.loss.dtype.itemsize < 4
-        if abs((0.0 if found is None else found.double().reshape(())) - expected) > (0.2 if is_half else 1e-2) * size:
+        slope = sum(product.sum().item() for product in products)
+        size = abs(slope) + math.sqrt(sum(product.square().sum().item() for product in products))
+        found = 0.0 if first is None else first.item()
+        if abs(found - slope) > (0.2 if is_half else 1e-2) * size:
             raise HigherOrderError(
                 f"{one.penalty!r} lost a part of the loss on its way: the first Taylor coefficient is not the slope of "
                 "the loss. The forward pass has an operation that PyTorch does not show (TorchScript, an extension). "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,29 +137,35 @@ def verify(
     tensors = list(select_parameters(dict(twin.named_parameters())).values())
     device = tensors[0].device
     batch = copied(batch, lambda tensor: _in_float64(tensor.detach().to(device)))
+    by_taylor = penalty.needs.taylor
     context = higher_order(twin, derivatives=max(2, penalty.needs.derivatives))
+    acting = [penalty]
     latest: list[PenaltyRuns] = []
 
-    def task_loss() -> Tensor:
+    def loss_for(penalties: Sequence[Penalty]) -> Tensor:
         with FullPrecision():
-            step = step_for([penalty], twin, lambda batch: task(twin, batch, 0), copied(batch), context)
-            latest[:] = [PenaltyRuns(step, [penalty], [ProbeSource(seed=1)])]
+            inside = None if by_taylor else context
+            step = step_for(penalties, twin, lambda batch: task(twin, batch, 0), copied(batch), inside)
+            latest[:] = [PenaltyRuns(step, penalties, [ProbeSource(seed=1)] * len(penalties))]
             try:
                 return latest[0].run().loss
             except BatchSkipped as skipped:
                 raise MisconfigurationException(f"{skipped} Pass a batch that has a loss.") from skipped
 
     def step_context() -> StepContext:
-        return latest[0].context(penalty)
+        return latest[0].context(acting[0])
 
     with float64_by_default(), context.explained():
-        check = DerivativeCheck(twin, task_loss, tensors)
+        check = DerivativeCheck(twin, lambda: loss_for(acting), tensors, by_taylor, lambda: loss_for([]))
         first = check.evaluate()
         check_repeatable(twin, check.evaluate, first, "verify")
         kinked = sorted({*kinks(first), *kinked_layers(twin)})
         try:
             # A direction that the penalty has searched for is a constant of its gradient.
             fixed = penalty.with_fixed_direction(step_context())
+            if isinstance(fixed, Penalty):
+                acting = [fixed]
+                check.evaluate()
 
             def penalty_value(task: Tensor) -> Tensor:
                 with FullPrecision():
