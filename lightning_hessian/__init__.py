@@ -3,6 +3,7 @@
 from lightning_hessian.curvature import HigherOrderError, ProbeSource, higher_order, watch_losses
 from lightning_hessian.monitoring.callback import CurvatureMonitor
 from lightning_hessian.penalties import (
+    ForwardContext,
     HessianNorm,
     HessianTrace,
     InputGradientNorm,
@@ -26,6 +27,7 @@ __all__ = [
     "AdversarialAccuracy",
     "CurvatureMonitor",
     "FGSM",
+    "ForwardContext",
     "HessianNorm",
     "HessianRegularizationMixin",
     "HessianRegularizer",

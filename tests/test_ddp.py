@@ -95,6 +95,9 @@ FIRST_ORDER = {
     "two_pass": {},
     "central_difference": {},
     "gauss_newton": {},
+    "taylor": {},
+    "taylor, unused parameters": {"find_unused_parameters": True},
+    "taylor, static graph": {"static_graph": True},
     "two_pass, unused parameters": {"find_unused_parameters": True},
     "two_pass, static graph": {"static_graph": True, "gradient_as_bucket_view": True},
 }
@@ -105,7 +108,7 @@ def test_two_ranks_equal_one_for_methods_of_ordinary_passes(tmp_path, case):
     method, loader = case.partition(",")[0], data(8)
 
     def of_one(module, x, y, step):
-        if method == "gauss_newton":
+        if method in ("gauss_newton", "taylor"):
             return with_each_ranks_own_probe(module, x, y, step, method)
         total = 0
         for rank, halves in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):

@@ -1,0 +1,411 @@
+"""Taylor mode: values and gradients against reverse over reverse over reverse, and what is refused by name."""
+
+import copy
+
+import pytest
+import torch
+from nets import Checkpointed, Classifier, context_of, data, fit, smooth, task_loss, weights
+from oracles import gradient_of, relative_error
+from recorders import LiveTensors, Recorder
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_hessian as lh
+from lightning_hessian.cli import models
+from lightning_hessian.curvature import HessianOperator
+from lightning_hessian.curvature.taylor import rules, taylor_mode
+from lightning_hessian.curvature.vectors import pack
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def directions(tensors, count):
+    generator = torch.Generator().manual_seed(5)
+    return [[torch.randn(t.shape, generator=generator).to(t) for t in tensors] for _ in range(count)]
+
+
+def by_autograd(net, loss, tensors, v):
+    torch.manual_seed(0)
+    with lh.higher_order(net):
+        value = loss(net)
+    hessian = HessianOperator(value, tensors, differentiable=True)
+    return value, torch.stack([hessian.quadratic_form(pack(one)) for one in v]).sum()
+
+
+def by_taylor_mode(net, loss, tensors, v):
+    torch.manual_seed(0)
+    with taylor_mode(tensors, v, net) as mode:
+        value = loss(net)
+    return value, mode.second(value)
+
+
+def assert_equal(net, loss, tensors=None, count=1, tolerance=1e-9):
+    tensors = list(net.parameters()) if tensors is None else tensors
+    v = directions(tensors, count)
+    twin = copy.deepcopy(net)
+    twins = [dict(twin.named_parameters())[name] for name, p in net.named_parameters() if any(p is t for t in tensors)]
+    value, found = by_taylor_mode(net, loss, tensors, v)
+    expected_value, expected = by_autograd(twin, loss, twins, v)
+    torch.testing.assert_close(value, expected_value, rtol=1e-10, atol=1e-12)
+    assert found.item() == pytest.approx(expected.item(), rel=tolerance, abs=1e-12)
+    assert relative_error(gradient_of(found, tensors), gradient_of(expected, twins)) < tolerance
+    for ours, theirs in zip(net.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not any(hasattr(t, "_taylor_coefficients") for t in tensors)
+
+
+IMAGES, CLASSES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double(), torch.arange(4)
+
+
+def image_loss(net):
+    return F.cross_entropy(net(IMAGES.to(torch.get_default_dtype())), CLASSES)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "softplus_cnn", "vit", "resnet18"])
+def test_the_models_of_the_command_line(name, count):
+    torch.manual_seed(0)
+    net = getattr(models, name)((1, 8, 8), 4, **({"width": 8} if name in ("mlp", "cnn", "softplus_cnn") else {}))
+    assert_equal(net.double(), image_loss, count=count)
+
+
+class Language(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 6, padding_idx=2)
+        self.cell, self.head = cell, nn.Linear(8, 9)
+
+    def forward(self, x):
+        return self.head(self.cell(self.embedding(x))[0])
+
+
+TOKENS = torch.arange(12).view(3, 4) % 9
+LAYERS = {
+    "group norm": nn.GroupNorm(2, 6), "instance norm": nn.InstanceNorm1d(6, affine=True), "RMS norm": nn.RMSNorm(6),
+    "batch norm, evaluation": nn.BatchNorm1d(6).eval(), "local response norm": nn.LocalResponseNorm(2),
+    "weight norm": nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+    "GLU": nn.Sequential(nn.Linear(6, 12), nn.GLU()),
+    "dropout": nn.Dropout(0.4), "GELU": nn.GELU(), "GELU, tanh": nn.GELU("tanh"), "Mish": nn.Mish(), "ELU": nn.ELU(),
+    "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "LeakyReLU": nn.LeakyReLU(), "PReLU": nn.PReLU(),
+    "ReLU6": nn.ReLU6(),
+    "SiLU in place": nn.SiLU(inplace=True), "ReLU in place": nn.ReLU(inplace=True), "log-softmax": nn.LogSoftmax(1),
+    "softmax": nn.Softmax(1), "softsign": nn.Softsign(), "tanh": nn.Tanh(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    torch.manual_seed(0)
+    layer = copy.deepcopy(LAYERS[name])
+    x = torch.randn(5, 4)
+    if name in ("instance norm", "local response norm"):
+        net = nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (6, 2)), layer, nn.Flatten(), nn.Linear(12, 3))
+    else:
+        net = nn.Sequential(nn.Linear(4, 6), layer, nn.Linear(6, 3))
+    assert_equal(net.double(), lambda net: net(x.to(torch.get_default_dtype())).square().mean().exp())
+
+
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_and_embeddings(cell):
+    torch.manual_seed(0)
+    net = Language(cell(6, 8, 2, batch_first=True, dropout=0.2)).double()
+    assert_equal(net, lambda net: F.cross_entropy(net(TOKENS).transpose(1, 2), TOKENS))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}, {"dropout": 0.3}], ids=str)
+def test_transformer_layers(options):
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, **{"dropout": 0.0, **options}).double()
+    x = torch.randn(2, 5, 8)
+    assert_equal(net, lambda net: net(x).square().mean())
+
+
+ATTENTION = {
+    "plain": {}, "causal": {"is_causal": True}, "scale": {"scale": 0.3}, "dropout": {"dropout_p": 0.3},
+    "boolean mask": {"attn_mask": torch.rand(5, 5) > 0.3}, "float mask": {"attn_mask": torch.randn(5, 5).double()},
+    "grouped queries": {"enable_gqa": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name):
+    torch.manual_seed(0)
+    heads = 2 if name == "grouped queries" else 4
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.kv = nn.Linear(6, 12), nn.Linear(6, 2 * 3 * heads)
+
+        def forward(self, x):
+            q = self.q(x).unflatten(-1, (4, 3)).transpose(1, 2)
+            k, v = (part.unflatten(-1, (heads, 3)).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
+            return F.scaled_dot_product_attention(q, k, v, **ATTENTION[name])
+
+    x = torch.randn(2, 5, 6)
+    assert_equal(Attention().double(), lambda net: net(x).square().sum())
+
+
+SOFT = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)).double().softmax(1)
+HARD, WEIGHT = torch.tensor([0, 3, 1, -100, 2, 2]), torch.tensor([1.0, 2.0, 0.5, 1.5]).double()
+SIGNS = torch.tensor([1.0, -1.0]).double().repeat(12).view(6, 4)
+LOSSES = {
+    **{f"cross entropy {options}": (lambda z, o=options: F.cross_entropy(z, HARD, **o)) for options in [
+        {}, {"reduction": "sum"}, {"weight": WEIGHT}, {"label_smoothing": 0.2},
+        {"weight": WEIGHT, "label_smoothing": 0.1}, {"weight": WEIGHT, "reduction": "sum", "label_smoothing": 0.3},
+    ]},
+    "soft targets": lambda z: F.cross_entropy(z, SOFT), "K dimensions": lambda z: F.cross_entropy(
+        z.view(3, 4, 2), torch.arange(6).view(3, 2) % 4),
+    "soft targets, weighted": lambda z: F.cross_entropy(z, SOFT, weight=WEIGHT, label_smoothing=0.1),
+    "unreduced": lambda z: (F.cross_entropy(z, HARD, reduction="none") ** 2).mean(),
+    "NLL": lambda z: F.nll_loss(F.log_softmax(z, 1), HARD), "KL": lambda z: F.kl_div(F.log_softmax(z, 1), SOFT),
+    "BCE with logits": lambda z: F.binary_cross_entropy_with_logits(z, SOFT, pos_weight=WEIGHT),
+    "BCE": lambda z: F.binary_cross_entropy(z.sigmoid(), SOFT), "MSE": lambda z: F.mse_loss(z, SOFT),
+    "Huber": lambda z: F.huber_loss(z, SOFT, delta=0.7), "smooth L1": lambda z: F.smooth_l1_loss(z, SOFT, beta=0.3),
+    "L1": lambda z: F.l1_loss(z.exp(), SOFT), "soft margin": lambda z: F.soft_margin_loss(z, SIGNS),
+    "Gaussian NLL": lambda z: F.gaussian_nll_loss(z, SOFT, z.exp()),
+    "Poisson NLL": lambda z: F.poisson_nll_loss(z, SOFT),
+    "cosine": lambda z: F.cosine_similarity(z, SOFT).mean(),
+    "norm": lambda z: z.norm(dim=1).sum() + z.std() + z.var(0).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x = torch.randn(6, 3)
+    assert_equal(net, lambda net: LOSSES[name](net(x)))
+
+
+def test_some_parameters_only_shared_ones_and_checkpoints():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Dropout(0.2)).double()
+    net[3].weight = net[0].weight
+    x = torch.randn(6, 4)
+
+    def loss(net):
+        return net(x).square().mean().exp()
+
+    assert_equal(net, loss, tensors=[net[0].weight, net[1].bias])
+    assert_equal(Checkpointed(net, use_reentrant=False), loss)
+
+
+def writes(name):
+    def loss(net):
+        y = net(torch.ones(3, 4))
+        if name == "out":
+            return torch.add(y, y, out=torch.zeros(3, 4)).sum()
+        if name == "view first":
+            z = torch.zeros(3, 4)
+            row = z[0]
+            z[0] = y[0]
+            return row.square().sum()
+        if name == "through a view":
+            z = y.clone()
+            z[0].mul_(2)
+            return z.square().sum()
+        z = torch.zeros(3, 4)
+        z[1:] = y[1:]
+        z += y
+        z.mul_(y).clamp_(min=-5)
+        z[0].sum()
+        return z.square().sum()
+
+    return loss
+
+
+def test_writes_in_place_are_right_or_refused():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    assert_equal(net, writes("right"))
+    for name, match in {
+        "out": "writes into `out`",
+        "view first": "shares its memory with a tensor that was written in place",
+        "through a view": "was written in place through another view",
+    }.items():
+        with pytest.raises(lh.HigherOrderError, match=match):
+            by_taylor_mode(net, writes(name), list(net.parameters()), directions(list(net.parameters()), 1))
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+def test_what_cannot_be_carried_is_refused_by_name():
+    net = nn.Linear(3, 3).double()
+    x = torch.ones(2, 3)
+    tensors = list(net.parameters())
+    for function, match in {
+        lambda y: Double.apply(y): "custom function Double, which has no `jvp`",
+        lambda y: torch.cdist(y, y): "cdist.* has no Taylor rule",
+        lambda y: torch.native_layer_norm(y, [3], None, None, 1e-5)[0]: "native_layer_norm",
+    }.items():
+        with pytest.raises(lh.HigherOrderError, match=match):
+            by_taylor_mode(net, lambda net, f=function: f(net(x)).sum(), tensors, directions(tensors, 1))
+    assert not any(hasattr(t, "_taylor_coefficients") for t in tensors)
+
+
+def test_an_operation_that_is_not_seen_does_not_go_unnoticed():
+    @torch.jit.script
+    def scripted(x):
+        return x * x
+
+    class Scripted(Classifier):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(scripted(self.net(batch[0])), batch[1])
+
+    with pytest.raises(lh.HigherOrderError, match="the first Taylor coefficient is not the slope of the loss"):
+        fit(Scripted(), [lh.HessianRegularizer(lh.HessianTrace(method="taylor"), 1e-3)], max_steps=1)
+
+
+SETTINGS = [
+    {}, {"probes": 3}, {"keep": 0.5}, {"keep": 0.5, "drop": "element", "probes": 2}, {"scale": "parameter"},
+    {"clamp": 0.0}, {"parameters": "*.weight"}, {"probes": -1}, {"distribution": "gaussian"},
+]  # fmt: skip
+
+
+def trained(penalties, module=Classifier, **settings):
+    net = module()
+    recorder = Recorder()
+    settings = {"max_steps": 3, "max_epochs": 2, **settings}
+    fit(net, [lh.HessianRegularizer(penalties, 0.05), recorder], **settings)
+    return weights(net), recorder.rows
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_callback_trains_as_with_autograd(settings):
+    (ours, rows), (expected, other_rows) = (
+        trained(lh.HessianTrace(method=method, **settings)) for method in ("taylor", "autograd")
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+    for row, other in zip(rows, other_rows, strict=True):
+        assert row == pytest.approx(other, rel=1e-9)
+
+
+OTHERS = [lh.InputGradientNorm(), lh.HessianTrace(method="two_pass"), lh.HessianTrace(method="gauss_newton"), "taylor"]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("settings", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}], ids=str)
+def test_beside_other_penalties(other, settings):
+    def both(method):
+        second = lh.HessianTrace(method=method, probes=2) if other == "taylor" else copy.deepcopy(other)
+        return [lh.HessianTrace(method=method), second]
+
+    (ours, _), (expected, _) = (trained(both(method), **settings) for method in ("taylor", "autograd"))
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_in_bfloat16_it_is_near_float32():
+    def values(precision):
+        module, recorder = smooth(dtype=torch.float32), Recorder()
+        callback = lh.HessianRegularizer(lh.HessianTrace(method="taylor", probes=4), 1e-3)
+        fit(module, [callback, recorder], data(dtype=torch.float32), max_steps=3, precision=precision)
+        return [row["curvature/hessian_trace"] for row in recorder.rows]
+
+    for a, b in zip(values("bf16-mixed"), values("32-true"), strict=True):
+        assert a == pytest.approx(b, rel=0.1, abs=0.1)
+
+
+def test_memory_is_flat():
+    alive = LiveTensors((50, 150), collect=True)
+    callback = lh.HessianRegularizer(lh.HessianTrace(method="taylor"), 1e-6)
+    fit(smooth(), [callback, alive], max_steps=150, max_epochs=-1)
+    assert alive.counts[1] <= alive.counts[0] + 2
+
+
+def test_a_compiled_network_stays_compiled_and_is_not_compiled_again():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)).double()
+    x, y = torch.randn(5, 4), torch.arange(5) % 3
+    compiled, graphs, runs = copy.deepcopy(net), [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+
+        def run(*args):
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    compiled.compile(backend=backend)
+    for step in range(4):
+        v = [[part * (step + 1) for part in directions(list(net.parameters()), 1)[0]]]
+        found, gradient = [], []
+        for one in (net, compiled):
+            _, second = by_taylor_mode(one, lambda net: F.cross_entropy(net(x), y), list(one.parameters()), v)
+            found.append(second.item())
+            gradient.append(gradient_of(second, one.parameters()))
+        assert found[0] == pytest.approx(found[1], rel=1e-10)
+        assert relative_error(*gradient) < 1e-10
+        if step == 1:
+            graphs_by_then = len(graphs)
+    assert len(graphs) == graphs_by_then > 0
+    assert len(runs) >= 4
+
+
+def test_manual_optimization_and_a_gradient_penalty():
+    class Manual(lh.HessianRegularizationMixin, Classifier):
+        def __init__(self, method):
+            super().__init__()
+            self.automatic_optimization = False
+            self.regularizer = lh.HessianRegularizer(lh.HessianTrace(method=method), 0.05)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.regularized(lambda: task_loss(self, batch)))
+            optimizer.step()
+
+    modules = [Manual(method) for method in ("taylor", "autograd")]
+    for module in modules:
+        fit(module, max_steps=-1, max_epochs=1, limit_train_batches=3)
+    torch.testing.assert_close(*map(weights, modules), rtol=1e-9, atol=1e-10)
+
+
+def test_without_lightning():
+    net = smooth()
+    batch = next(iter(data()))
+    penalty = lh.HessianTrace(method="taylor")
+    with penalty.forward_mode(lh.ForwardContext(dict(net.named_parameters()), lh.ProbeSource(3), net)) as mode:
+        loss = task_loss(net, batch)
+    value = penalty(lh.StepContext(loss, dict(net.named_parameters()), taylor=mode))
+    # A loss that was computed already has the same penalty, by autograd.
+    expected = penalty(context_of(net, task_loss, batch, probes=lh.ProbeSource(3)))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_verify_names_a_layer_whose_rule_is_wrong():
+    def wrong(call):
+        found = original(call)
+        return found._replace(second=None if found.second is None else 1.01 * found.second)
+
+    number = rules.rule_number(F.layer_norm)
+    original, rules.RULE_LIST[number] = rules.RULE_LIST[number], wrong
+    try:
+        net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
+        penalty = lh.HessianTrace(method="taylor")
+        report = lh.verify(net, torch.ones(5, 3), penalty, loss=lambda net, x: net(x).exp().mean())
+    finally:
+        rules.RULE_LIST[number] = original
+    assert report.faults == ("1",)
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    def regularizer():
+        return lh.HessianRegularizer(lh.HessianTrace(method="taylor"), 0.05)
+
+    whole, part, resumed = smooth(), smooth(), smooth()
+    fit(whole, [regularizer()], max_epochs=2)
+    trainer = fit(part, [regularizer()], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    fit(resumed, [regularizer()], max_epochs=2, ckpt_path=tmp_path / "part.ckpt")
+    assert torch.equal(weights(whole), weights(resumed))
