@@ -9,7 +9,9 @@ Every round runs all methods, so that drifts of the machine's speed affect them 
 - SAM: two passes, the second at weights displaced along the gradient (Foret et al. 2020);
 - hand-written: the usual recipe for loss + strength * v'Hv, `torch.autograd.grad` twice on PyTorch's fused operators
   (it requires attention on the math backend). Its gradient through norms is wrong or missing;
-- autograd, gauss_newton, central_difference, two_pass: `HessianTrace(method=...)` in the callback, without its logging;
+- taylor, autograd, gauss_newton, central_difference, two_pass:
+  `HessianTrace(method=...)` in the callback, without its logging;
+- taylor, 4 probes: the same with `probes=4`;
 - two_pass / 4: the same with `every_n_steps=4`, mean of four steps;
 - keep 0.5, keep 0.1: autograd with tensor dropout;
 - norm; norm, central_difference: `HessianNorm()` and `HessianNorm(method="central_difference")` after the first step.
@@ -62,8 +64,9 @@ CASES = {  # input shape, batch size
     "vit": ((1, 28, 28), 128),
     "gpt": ((128,), 16),
 }
-METHODS = ["plain", "SAM", "hand-written", "autograd", "keep 0.5", "keep 0.1", "gauss_newton", "central_difference",
-           "two_pass", "two_pass / 4", "norm", "norm, central_difference"]  # fmt: skip
+METHODS = ["plain", "SAM", "hand-written", "taylor", "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1",
+           "gauss_newton", "central_difference", "two_pass", "two_pass / 4", "norm",
+           "norm, central_difference"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -119,9 +122,11 @@ class Case(L.LightningModule):
             "plain": self.plain,
             "SAM": self.sam,
             "hand-written": self.hand_written,
-            "autograd": self.penalized(lh.HessianTrace()),
-            "keep 0.5": self.penalized(lh.HessianTrace(keep=0.5)),
-            "keep 0.1": self.penalized(lh.HessianTrace(keep=0.1)),
+            "taylor": self.penalized(lh.HessianTrace(method="taylor")),
+            "taylor, 4 probes": self.penalized(lh.HessianTrace(4, method="taylor")),
+            "autograd": self.penalized(lh.HessianTrace(method="autograd")),
+            "keep 0.5": self.penalized(lh.HessianTrace(method="autograd", keep=0.5)),
+            "keep 0.1": self.penalized(lh.HessianTrace(method="autograd", keep=0.1)),
             "gauss_newton": self.penalized(lh.HessianTrace(method="gauss_newton")),
             "central_difference": self.penalized(lh.HessianTrace(method="central_difference")),
             "two_pass": self.penalized(lh.HessianTrace(method="two_pass")),

@@ -191,6 +191,18 @@ def test_some_parameters_only_shared_ones_and_checkpoints():
     assert_equal(Checkpointed(net, use_reentrant=False), loss)
 
 
+def test_properties_are_views_with_coefficients():
+    net = nn.Linear(4, 4).double()
+    x = torch.randn(3, 4).double()
+
+    def loss(net):
+        y = net(x)
+        return (y.T @ y).mT.square().sum() + torch.view_as_complex(y.view(3, 2, 2)).real.exp().sum() + y.H.sum()
+
+    assert_equal(net, loss)
+    assert_equal(net, lambda net: net(x).square().sum() + net(x).data.exp().sum() + net(x).detach().exp().sum())
+
+
 def writes(name):
     def loss(net):
         y = net(torch.ones(3, 4))

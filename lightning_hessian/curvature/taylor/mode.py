@@ -160,6 +160,8 @@ class taylor_mode(TorchFunctionMode):
     def _coefficients(self, call: Call) -> Any:
         """What a call returns, tensors as coefficients."""
         number = rule_number(call.function)
+        if number == IS_CONSTANT:
+            return Coefficients(call.function(*call.args, **call.kwargs), (None,) * self.directions, None)
         if number != NO_RULE:
             if number not in FOR_COMPLEX and _has_complex((*call.args, *call.kwargs.values())):
                 return by_forward_mode(call)

@@ -9,25 +9,177 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.curvature import norms
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, bilinear, linear, total
+from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, RuleFunction, bilinear, linear, total
 
 
-def normalize(x: Coefficients, dims: Sequence[int], eps: float, centers: bool = True) -> Coefficients:
-    """c / sqrt(mean(c^2) + eps) over the dimensions, with c = x - mean(x), or c = x for RMS norm."""
+def normalize(
+    x: Coefficients,
+    dims: Sequence[int],
+    eps: float,
+    weight: Coefficients | None = None,
+    bias: Coefficients | None = None,
+    centers: bool = True,
+) -> Coefficients:
+    """y * weight + bias with y = c / sqrt(u) and u = mean(c^2) + eps over the dimensions.
 
-    def mean(t: Tensor) -> Tensor:
-        return t.mean(list(dims), keepdim=True)
+    c is x - mean(x), or x itself for RMS norm.
+    """
+    none = (None,) * len(x.first)
+    w0, w1, w2 = (None, none, None) if weight is None else weight
+    b0, b1, b2 = (None, none, None) if bias is None else bias
+    if w2 is not None or b2 is not None or torch.compiler.is_compiling():
+        y0, y2, *y1 = _Normal(list(dims), eps, centers, x.value, x.second, x.first).coefficients()
+        return affine(Coefficients(y0, tuple(y1), y2), weight, bias)
+    z0, z2, *z1 = _Normalize.apply(list(dims), eps, centers, x.value, x.second, w0, b0, *x.first, *w1, *b1)
+    return Coefficients(z0, tuple(z1), z2)
 
-    c = linear(lambda t: t - mean(t), x) if centers else x
-    r0 = (mean(c.value * c.value) + eps).rsqrt()
-    # r = u^(-1/2), u = mean(c^2) + eps: u1 = 2 mean(c0 c1), u2 = 2 mean(c0 c2 + sum c1^2).
-    cube = r0 * r0 * r0
-    u1 = [None if c1 is None else 2 * mean(c.value * c1) for c1 in c.first]
-    r1 = tuple(None if u is None else -0.5 * cube * u for u in u1)
-    inner = add(None if c.second is None else c.value * c.second, *(None if c1 is None else c1 * c1 for c1 in c.first))
-    curved = add(*(None if u is None else 0.75 * r0 * r0 * u * u for u in u1))
-    r2 = add(None if inner is None else -cube * mean(inner), None if curved is None else cube * curved)
-    return bilinear(torch.mul, c, Coefficients(r0, r1, r2))
+
+class _Normal:
+    """c and r = u^(-1/2) along the directions: r1 = -r0^3 u1 / 2 and r2 = 3 r0^5 sum u1^2 / 4 - r0^3 u2 / 2, with
+    u1 = 2 mean(c0 c1) and u2 = 2 mean(c0 c2 + sum c1^2)."""
+
+    def __init__(
+        self,
+        dims: list[int],
+        eps: float,
+        centers: bool,
+        x0: Tensor,
+        x2: Tensor | None,
+        x1: Sequence[Tensor | None],
+    ) -> None:
+        self.dims, self.centers = dims, centers
+        self.c0 = self.centered(x0)
+        self.c1 = [None if x is None else self.centered(x) for x in x1]
+        self.c2 = None if x2 is None else self.centered(x2)
+        self.r0 = (self.mean(self.c0 * self.c0) + eps).rsqrt()
+        zero, cube = torch.zeros_like(self.r0), self.r0 * self.r0 * self.r0
+        self.u1 = [zero if c is None else 2 * self.mean(self.c0 * c) for c in self.c1]
+        self.u2 = zero if self.c2 is None else 2 * self.mean(self.c0 * self.c2)
+        for c in self.c1:
+            self.u2 = self.u2 if c is None else self.u2 + 2 * self.mean(c * c)
+        self.r1 = [-0.5 * cube * u for u in self.u1]
+        self.r2 = -0.5 * cube * self.u2
+        for u in self.u1:
+            self.r2 = self.r2 + 0.75 * cube * self.r0 * self.r0 * u * u
+
+    def mean(self, t: Tensor) -> Tensor:
+        return t.mean(self.dims, keepdim=True)
+
+    def centered(self, t: Tensor) -> Tensor:
+        return t - self.mean(t) if self.centers else t
+
+    def coefficients(self) -> list[Any]:
+        """y0 = c0 r0, y2 = c2 r0 + 2 sum c1 r1 + c0 r2, and y1 = c1 r0 + c0 r1."""
+        is_moving = self.c2 is not None or any(c is not None for c in self.c1)
+        y2 = self.c0 * self.r2 if is_moving else None
+        if y2 is not None and self.c2 is not None:
+            y2 = torch.addcmul(y2, self.c2, self.r0)
+        for c, r in zip(self.c1, self.r1, strict=True):
+            if c is not None and y2 is not None:
+                y2 = torch.addcmul(y2, c, r, value=2)
+        pairs = zip(self.c1, self.r1, strict=True)
+        y1 = [None if c is None else torch.addcmul(c * self.r0, self.c0, r) for c, r in pairs]
+        return [self.c0 * self.r0, y2, *y1]
+
+    def backward(self, g0: Tensor | None, g2: Tensor | None, g1: Sequence[Tensor | None]) -> list[Any]:
+        """The gradients by x0, x2 and x1, from those by y0, y2 and y1."""
+        zero, square = torch.zeros_like(self.r0), self.r0 * self.r0
+        cube = square * self.r0
+
+        def along(a: Tensor | None, b: Tensor | None) -> Tensor:
+            return zero if a is None or b is None else (a * b).sum(self.dims, keepdim=True)
+
+        # To r ...
+        dr2 = along(g2, self.c0)
+        dr0 = along(g0, self.c0) + along(g2, self.c2)
+        dr1 = []
+        for g, c in zip(g1, self.c1, strict=True):
+            dr0 = dr0 + along(g, c)
+            dr1.append(along(g, self.c0) + 2 * along(g2, c))
+        # ... from there to u ...
+        dr0 = dr0 - 1.5 * square * self.u2 * dr2
+        for u, d in zip(self.u1, dr1, strict=True):
+            dr0 = dr0 + 3.75 * square * square * u * u * dr2 - 1.5 * square * u * d
+        size = self.c0.numel() / self.r0.numel()
+        du0, du2 = -cube * dr0 / size, -cube * dr2 / size
+        du1 = [(3 * cube * square * u * dr2 - cube * d) / size for u, d in zip(self.u1, dr1, strict=True)]
+        # ... and to c.
+        d0 = _sum((self.c0, du0), (g0, self.r0), (g2, self.r2), (self.c2, du2))
+        d1: list[Tensor | None] = []
+        for g, c, r, du in zip(g1, self.c1, self.r1, du1, strict=True):
+            d0 = _sum((c, du), (g, r), start=d0)
+            d1.append(None if c is None else _sum((self.c0, du), (c, 2 * du2), (g, self.r0), (g2, 2 * r)))
+        d2 = None if self.c2 is None else _sum((self.c0, du2), (g2, self.r0))
+        return [None if d is None else self.centered(d) for d in (d0, d2, *d1)]
+
+
+def _sum(*products: tuple[Tensor | None, Tensor], start: Tensor | None = None) -> Tensor | None:
+    """The sum of the products; None is zero."""
+    for a, b in products:
+        if a is not None:
+            start = a * b if start is None else torch.addcmul(start, a, b)
+    return start
+
+
+class _Normalize(RuleFunction):
+    """Saves x0, x1, x2 and the parameters only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dims: list[int],
+        eps: float,
+        centers: bool,
+        x0: Tensor,
+        x2: Tensor | None,
+        w0: Tensor | None,
+        b0: Tensor | None,
+        *moving: Tensor | None,
+    ) -> Any:
+        ctx.settings, ctx.bias_shape = (dims, eps, centers), None if b0 is None else b0.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x0, x2, w0, *moving)
+        x1, w1, b1 = _thirds(moving)
+        y0, y2, *y1 = _Normal(dims, eps, centers, x0, x2, x1).coefficients()
+        if w0 is None:
+            return y0, y2, *y1
+        z0 = y0 * w0 if b0 is None else torch.addcmul(b0, y0, w0)
+        z2, z1 = None if y2 is None else y2 * w0, []
+        for y, w, b in zip(y1, w1, b1, strict=True):
+            z = _sum((y, w0), *([] if w is None else [(y0, w)]))
+            z1.append(z if b is None else b.expand(y0.shape) if z is None else z + b)
+            if y is not None and w is not None:
+                z2 = _sum((y, 2 * w), start=z2)
+        return z0, z2, *z1
+
+    @staticmethod
+    def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
+        x0, x2, w0, *moving = ctx.saved_tensors
+        x1, w1, _ = _thirds(moving)
+        dims, eps, centers = ctx.settings
+        normal = _Normal(dims, eps, centers, x0, x2, x1)
+        dw0 = db0 = None
+        if w0 is not None:
+            y0, y2, *y1 = normal.coefficients()
+            if ctx.needs_input_grad[5]:
+                dw0 = _sum((y0, g0), start=None) if g0 is not None else None
+                for y, g in ((y2, g2), *zip(y1, g1, strict=True)):
+                    dw0 = dw0 if g is None or y is None else _sum((y, g), start=dw0)
+                dw0 = None if dw0 is None else dw0.sum_to_size(w0.shape)
+            if ctx.bias_shape is not None and ctx.needs_input_grad[6]:
+                db0 = None if g0 is None else g0.sum_to_size(ctx.bias_shape)
+            h0 = _sum((g0, w0), *((g, w) for g, w in zip(g1, w1, strict=True) if w is not None))
+            g1 = tuple(
+                _sum((g, w0), *([] if w is None or g2 is None else [(g2, 2 * w)])) for g, w in zip(g1, w1, strict=True)
+            )
+            g0, g2 = h0, None if g2 is None else g2 * w0
+        d0, d2, *d1 = normal.backward(g0, g2, g1)
+        return None, None, None, d0, d2, dw0, db0, *d1, *(None,) * (2 * len(x1))
+
+
+def _thirds(parts: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    n = len(parts) // 3
+    return parts[:n], parts[n : 2 * n], parts[2 * n :]
 
 
 def affine(y: Coefficients, weight: Coefficients | None, bias: Coefficients | None) -> Coefficients:
@@ -38,15 +190,17 @@ def affine(y: Coefficients, weight: Coefficients | None, bias: Coefficients | No
 
 def layer_norm(call: Call, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     dims = range(-len(shape), 0)
-    y = affine(normalize(_wide(call.of(x)), dims, eps), _or_none(call, weight), _or_none(call, bias))
+    norms._last_dimensions(x.detach(), shape)  # refuses another shape
+    y = normalize(_wide(call.of(x)), dims, eps, _or_none(call, weight), _or_none(call, bias))
     dtype = norms._output_dtype(x)
     return linear(lambda t: t.to(dtype), y)
 
 
 def rms_norm(call: Call, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     wide = _wide(call.of(x))
-    y = normalize(wide, range(-len(shape), 0), torch.finfo(wide.value.dtype).eps if eps is None else eps, centers=False)
-    return linear(lambda t: t.to(x.dtype), affine(y, _or_none(call, weight), None))
+    epsilon = torch.finfo(wide.value.dtype).eps if eps is None else eps
+    y = normalize(wide, range(-len(shape), 0), epsilon, _or_none(call, weight), centers=False)
+    return linear(lambda t: t.to(x.dtype), y)
 
 
 def group_norm(call: Call, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
@@ -85,7 +239,7 @@ def batch_norm(
         variance, mean = torch.var_mean(wide.value, dims, correction=0)
         norms._update_running(running_mean, mean, momentum)
         norms._update_running(running_var, variance * (samples / (samples - 1)), momentum)
-    y = affine(normalize(wide, dims, eps), _per_channel(call, weight, x), _per_channel(call, bias, x))
+    y = normalize(wide, dims, eps, _per_channel(call, weight, x), _per_channel(call, bias, x))
     return linear(lambda t: t.to(x.dtype), y)
 
 

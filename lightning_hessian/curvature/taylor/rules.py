@@ -29,7 +29,7 @@ RULES: dict[Any, Rule] = {}
 """Function -> rule."""
 
 PROPERTIES: dict[Any, Rule] = {}
-"""The getter of a property of tensors -> rule. Other properties (shapes, ``data``, ...) are constants."""
+"""A property of tensors -> rule. Other properties (shapes, ``data``, ...) are constants."""
 
 CONSTANT: set[Any] = set()
 """Functions whose result has no derivative: shapes, comparisons, rounding, what leaves the graph."""
@@ -214,15 +214,21 @@ def _through(
         return bilinear(f, x, weight)
     rows, apart = stacked([x.value, *x.first, x.second])
     y0, *y1, y2 = apart(f(rows, weight.value))
+    x0, *x1, _ = apart(rows)  # views: one copy serves both products
+    assert x0 is not None
     assert y0 is not None
     for p, v in enumerate(weight.first):
         if v is None:
             continue
-        rows, apart = stacked([x.value, scaled(2, x.first[p])])
-        z1, z2 = apart(f(rows, v))
-        y1[p], y2 = add(y1[p], z1), add(y2, z2)
+        if p == 0 and x1[0] is not None:  # they are neighbors
+            first, second = f(rows[: 2 * len(x.value)], v).tensor_split(2)
+            y1[p], y2 = add(y1[p], first), add(y2, scaled(2, second))
+            continue
+        y1[p] = add(y1[p], f(x0, v))
+        if (moving := x1[p]) is not None:
+            y2 = add(y2, scaled(2, f(moving, v)))
     if weight.second is not None:
-        y2 = add(y2, f(x.value, weight.second))
+        y2 = add(y2, f(x0, weight.second))
     return Coefficients(y0, tuple(y1), y2)
 
 
@@ -523,7 +529,7 @@ _register("cfloat cdouble chalf", linear_rule)
 _register("complex", jointly_linear_rule)
 
 for _name in ("T", "mT", "H", "mH", "real", "imag"):
-    PROPERTIES[getattr(Tensor, _name).__get__] = linear_rule
+    PROPERTIES[getattr(Tensor, _name)] = linear_rule
 
 CONSTANT |= set(
     _named(
@@ -555,4 +561,6 @@ _NUMBERS |= {id(function): IS_CONSTANT for function in CONSTANT}
 @torch.compiler.assume_constant_result
 def rule_number(function: Any) -> int:
     """The place of a function's rule in ``RULE_LIST``, or ``IS_CONSTANT``, or ``NO_RULE``."""
-    return _NUMBERS.get(id(function), NO_RULE)
+    # The getter of a property is another object at each access.
+    key = function.__self__ if getattr(function, "__name__", "") == "__get__" else function
+    return _NUMBERS.get(id(key), NO_RULE)
