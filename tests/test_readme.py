@@ -21,6 +21,7 @@ WITH_BLOCKS = {
     "correctness": 1,
     "plain-pytorch": 3,
     "extending": 5,
+    "taylor": 2,
 }
 """How many Python blocks a page has; none of them may get lost."""
 

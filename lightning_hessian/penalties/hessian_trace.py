@@ -53,6 +53,12 @@ class HessianTrace(WeightPenalty):
     The methods, with the cost of a step in plain steps, by operation count:
 
     - ``"autograd"`` (9): v'Hv by double differentiation, with an exact gradient.
+    - ``"taylor"`` (4.3): the same value and gradient. v'Hv is the loss's second Taylor coefficient along theta + t v,
+
+      .. math:: L(\theta + t v) = L + t \, g'v + \tfrac{t^2}{2} v'Hv + O(t^3),
+
+      carried through the forward pass, and one ordinary backward pass gives its gradient. Compiled models stay
+      compiled. See :class:`~lightning_hessian.curvature.taylor.taylor_mode` for what it refuses.
     - ``"two_pass"`` (2): replaces the step's loss by its mean over theta + s v and theta - s v, two ordinary passes,
 
       .. math:: \tfrac12 [L(\theta + s v) + L(\theta - s v)] = L + \tfrac{s^2}{2} v'Hv + O(s^4), \qquad
@@ -77,11 +83,11 @@ class HessianTrace(WeightPenalty):
       ``gauss_newton_trace``.
 
     With kinks (ReLU, max-pooling) the two difference methods estimate the trace of the loss *smoothed* over the step,
-    which includes the kinks. autograd ignores kinks.
+    which includes the kinks. autograd and taylor ignore kinks.
 
     Args:
         probes: number of probes v to average over (1 or 2 suffice for training). -1: the exact trace from all unit
-            vectors, for at most 10,000 selected parameters (autograd only).
+            vectors, for at most 10,000 selected parameters (autograd and taylor, which take it by autograd).
         method: see above.
         keep: probability q in (0, 1] of keeping a part of v, the dropout scheme of the SEHT paper, rescaled so that
             the estimate is unbiased. (The paper does not rescale and estimates q tr(H).)
@@ -107,9 +113,9 @@ class HessianTrace(WeightPenalty):
 
     Source:
         Liu, Yu, Lin 2022, "Regularizing Deep Neural Networks with Stochastic Estimators of Hessian Trace"
-        (arXiv 2208.05924); Hutchinson 1990. Two passes: Zhang et al. 2023, "Noise Stability Optimization for Flat
-        Minima" (arXiv 2306.08553). Filter-wise scale: Kwon et al. 2021, "ASAM" (arXiv 2102.11600). Gauss-Newton:
-        Dauphin et al. 2024 (arXiv 2401.10809).
+        (arXiv 2208.05924); Hutchinson 1990. Taylor mode: Griewank and Walther 2008, "Evaluating Derivatives". Two
+        passes: Zhang et al. 2023, "Noise Stability Optimization for Flat Minima" (arXiv 2306.08553). Filter-wise
+        scale: Kwon et al. 2021, "ASAM" (arXiv 2102.11600). Gauss-Newton: Dauphin et al. 2024 (arXiv 2401.10809).
 
     Example:
         >>> import torch
