@@ -130,7 +130,9 @@ def stacked(parts: Sequence[Tensor | None]) -> tuple[Tensor, Callable[[Tensor], 
     present = [part for part in parts if part is not None]
 
     def apart(result: Tensor) -> list[Tensor | None]:
-        pieces = iter(result.tensor_split(len(present)))
+        # Not `tensor_split`, whose backward pass fills each piece up with zeros.
+        size = len(result) // len(present)
+        pieces = iter(result.split([size] * len(present)))
         return [None if part is None else next(pieces) for part in parts]
 
     return (present[0] if len(present) == 1 else torch.cat(present)), apart

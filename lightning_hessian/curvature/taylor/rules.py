@@ -214,21 +214,20 @@ def _through(
         return bilinear(f, x, weight)
     rows, apart = stacked([x.value, *x.first, x.second])
     y0, *y1, y2 = apart(f(rows, weight.value))
-    x0, *x1, _ = apart(rows)  # views: one copy serves both products
-    assert x0 is not None
     assert y0 is not None
     for p, v in enumerate(weight.first):
         if v is None:
             continue
-        if p == 0 and x1[0] is not None:  # they are neighbors
-            first, second = f(rows[: 2 * len(x.value)], v).tensor_split(2)
+        if p == 0 and x.first[0] is not None:  # neighbors among the rows: one copy serves both products
+            n = len(x.value)
+            first, second = f(rows.split([2 * n, len(rows) - 2 * n])[0], v).split([n, n])
             y1[p], y2 = add(y1[p], first), add(y2, scaled(2, second))
             continue
-        y1[p] = add(y1[p], f(x0, v))
-        if (moving := x1[p]) is not None:
+        y1[p] = add(y1[p], f(x.value, v))
+        if (moving := x.first[p]) is not None:
             y2 = add(y2, scaled(2, f(moving, v)))
     if weight.second is not None:
-        y2 = add(y2, f(x0, weight.second))
+        y2 = add(y2, f(x.value, weight.second))
     return Coefficients(y0, tuple(y1), y2)
 
 
