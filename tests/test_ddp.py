@@ -128,7 +128,7 @@ def test_two_ranks_equal_one_for_methods_of_ordinary_passes(tmp_path, case):
     assert logged[0] == logged[1]
 
 
-@pytest.mark.parametrize("method", ["autograd", "central_difference"])
+@pytest.mark.parametrize("method", ["taylor", "autograd", "central_difference"])
 def test_two_ranks_equal_one_for_the_norm_of_the_mean_hessian(tmp_path, method):
     """The same fit in one process, where a batch is that of both ranks."""
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import lightning_hessian as lh
 
-METHODS = ("autograd", "central_difference")
+METHODS = ("taylor", "autograd", "central_difference")
 STRENGTH = 0.02
 
 
@@ -125,6 +125,18 @@ def test_central_differences_have_autograds_next_v_and_nearly_its_gradient():
     assert norm == pytest.approx((hessian @ v).norm().item(), rel=1e-6)
     assert form == pytest.approx(abs(v @ hessian @ v).item(), rel=1e-6)
     assert relative_error(found, exact) < 0.1
+
+
+def test_taylor_mode_has_the_exact_gradient_of_its_form_and_autograds_next_v():
+    _, _, u, _ = after_one_step("autograd")
+    found, form, u_found, v = after_one_step("taylor")
+    assert relative_error(u_found, u) < 1e-12
+    hessian, module = dense(smooth()), smooth()
+    assert form == pytest.approx(abs(v @ hessian @ v).item(), rel=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(found.shape, generator=generator, dtype=found.dtype)
+    (expected,) = gradient_by_differences(lambda: abs(v @ dense(module) @ v).item(), module, [direction]).tolist()
+    assert (found @ direction).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_gradient_of_central_differences_is_autograds_at_convergence():
@@ -391,7 +403,7 @@ def test_a_loss_that_is_computed_already_has_no_differences():
     ("settings", "message"),
     [
         ({"iterations": 0}, "iterations=0 must be a whole number of at least 1"),
-        ({"method": "two_pass"}, "is unknown. Choose one of autograd, central_difference"),
+        ({"method": "two_pass"}, "is unknown. Choose one of taylor, autograd, central_difference"),
         ({"step": 0.1}, "is only for method='central_difference'"),
         ({"method": "central_difference", "step": -1.0}, "must be a positive number"),
     ],

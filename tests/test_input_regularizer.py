@@ -513,7 +513,8 @@ def test_several_penalties_share_one_forward_and_add_up():
             calls.append(1)
             return super().training_step(batch, batch_idx)
 
-    penalties, strengths = [lh.InputGradientNorm(), lh.InputHessianNorm(), lh.HessianTrace()], [0.1, 0.2, 0.01]
+    penalties = [lh.InputGradientNorm(), lh.InputHessianNorm(), lh.HessianTrace(method="autograd")]
+    strengths = [0.1, 0.2, 0.01]
     one, several, recorder = Counted(middle=nn.Identity()), without_norm(), Recorder()
     fit(one, [lh.HessianRegularizer(penalties, strength=strengths), recorder], max_steps=2)
     assert len(calls) == 2

@@ -58,7 +58,7 @@ BATCH = (torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.ar
 
 
 def test_a_sound_model_is_right_and_the_replaced_layers_are_named():
-    report = lh.verify(Net(), BATCH, lh.HessianTrace(probes=2))
+    report = lh.verify(Net(), BATCH, lh.HessianTrace(probes=2, method="autograd"))
     assert report.ok
     assert report.penalty_gradient_error < 1e-6
     assert report.replaced == {"body.1": "batch_norm", "body.4": "layer_norm"}
@@ -68,7 +68,7 @@ def test_a_sound_model_is_right_and_the_replaced_layers_are_named():
 
 
 def test_the_layer_with_a_wrong_third_derivative_is_named():
-    report = lh.verify(Net(odd=Odd()), BATCH, lh.HessianTrace())
+    report = lh.verify(Net(odd=Odd()), BATCH, lh.HessianTrace(method="autograd"))
     assert not report.ok
     assert report.loss_gradient_error < 1e-7
     assert report.hessian_error < 1e-7
@@ -79,7 +79,7 @@ def test_the_layer_with_a_wrong_third_derivative_is_named():
 
 def test_two_faulty_layers_are_both_named():
     net = Net(odd=nn.Sequential(Odd(), Odd()))
-    assert lh.verify(net, BATCH, lh.HessianTrace()).faults == ("body.2.0", "body.2.1")
+    assert lh.verify(net, BATCH, lh.HessianTrace(method="autograd")).faults == ("body.2.0", "body.2.1")
 
 
 def test_a_detached_penalty_is_called_wrong():
@@ -97,7 +97,7 @@ def test_batch_norm_through_the_fused_operator_is_not_right(monkeypatch):
     monkeypatch.setattr("lightning_hessian.curvature.replacements.ALWAYS", {})
     ok = False
     with suppress(lh.HigherOrderError):  # PyTorch 2.15 raises, 2.13 is silently wrong.
-        ok = lh.verify(Net(), BATCH, lh.HessianTrace()).ok
+        ok = lh.verify(Net(), BATCH, lh.HessianTrace(method="autograd")).ok
     assert not ok
 
 
@@ -137,12 +137,12 @@ def test_a_layer_that_computes_in_float32_is_not_blamed():
 
 def test_a_layer_in_place_beside_a_faulty_one_does_no_harm():
     net = Net(odd=nn.Sequential(Odd(), nn.ReLU(inplace=True)))
-    assert lh.verify(net, BATCH, lh.HessianTrace()).faults == ("body.2.0",)
+    assert lh.verify(net, BATCH, lh.HessianTrace(method="autograd")).faults == ("body.2.0",)
 
 
 def test_a_layer_without_derivatives_is_named():
     with pytest.raises(lh.HigherOrderError, match=r"@once_differentiable.*At fault: body\.2\."):
-        lh.verify(Net(odd=OnceDifferentiable()), BATCH, lh.HessianTrace())
+        lh.verify(Net(odd=OnceDifferentiable()), BATCH, lh.HessianTrace(method="autograd"))
 
 
 def test_a_step_may_look_at_its_trainer():
@@ -259,7 +259,7 @@ def test_a_faulty_layer_beside_a_kinked_one_in_a_block_is_named():
         def forward(self, x):
             return Odd.Function.apply(self.relu(x) + x)
 
-    assert lh.verify(Net(odd=Block()), BATCH, lh.HessianTrace()).faults == ("body.2",)
+    assert lh.verify(Net(odd=Block()), BATCH, lh.HessianTrace(method="autograd")).faults == ("body.2",)
 
 
 def test_errors_of_the_users_own_are_not_translated():

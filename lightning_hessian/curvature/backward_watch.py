@@ -46,9 +46,7 @@ class BackwardWatch:
         # Lightning divides the loss by the number of accumulated batches.
         self._factor = factor
         self._before = [None if p.grad is None else p.grad.detach().clone() for p in self.parameters]
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        # Twice: DDP queues its own in the pass, and averages the gradients there.
-        queue(lambda: queue(self._end))
+        at_backward_end(self._end)
 
     def _end(self) -> None:
         with torch.enable_grad():
@@ -96,6 +94,13 @@ class BackwardWatch:
         """Restore the gradients from before the backward pass."""
         for parameter, before in zip(self.parameters, self._before, strict=True):
             _set_gradient(parameter, before)
+
+
+def at_backward_end(function: Callable[[], None]) -> None:
+    """Call a function when the running backward pass has ended and DDP has averaged the gradients."""
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    # Twice: DDP queues its own in the pass, and averages the gradients there.
+    queue(lambda: queue(function))
 
 
 def _set_gradient(parameter: Tensor, gradient: Any) -> None:

@@ -90,6 +90,11 @@ def kinks(result: Tensor) -> list[str]:
     return sorted({node.name() for node in nodes(result) if _KINKED.search(node.name())})
 
 
+def is_compiled(result: Tensor) -> bool:
+    """Return whether the graph has a compiled part, through which only one backward pass can go."""
+    return any(node.name().startswith("CompiledFunction") for node in nodes(result))
+
+
 @contextmanager
 def without_hooks(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Context manager: disable all gradient hooks registered on the tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -9,12 +10,19 @@ from torch import Tensor
 
 from lightning_hessian.arguments import choice, positive_or_none, whole_number
 from lightning_hessian.curvature import ParameterFilter
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.penalties.base import Needs, WeightPenalty
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
-from lightning_hessian.penalties.norm_estimators import AutogradNorm, CentralDifferenceNorm, NormEstimator, PowerVector
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.norm_estimators import (
+    AutogradNorm,
+    CentralDifferenceNorm,
+    NormEstimator,
+    PowerVector,
+    TaylorNorm,
+)
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 
-Method = Literal["autograd", "central_difference"]
+Method = Literal["taylor", "autograd", "central_difference"]
 
 
 class HessianNorm(WeightPenalty):
@@ -22,12 +30,12 @@ class HessianNorm(WeightPenalty):
 
     Power iteration, with a unit vector v over the parameters that is kept from step to step:
 
-    .. math:: \|H\|_2 \approx \|Hv\| = u'Hv, \qquad u = Hv / \|Hv\|, \qquad v \leftarrow u .
+    .. math:: \|H\|_2 \approx |v'Hv|, \qquad v \leftarrow Hv / \|Hv\| .
 
+    The gradient is exact for a constant v, and becomes the norm's as v converges. |v'Hv| is a lower bound of the norm.
     With several ranks, H is the mean Hessian of all ranks' batches; the mean of the ranks' norms would be larger.
-    Products are averaged over ranks, and each rank differentiates u'H_r v, which is linear in its own Hessian H_r, with
-    u and v constant. The gradient is that of ||Hv||, exact once v has converged. ||Hv|| is a lower bound of the norm,
-    and is correct even if +lambda and -lambda tie.
+    Products are averaged over ranks, and each rank differentiates +-v'H_r v, which is linear in its own Hessian H_r,
+    with the sign of v'Hv.
 
     Each batch has its own Hessian, so v tracks a moving target and lags if other eigenvalues are nearly as large as the
     top one. The iteration also continues across micro-batches of gradient accumulation (the penalty is then the mean of
@@ -39,7 +47,11 @@ class HessianNorm(WeightPenalty):
 
     The methods, with the cost of a step in plain steps, by operation count:
 
-    - ``"autograd"`` (9): Hv by double differentiation, with an exact gradient.
+    - ``"taylor"`` (5): v'Hv is the loss's second Taylor coefficient along v, as in
+      :class:`~lightning_hessian.HessianTrace`. Its derivative by v is 2 Hv, so that the step's ordinary backward pass
+      gives the next v, too. The first step, and ``iterations`` above 1, go by autograd.
+    - ``"autograd"`` (9): the value is ||Hv|| = u'Hv, u = Hv / ||Hv||, by double differentiation, with u and v
+      constant. It lies between |v'Hv| and the norm, and is correct even if +lambda and -lambda tie; v'Hv is not.
     - ``"central_difference"`` (3): ordinary passes at theta, theta + e v and theta - e v give
 
       .. math:: Hv \approx [g(\theta + e v) - g(\theta - e v)] / 2e, \qquad
@@ -84,7 +96,7 @@ class HessianNorm(WeightPenalty):
     def __init__(
         self,
         iterations: int = 1,
-        method: Method = "autograd",
+        method: Method = "taylor",
         *,
         parameters: ParameterFilter = None,
         step: float | None = None,
@@ -107,10 +119,19 @@ class HessianNorm(WeightPenalty):
     def value(self, context: StepContext) -> Tensor:
         return self.estimator.value(context)
 
+    def forward_mode(self, context: ForwardContext) -> taylor_mode:
+        estimator = self.estimator
+        assert isinstance(estimator, TaylorNorm)
+        return estimator.forward_mode(context)
+
     def differences(self, context: DifferenceContext) -> list[SecondDifference]:
         return self.estimator.differences(context)
 
     def with_fixed_direction(self, context: StepContext) -> Callable[[StepContext], Tensor]:
+        if isinstance(self.estimator, TaylorNorm):
+            fixed = copy.copy(self)
+            fixed._vector = self.estimator.vector_at(context)
+            return fixed
         return self.estimator.with_fixed_direction(context)
 
     def state_dict(self) -> dict[str, Any]:
@@ -124,7 +145,9 @@ class HessianNorm(WeightPenalty):
     def estimator(self) -> NormEstimator:
         """The object that computes the value in the way that ``method`` names."""
         shared: dict[str, Any] = {"selected": self.selected, "iterations": self.iterations, "vector": self._vector}
-        if self.method == "autograd":
+        if self.method == "taylor" and self.iterations == 1:
+            return TaylorNorm(**shared)
+        if self.method in ("taylor", "autograd"):
             return AutogradNorm(**shared)
         return CentralDifferenceNorm(**shared, step=self.step)
 

@@ -52,13 +52,13 @@ class HessianTrace(WeightPenalty):
 
     The methods, with the cost of a step in plain steps, by operation count:
 
-    - ``"autograd"`` (9): v'Hv by double differentiation, with an exact gradient.
-    - ``"taylor"`` (4.3): the same value and gradient. v'Hv is the loss's second Taylor coefficient along theta + t v,
+    - ``"taylor"`` (4.3): v'Hv is the loss's second Taylor coefficient along theta + t v,
 
       .. math:: L(\theta + t v) = L + t \, g'v + \tfrac{t^2}{2} v'Hv + O(t^3),
 
-      carried through the forward pass, and one ordinary backward pass gives its gradient. Compiled models stay
+      carried through the forward pass, and one ordinary backward pass gives its exact gradient. Compiled models stay
       compiled. See :class:`~lightning_hessian.curvature.taylor.taylor_mode` for what it refuses.
+    - ``"autograd"`` (9): the same value and gradient, by double differentiation.
     - ``"two_pass"`` (2): replaces the step's loss by its mean over theta + s v and theta - s v, two ordinary passes,
 
       .. math:: \tfrac12 [L(\theta + s v) + L(\theta - s v)] = L + \tfrac{s^2}{2} v'Hv + O(s^4), \qquad
@@ -131,7 +131,7 @@ class HessianTrace(WeightPenalty):
     def __init__(
         self,
         probes: int = 1,
-        method: Method = "autograd",
+        method: Method = "taylor",
         *,
         keep: float = 1.0,
         drop: Drop = "tensor",
@@ -155,16 +155,16 @@ class HessianTrace(WeightPenalty):
             raise ValueError(f"clamp={clamp!r} must be a finite number, the lower bound of the penalty, or None.")
         positive_or_none("step", step, "by how much each entry moves")
         if probes == -1 and method not in ("taylor", "autograd"):
-            raise ValueError(f"probes=-1, the exact trace, is for method='autograd', not {method!r}.")
+            raise ValueError(f"probes=-1, the exact trace, is for method='taylor', not {method!r}.")
         if clamp is not None and method in ("two_pass", "central_difference"):
             raise ValueError(
                 f"clamp={clamp} bounds the penalty term, but method={method!r} has none: its loss is a combination of "
-                "passes. Use method='autograd', or 'gauss_newton', which is never negative."
+                "passes. Use method='taylor', or 'gauss_newton', which is never negative."
             )
         if keep < 1 and method == "gauss_newton":
             raise ValueError(
                 f"keep={keep} drops parts of a probe over the parameters, but the probes of gauss_newton are over the "
-                "outputs. Use keep=1 or method='autograd'."
+                "outputs. Use keep=1 or method='taylor'."
             )
         if step is not None and method != "central_difference":
             raise ValueError(f"step={step} is only for method='central_difference', not {method!r}.")

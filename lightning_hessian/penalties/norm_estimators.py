@@ -6,17 +6,20 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource, power_iteration
+from lightning_hessian.curvature.backward_watch import at_backward_end
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.curvature.vectors import normalize_rows, pack, unpack
 from lightning_hessian.penalties.base import Needs
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
 from lightning_hessian.penalties.estimator import DifferenceEstimator, Estimator
-from lightning_hessian.penalties.step_context import StepContext
+from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 
 FIRST_SEARCH = 5
 """Additional iterations if there is no v yet."""
@@ -95,7 +98,10 @@ class AutogradNorm(NormEstimator):
     """||Hv|| = u'Hv, u = Hv / ||Hv||, by double differentiation. The gradient treats u and v as constants."""
 
     method = "autograd"
-    needs = Needs(derivatives=3)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(derivatives=3)
 
     def value(self, context: StepContext) -> Tensor:
         u, _, product = self._iterate(context)
@@ -120,6 +126,62 @@ class AutogradNorm(NormEstimator):
         # u is 0 if the product is 0, where the norm has no gradient.
         u = normalize_rows(context.mean_over_ranks(product.detach()).unsqueeze(0))[0]
         return u, v, product
+
+
+class TaylorNorm(AutogradNorm):
+    """|v'Hv|, the loss's second Taylor coefficient along v, a constant.
+
+    v is a leaf of the graph: the step's backward pass leaves d(v'Hv)/dv = 2 Hv there, the direction of the next v.
+    Without a v to start from, the search and the value of the step go by autograd.
+    """
+
+    method = "taylor"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(derivatives=1, taylor=True) if self.vector.parts else super().needs
+
+    def forward_mode(self, context: ForwardContext) -> taylor_mode:
+        """The mode that carries the coefficients along v."""
+        selected = self.selected(context)
+        start, _ = self.vector.start(selected, context.probes)
+        v = [part.clone().requires_grad_() for part in unpack(start, list(selected.values()))]
+        return taylor_mode(list(selected.values()), [v], context.module)
+
+    def value(self, context: StepContext) -> Tensor:
+        mode = context.taylor
+        if mode is None:
+            return super().value(context)
+        selected = self.selected(context)
+        # The hooks must not hold the graph, in which v is: that circle would never be freed.
+        mean_over_ranks = context.mean_over_ranks
+        form = mode.second(context.loss)
+        sign = _sign(mean_over_ranks(form.detach()))
+        products: dict[str, Tensor] = {}
+
+        def receive(name: str, product: Tensor) -> None:
+            if not products:
+                at_backward_end(finish)
+            products[name] = product
+
+        def finish() -> None:
+            parts = [products.get(name, torch.zeros_like(tensor)) for name, tensor in selected.items()]
+            products.clear()
+            product = mean_over_ranks(sign * pack(parts))
+            self.vector.keep(normalize_rows(product.unsqueeze(0))[0], selected)
+
+        for name, (v,) in zip(selected, mode.parts, strict=True):
+            if v is not None:
+                v.register_hook(partial(receive, name))
+        return sign * form
+
+    def vector_at(self, context: StepContext) -> PowerVector:
+        """The v of this step, not to be changed by another: the kept one, or the result of a search."""
+        if self.vector.parts:
+            return PowerVector(dict(self.vector.parts))
+        selected = self.selected(context)
+        _, v, _ = self._iterate(context)
+        return PowerVector(dict(zip(selected, unpack(v, list(selected.values())), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_hessian.curvature.errors import HigherOrderError
-from lightning_hessian.curvature.graph import kinked_layers, kinks, without_hooks
+from lightning_hessian.curvature.graph import is_compiled, kinked_layers, kinks, without_hooks
 from lightning_hessian.curvature.sharding import local
 from lightning_hessian.penalties import SecondDifference, StepContext
 from lightning_hessian.regularization.active_penalty import FitPenalty
@@ -19,14 +19,19 @@ from lightning_hessian.step.repeatability import layers_without_gradients
 
 def try_backward(one: FitPenalty, term: Tensor, parameters: Iterable[Tensor]) -> None:
     """See that the term can be differentiated, while an error still leaves all gradients alone."""
-    if term.requires_grad and one.is_first("backward"):
+    if term.requires_grad and one.is_first("backward") and not is_compiled(term):
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         with without_hooks(trained):
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
 
 
-def check_coefficients(one: FitPenalty, context: StepContext) -> None:
+def check_coefficients(one: FitPenalty, context: StepContext, again: Callable[[], StepContext]) -> None:
     """See that the first Taylor coefficient of the loss is g'v: no operation has passed the coefficients by.
+
+    Args:
+        one: the penalty.
+        context: its context.
+        again: gives the context of a further run, for a graph that can be differentiated only once.
 
     Raises:
         HigherOrderError: it is not.
@@ -34,8 +39,13 @@ def check_coefficients(one: FitPenalty, context: StepContext) -> None:
     mode = context.taylor
     if mode is None or not context.loss.requires_grad or not one.is_first("coefficients"):
         return
+    once = is_compiled(context.loss)
+    if once:
+        context = again()
+        mode = context.taylor
+        assert mode is not None
     with without_hooks(mode.tensors):
-        gradient = torch.autograd.grad(context.loss, mode.tensors, retain_graph=True, allow_unused=True)
+        gradient = torch.autograd.grad(context.loss, mode.tensors, retain_graph=not once, allow_unused=True)
     is_half = torch.is_autocast_enabled(context.loss.device.type) or context.loss.dtype.itemsize < 4
     for p, first in enumerate(mode.first(context.loss)):
         products = [
@@ -63,7 +73,7 @@ def warn_of_kinks(one: FitPenalty, module: nn.Module, loss: Tensor) -> None:
         rank_zero_warn(
             f"{one.penalty!r} differentiates twice by a small step, and the loss has kinks ({', '.join(found)}): where "
             "the step crosses one, the difference is noise that grows as the step shrinks. Take smooth activations "
-            "(SiLU, GELU, softplus, tanh), method='autograd', or a HessianTrace with method='two_pass', whose "
+            "(SiLU, GELU, softplus, tanh), method='taylor', or a HessianTrace with method='two_pass', whose "
             "step is larger, or method='gauss_newton'."
         )
 

@@ -97,8 +97,10 @@ class PenaltyRuns:
         for name, layer in self.batch_norms.items():
             _refuse_batch_statistics(name, layer)
         self._probes = {id(penalty): source for penalty, source in zip(penalties, probes, strict=True)}
-        others = [p for p in penalties if not p.needs.taylor and not (self.batch_norms and isinstance(p, InputPenalty))]
-        carried = [p for p in penalties if p.needs.taylor] if step.context is None and not others else []
+        # A penalty's needs may change once it has its value.
+        self._needs = {id(penalty): penalty.needs for penalty in penalties}
+        others = [p for p in penalties if not self._by_taylor(p) and not (self.batch_norms and p in self._on_inputs)]
+        carried = [p for p in penalties if self._by_taylor(p)] if step.context is None and not others else []
         self._carried = carried[0] if carried else None
         self._shared: _Run | None = None
         self._apart: _Run | None = None
@@ -115,9 +117,11 @@ class PenaltyRuns:
 
     def runs_again_for(self, penalty: Penalty) -> bool:
         """Whether a penalty looks at other runs than the one that counts."""
-        if penalty.needs.taylor:
+        if self._by_taylor(penalty):
             return penalty is not self._carried
-        return isinstance(penalty, InputPenalty) and (bool(self.batch_norms) or penalty.needs.derivatives == 1)
+        return isinstance(penalty, InputPenalty) and (
+            bool(self.batch_norms) or self._needs[id(penalty)].derivatives == 1
+        )
 
     def check_repeatable(self, loss: Tensor, by: str) -> list[str]:
         """See that the run that counts gives the same loss when it is run again; see :func:`check_repeatable`."""
@@ -128,6 +132,10 @@ class PenaltyRuns:
     def context(self, penalty: Penalty) -> StepContext:
         """What the penalty is computed from."""
         return self._context(self._run_of(penalty), penalty)
+
+    def context_of_another_run(self, penalty: Penalty) -> StepContext:
+        """The same of a further run, with a graph of its own."""
+        return self._context(self._run_for([penalty], self.step.rerun), penalty)
 
     @contextmanager
     def explained(self, penalty: Penalty) -> Iterator[None]:
@@ -149,8 +157,11 @@ class PenaltyRuns:
         """The penalties that look at the run that counts."""
         return [p for p in self.penalties if self._looks_at_shared(p)]
 
+    def _by_taylor(self, penalty: Penalty) -> bool:
+        return self._needs[id(penalty)].taylor
+
     def _looks_at_shared(self, penalty: Penalty) -> bool:
-        if penalty.needs.taylor:
+        if self._by_taylor(penalty):
             return penalty is self._carried
         return not (self.batch_norms and isinstance(penalty, InputPenalty))
 
@@ -161,7 +172,7 @@ class PenaltyRuns:
         assert self._shared is not None
         if self._looks_at_shared(penalty):
             return self._shared
-        if penalty.needs.taylor:
+        if self._by_taylor(penalty):
             if id(penalty) not in self._own:
                 self._own[id(penalty)] = self._run_for([penalty], self.step.rerun)
             return self._own[id(penalty)]
@@ -193,11 +204,11 @@ class PenaltyRuns:
                     leaves[id(x)] = _leaf(x, None if shifts is None else shifts[index])
             inputs[id(penalty)] = tuple(leaves[id(x)] for x in own)
         for penalty in penalties:
-            if penalty.needs.taylor:
+            if self._by_taylor(penalty):
                 modes: list[taylor_mode] = []
                 found = run(0, leaves, partial(self._new_mode, penalty, modes))
                 return _Run(found, inputs, modes[-1])
-        derivatives = max([1, *(penalty.needs.derivatives for penalty in penalties)])
+        derivatives = max([1, *(self._needs[id(penalty)].derivatives for penalty in penalties)])
         within = partial(_layer_outputs, self.step.module, on_layers, inputs, shifts) if on_layers else None
         return _Run(run(derivatives, leaves, within), inputs)
 

@@ -133,7 +133,7 @@ def suggest_strength(
         >>> from lightning_hessian import HessianRegularizer, HessianTrace
         >>> found = suggest_strength(net, batches, HessianTrace(), loss=lambda net, x: net(x).exp().mean())
         >>> print(found)
-        HessianTrace(probes=1, method='autograd', keep=1.0, drop='tensor'): strength 0.1 (0.025 to 0.4 over 3 batches)
+        HessianTrace(probes=1, method='taylor', keep=1.0, drop='tensor'): strength 0.1 (0.025 to 0.4 over 3 batches)
           makes its gradient 10 % of the task loss's
         >>> regularizer = HessianRegularizer(HessianTrace(), strength=found)
     """

@@ -50,7 +50,7 @@ def sum_of_terms(
                 context = runs.context(one.penalty)
                 if isinstance(one.penalty, InputPenalty):
                     warn_of_coupling(one.in_fit, context)
-                check_coefficients(one.in_fit, context)
+                check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty))
                 value = one.penalty.value(context)
                 log_penalty(module, one.name, value.detach())
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):

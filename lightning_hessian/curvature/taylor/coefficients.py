@@ -147,6 +147,7 @@ class Call:
         kwargs: its keyword arguments.
         directions: how many directions there are.
         inside: makes a context manager in which operations carry coefficients along.
+        layer: gives the name of the layer that calls.
     """
 
     def __init__(
@@ -156,12 +157,14 @@ class Call:
         kwargs: dict[str, Any],
         directions: int,
         inside: Callable[[], AbstractContextManager[Any]],
+        layer: Callable[[], str],
     ) -> None:
         self.function = function
         self.args = args
         self.kwargs = kwargs
         self.directions = directions
         self.inside = inside
+        self.layer = layer
 
     def of(self, value: Any) -> Coefficients:
         """The coefficients of an argument."""
@@ -173,7 +176,7 @@ class Call:
 
     def other(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Call:
         """A call of another function."""
-        return Call(function, args, kwargs, self.directions, self.inside)
+        return Call(function, args, kwargs, self.directions, self.inside, self.layer)
 
 
 class RuleFunction(torch.autograd.Function):

@@ -70,8 +70,8 @@ def by_forward_mode(call: Call, name: str | None = None) -> Any:
     moving = [x for x in _tensors(call.args) + _tensors(tuple(call.kwargs.values())) if has_coefficients(x)]
     if called in WRONG or (called in WRONG_FOR_COMPLEX and any(x.is_complex() for x in moving)):
         raise HigherOrderError(
-            f"The operation {called} has no Taylor rule, and its forward-mode derivatives in PyTorch are not right at "
-            f"second order. {OTHERWISE}"
+            f"The operation {called} (called in {call.layer()}) has no Taylor rule, and its forward-mode derivatives "
+            f"in PyTorch are not right at second order. {OTHERWISE}"
         )
     device = moving[0].device
     random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -118,8 +118,8 @@ def _along(call: Call, moving: list[Tensor], p: int, name: str) -> Any:
         (y0, y1), (_, y2), result = twice(first_order, (zero,), (one,), has_aux=True)
     except (NotImplementedError, RuntimeError) as error:
         raise HigherOrderError(
-            f"The operation {name} has no Taylor rule, and PyTorch cannot differentiate it in forward mode "
-            f"({str(error).splitlines()[0][:200]}). {OTHERWISE}"
+            f"The operation {name} (called in {call.layer()}) has no Taylor rule, and PyTorch cannot differentiate it "
+            f"in forward mode ({str(error).splitlines()[0][:200]}). {OTHERWISE}"
         ) from error
     return y0, y1, y2, result
 
@@ -154,7 +154,7 @@ def custom_function(call: Call, cls: Any) -> Any:
     """
     if cls.jvp is torch.autograd.Function.jvp:
         raise HigherOrderError(
-            f"The forward pass calls the custom function {cls.__name__}, which has no `jvp`, so Taylor coefficients "
+            f"The custom function {cls.__name__} (called in {call.layer()}) has no `jvp`, so Taylor coefficients "
             f"cannot pass it. Define its `jvp` (and `setup_context`). {OTHERWISE}"
         )
     return by_forward_mode(call, f"{cls.__name__}.apply")

@@ -168,8 +168,8 @@ def _unknown(call: Call) -> HigherOrderError:
     name = getattr(call.function, "__name__", repr(call.function))
     where = "into `out`" if call.kwargs.get("out") is not None else "in place"
     return HigherOrderError(
-        f"The forward pass calls {name}, which writes {where}, and Taylor coefficients cannot follow it. Write out of "
-        "place, or use method='autograd'."
+        f"The layer {call.layer()} calls {name}, which writes {where}, and Taylor coefficients cannot follow it. Write "
+        "out of place, or use method='autograd'."
     )
 
 

@@ -147,15 +147,19 @@ class taylor_mode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__set__":
             return func(*args)
-        call = Call(func, args, kwargs, self.directions, self._again)
+        call = Call(func, args, kwargs, self.directions, self._again, self._layer)
         if name == "__get__":
             return func(*args) if number == NO_RULE else self._attached(RULE_LIST[number](call))
         self._writes.check((args, kwargs))
         if number == NO_RULE and (wrong := _what_is_wrong(call)) is not None:
-            raise HigherOrderError(f"{layer_name(self._module, calling_module())} {wrong}")
+            raise HigherOrderError(f"{self._layer()} {wrong}")
         if is_in_place(call):
             return self._writes.write(call, self._coefficients)
         return self._attached(self._coefficients(call))
+
+    def _layer(self) -> str:
+        """The name of the layer that is running."""
+        return layer_name(self._module, calling_module())
 
     def _coefficients(self, call: Call) -> Any:
         """What a call returns, tensors as coefficients."""
@@ -216,7 +220,7 @@ def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
             return run(*args, **kwargs)
         if cls.__module__.startswith("torch._functorch"):  # a compiled graph, which carries the coefficients inside
             return run(*args, **kwargs)
-        return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again), cls))
+        return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again, mode._layer), cls))
 
     torch.autograd.Function.apply = classmethod(apply)
     try:

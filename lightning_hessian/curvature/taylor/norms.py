@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ def normalize(
     none = (None,) * len(x.first)
     w0, w1, w2 = (None, none, None) if weight is None else weight
     b0, b1, b2 = (None, none, None) if bias is None else bias
-    if w2 is not None or b2 is not None or torch.compiler.is_compiling():
+    only_bias = weight is None and bias is not None
+    if w2 is not None or b2 is not None or only_bias or torch.compiler.is_compiling():
         y0, y2, *y1 = _Normal(list(dims), eps, centers, x.value, x.second, x.first).coefficients()
         return affine(Coefficients(y0, tuple(y1), y2), weight, bias)
     z0, z2, *z1 = _Normalize.apply(list(dims), eps, centers, x.value, x.second, w0, b0, *x.first, *w1, *b1)
@@ -136,7 +137,7 @@ class _Normalize(RuleFunction):
         b0: Tensor | None,
         *moving: Tensor | None,
     ) -> Any:
-        ctx.settings, ctx.bias_shape = (dims, eps, centers), None if b0 is None else b0.shape
+        ctx.settings = dims, eps, centers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x0, x2, w0, *moving)
         x1, w1, b1 = _thirds(moving)
@@ -158,23 +159,35 @@ class _Normalize(RuleFunction):
         x1, w1, _ = _thirds(moving)
         dims, eps, centers = ctx.settings
         normal = _Normal(dims, eps, centers, x0, x2, x1)
-        dw0 = db0 = None
+        dw: list[Any] = [None] * (1 + len(x1))
+        db: list[Any] = [None] * (1 + len(x1))
         if w0 is not None:
             y0, y2, *y1 = normal.coefficients()
-            if ctx.needs_input_grad[5]:
-                dw0 = _sum((y0, g0), start=None) if g0 is not None else None
-                for y, g in ((y2, g2), *zip(y1, g1, strict=True)):
-                    dw0 = dw0 if g is None or y is None else _sum((y, g), start=dw0)
-                dw0 = None if dw0 is None else dw0.sum_to_size(w0.shape)
-            if ctx.bias_shape is not None and ctx.needs_input_grad[6]:
-                db0 = None if g0 is None else g0.sum_to_size(ctx.bias_shape)
+            n, needed = len(x1), ctx.needs_input_grad
+            if needed[5]:
+                dw[0] = _total(zip((y0, y2, *y1), (g0, g2, *g1), strict=True), w0.shape)
+            if needed[6] and g0 is not None:
+                db[0] = g0.sum_to_size(w0.shape)
+            for p, (y, g) in enumerate(zip(y1, g1, strict=True)):
+                if needed[7 + n + p]:
+                    twice = None if g2 is None else 2 * g2
+                    dw[1 + p] = _total([(y0, g), (y, twice)], w0.shape)
+                if needed[7 + 2 * n + p] and g is not None:
+                    db[1 + p] = g.sum_to_size(w0.shape)
             h0 = _sum((g0, w0), *((g, w) for g, w in zip(g1, w1, strict=True) if w is not None))
             g1 = tuple(
                 _sum((g, w0), *([] if w is None or g2 is None else [(g2, 2 * w)])) for g, w in zip(g1, w1, strict=True)
             )
             g0, g2 = h0, None if g2 is None else g2 * w0
         d0, d2, *d1 = normal.backward(g0, g2, g1)
-        return None, None, None, d0, d2, dw0, db0, *d1, *(None,) * (2 * len(x1))
+        return None, None, None, d0, d2, dw[0], db[0], *d1, *dw[1:], *db[1:]
+
+
+def _total(products: Iterable[tuple[Tensor | None, Tensor | None]], shape: torch.Size) -> Tensor | None:
+    """The sum of the products, over all entries that share a parameter; None is zero."""
+    present = [(a, b) for a, b in products if a is not None and b is not None]
+    found = _sum(*present)
+    return None if found is None else found.sum_to_size(shape)
 
 
 def _thirds(parts: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
