@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from agreement import assert_equal, by_taylor_mode, directions
 from nets import Checkpointed, Classifier, context_of, data, fit, smooth, task_loss, weights
 from oracles import gradient_of, relative_error
 from recorders import LiveTensors, Recorder
@@ -12,46 +13,9 @@ from torch.nn import functional as F
 
 import lightning_hessian as lh
 from lightning_hessian.cli import models
-from lightning_hessian.curvature import HessianOperator
-from lightning_hessian.curvature.taylor import rules, taylor_mode
-from lightning_hessian.curvature.vectors import pack
+from lightning_hessian.curvature.taylor import rules
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def directions(tensors, count):
-    generator = torch.Generator().manual_seed(5)
-    return [[torch.randn(t.shape, generator=generator).to(t) for t in tensors] for _ in range(count)]
-
-
-def by_autograd(net, loss, tensors, v):
-    torch.manual_seed(0)
-    with lh.higher_order(net):
-        value = loss(net)
-    hessian = HessianOperator(value, tensors, differentiable=True)
-    return value, torch.stack([hessian.quadratic_form(pack(one)) for one in v]).sum()
-
-
-def by_taylor_mode(net, loss, tensors, v):
-    torch.manual_seed(0)
-    with taylor_mode(tensors, v, net) as mode:
-        value = loss(net)
-    return value, mode.second(value)
-
-
-def assert_equal(net, loss, tensors=None, count=1, tolerance=1e-9):
-    tensors = list(net.parameters()) if tensors is None else tensors
-    v = directions(tensors, count)
-    twin = copy.deepcopy(net)
-    twins = [dict(twin.named_parameters())[name] for name, p in net.named_parameters() if any(p is t for t in tensors)]
-    value, found = by_taylor_mode(net, loss, tensors, v)
-    expected_value, expected = by_autograd(twin, loss, twins, v)
-    torch.testing.assert_close(value, expected_value, rtol=1e-10, atol=1e-12)
-    assert found.item() == pytest.approx(expected.item(), rel=tolerance, abs=1e-12)
-    assert relative_error(gradient_of(found, tensors), gradient_of(expected, twins)) < tolerance
-    for ours, theirs in zip(net.buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert not any(hasattr(t, "_taylor_coefficients") for t in tensors)
 
 
 IMAGES, CLASSES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double(), torch.arange(4)
@@ -86,7 +50,8 @@ LAYERS = {
     "weight norm": nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
     "GLU": nn.Sequential(nn.Linear(6, 12), nn.GLU()),
     "dropout": nn.Dropout(0.4), "GELU": nn.GELU(), "GELU, tanh": nn.GELU("tanh"), "Mish": nn.Mish(), "ELU": nn.ELU(),
-    "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "LeakyReLU": nn.LeakyReLU(), "PReLU": nn.PReLU(),
+    "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "Hardsigmoid": nn.Hardsigmoid(),
+    "Hardsigmoid in place": nn.Hardsigmoid(inplace=True), "LeakyReLU": nn.LeakyReLU(), "PReLU": nn.PReLU(),
     "ReLU6": nn.ReLU6(),
     "SiLU in place": nn.SiLU(inplace=True), "ReLU in place": nn.ReLU(inplace=True), "log-softmax": nn.LogSoftmax(1),
     "softmax": nn.Softmax(1), "softsign": nn.Softsign(), "tanh": nn.Tanh(),
@@ -333,9 +298,10 @@ def test_memory_is_flat():
     assert alive.counts[1] <= alive.counts[0] + 2
 
 
-def test_a_compiled_network_stays_compiled_and_is_not_compiled_again():
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(inplace=True)], ids=str)
+def test_a_compiled_network_stays_compiled_and_is_not_compiled_again(activation):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)).double()
+    net = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), activation, nn.Linear(6, 3)).double()
     x, y = torch.randn(5, 4), torch.arange(5) % 3
     compiled, graphs, runs = copy.deepcopy(net), [], []
 

@@ -129,10 +129,6 @@ def relu6_slope(x: Tensor, *_: Any) -> Tensor:
     return hardtanh_slope(x, 0.0, 6.0)
 
 
-def hardsigmoid_slope(x: Tensor, *_: Any) -> Tensor:
-    return hardtanh_slope(x, -3.0, 3.0) / 6
-
-
 def threshold_slope(x: Tensor, threshold: float, *_: Any, **__: Any) -> Tensor:
     return (x > threshold).to(x.dtype)
 

@@ -89,7 +89,8 @@ class Writes:
         if result.value.shape != target.shape:
             raise _unknown(call)
         target.copy_(result.value)
-        detach(target)
+        if result.is_constant:  # else they are replaced: the compiler can set an attribute, not delete it
+            detach(target)
         attach(Coefficients(target, *(_like(x, target) for x in (result.first, result.second))))
         if not torch.compiler.is_compiling():
             storage = target.untyped_storage()
