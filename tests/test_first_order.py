@@ -360,7 +360,7 @@ def test_verify_has_nothing_to_verify():
         ({"method": "two_pass", "clamp": 0.0}, "its loss is a combination of passes"),
         ({"method": "two_pass", "step": 0.1}, "is only for method='central_difference'"),
         ({"method": "gauss_newton", "keep": 0.5}, "the probes of gauss_newton are over the outputs"),
-        ({"method": "gauss_newton", "probes": -1}, "is for method='autograd'"),
+        ({"method": "gauss_newton", "probes": -1}, "is for method='taylor'"),
         ({"method": "three_pass"}, "is unknown. Choose one of taylor, autograd, two_pass"),
         ({"scale": "filter"}, "is unknown. Choose one of none, parameter"),
         ({"method": "central_difference", "step": 0.0}, "must be a positive number"),
