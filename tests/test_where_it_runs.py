@@ -165,7 +165,7 @@ def test_bfloat16_is_near_float32(method):
 
 
 def test_central_differences_in_bfloat16_are_refused():
-    with pytest.raises(MisconfigurationException, match=r"train on noise.*method='taylor'"):
+    with pytest.raises(MisconfigurationException, match=r"train on noise.*method='autograd'"):
         fit(Classifier(), [callback("central_difference")], precision="bf16-mixed")
 
 

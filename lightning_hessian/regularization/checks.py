@@ -66,7 +66,7 @@ def _refuse_rounding(penalty: Penalty, precision: str) -> None:
     if penalty.needs.full_precision and "16" in precision:
         raise MisconfigurationException(
             f"{penalty!r} takes differences of losses that 16-bit numbers (precision={precision!r}) "
-            "round away: it would train on noise. Use precision='32-true', or method='taylor'."
+            "round away: it would train on noise. Use precision='32-true', or method='autograd'."
         )
 
 

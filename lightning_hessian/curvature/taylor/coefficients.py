@@ -91,6 +91,19 @@ def add(*terms: Tensor | None) -> Tensor | None:
     return functools.reduce(operator.add, present) if present else None
 
 
+def nonzero(x: Tensor | None) -> Tensor | None:
+    """None for a tensor that PyTorch knows to be zero: it has no memory to write to."""
+    return None if x is None or x._is_zerotensor() else x
+
+
+def sum_of_products(*products: tuple[Tensor | None, Tensor | None], start: Tensor | None = None) -> Tensor | None:
+    """The sum of a * b, on top of ``start``, which is overwritten; None is zero."""
+    for a, b in products:
+        if a is not None and b is not None:
+            start = a * b if start is None else start.addcmul_(a, b)
+    return start
+
+
 def scaled(factor: float, x: Tensor | None) -> Tensor | None:
     """factor * x; None is zero."""
     return None if x is None else factor * x

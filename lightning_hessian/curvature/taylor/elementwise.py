@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hessian.curvature.taylor.coefficients import Coefficients, RuleFunction, add
+from lightning_hessian.curvature.taylor.coefficients import Coefficients, RuleFunction, add, nonzero, sum_of_products
 
-Derivatives = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""x -> f(x), f'(x), f''(x), f'''(x)."""
+Derivatives = Callable[[Tensor], Iterable[Tensor]]
+"""x -> f(x), f'(x), f''(x), f'''(x), one after the other."""
 
 
 def elementwise(derivatives: Derivatives, x: Coefficients) -> Coefficients:
@@ -21,8 +22,8 @@ def elementwise(derivatives: Derivatives, x: Coefficients) -> Coefficients:
     present = [x1 for x1 in x.first if x1 is not None]
     if torch.compiler.is_compiling():  # the compiler fuses, and saves what it finds best
         y0, f1, f2, _ = derivatives(x.value)
-        squares = f2 * _sum_of_squares(present) if present else None
-        second = add(None if x.second is None else f1 * x.second, squares)
+        squares = add(*(x1 * x1 for x1 in present))
+        second = add(None if x.second is None else f1 * x.second, None if squares is None else f2 * squares)
         return Coefficients(y0, tuple(None if x1 is None else f1 * x1 for x1 in x.first), second)
     y0, y2, *rest = _Elementwise.apply(derivatives, x.value, x.second, *present)
     ys = iter(rest)
@@ -34,90 +35,89 @@ class _Elementwise(RuleFunction):
 
     @staticmethod
     def forward(ctx: Any, derivatives: Derivatives, x0: Tensor, x2: Tensor | None, *x1: Tensor) -> Any:
-        y0, f1, f2, _ = derivatives(x0)
+        y0, f1, f2 = islice(derivatives(x0), 3)
         ctx.derivatives = derivatives
-        ctx.has_second = x2 is not None
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x0, *([x2] if x2 is not None else []), *x1)
-        y2 = None if x2 is None else f1 * x2
-        if x1:
-            y2 = add(y2, f2 * _sum_of_squares(x1))
+        ctx.save_for_backward(x0, x2, *x1)
+        y2 = sum_of_products((f1, x2), (f2, _sum_of_squares(x1)))
         return y0, y2, *(f1 * x for x in x1)
 
     @staticmethod
     def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
-        x0, *rest = ctx.saved_tensors
-        x2 = rest.pop(0) if ctx.has_second else None
-        x1 = rest
+        g0, g2, *g1 = map(nonzero, (g0, g2, *g1))  # type: ignore[assignment]
+        x0, x2, *x1 = ctx.saved_tensors
         _, f1, f2, f3 = ctx.derivatives(x0)
-        along = add(*(None if g is None else g * x for g, x in zip(g1, x1, strict=True)))
-        d0 = add(None if g0 is None else g0 * f1, None if along is None else f2 * along)
-        if g2 is not None:
-            if x1:
-                d0 = add(d0, g2 * f3 * _sum_of_squares(x1))
-            if x2 is not None:
-                d0 = add(d0, g2 * f2 * x2)
+        to_f1 = sum_of_products(*zip(g1, x1, strict=True), (g2, x2))
+        to_f2 = sum_of_products((g2, _sum_of_squares(x1)))
+        d0 = sum_of_products((g0, f1), (to_f1, f2), (to_f2, f3))
+        d2 = None if x2 is None else sum_of_products((g2, f1))
         twice = None if g2 is None or not x1 else 2 * g2 * f2
-        d1 = [
-            add(None if g is None else g * f1, None if twice is None else twice * x)
-            for g, x in zip(g1, x1, strict=True)
-        ]
-        d2 = None if g2 is None or x2 is None else g2 * f1
+        d1 = [sum_of_products((g, f1), (twice, x)) for g, x in zip(g1, x1, strict=True)]
         return None, d0, d2, *d1
 
 
-def _sum_of_squares(x1: Any) -> Tensor:
-    total = x1[0] * x1[0]
-    for x in x1[1:]:
-        total = torch.addcmul(total, x, x)
-    return total
+def _sum_of_squares(x1: Sequence[Tensor]) -> Tensor | None:
+    return sum_of_products(*((x, x) for x in x1))
 
 
-def _tanh(x: Tensor) -> Any:
+def _tanh(x: Tensor) -> Iterator[Tensor]:
     y = torch.tanh(x)
-    f1 = 1 - y * y
-    f2 = -2 * y * f1
-    return y, f1, f2, -2 * (f1 * f1 + y * f2)
+    yield y
+    yield (f1 := 1 - y * y)
+    yield (f2 := -2 * y * f1)
+    yield -2 * (f1 * f1 + y * f2)
 
 
-def _sigmoid(x: Tensor) -> Any:
+def _sigmoid(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
-    f1 = s * (1 - s)
+    yield s
+    yield (f1 := s * (1 - s))
     t = 1 - 2 * s
-    return s, f1, f1 * t, f1 * (t * t - 2 * f1)
+    yield f1 * t
+    yield f1 * (t * t - 2 * f1)
 
 
-def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Any:
-    s = torch.sigmoid(beta * x)
-    is_linear = beta * x > threshold
-    s = torch.where(is_linear, 1.0, s)
-    f2 = beta * s * (1 - s)
-    return F.softplus(x, beta, threshold), s, f2, beta * f2 * (1 - 2 * s)
+def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Iterator[Tensor]:
+    yield F.softplus(x, beta, threshold)
+    s = torch.sigmoid(beta * x).masked_fill(beta * x > threshold, 1)
+    yield s
+    yield (f2 := beta * s * (1 - s))
+    yield beta * f2 * (1 - 2 * s)
 
 
-def _silu(x: Tensor) -> Any:
+def _silu(x: Tensor) -> Iterator[Tensor]:
     s = torch.sigmoid(x)
+    yield x * s
     ds = s * (1 - s)
+    yield torch.addcmul(s, x, ds)
     t = 1 - 2 * s
-    return x * s, torch.addcmul(s, x, ds), ds * (2 + x * t), ds * (3 * t + x * (t * t - 2 * ds))
+    yield ds * (2 + x * t)
+    yield ds * (3 * t + x * (t * t - 2 * ds))
 
 
-def _gelu(x: Tensor) -> Any:
+def _gelu(x: Tensor) -> Iterator[Tensor]:
     density = torch.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    distribution = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
-    f1 = torch.addcmul(distribution, x, density)
-    return x * distribution, f1, density * (2 - x * x), density * x * (x * x - 4)
+    distribution = torch.erf(x * math.sqrt(0.5)).add_(1).mul_(0.5)
+    yield x * distribution
+    yield torch.addcmul(distribution, x, density)
+    squares = x * x
+    yield density * (2 - squares)
+    yield density * x * (squares - 4)
 
 
-def _gelu_tanh(x: Tensor) -> Any:
+def _gelu_tanh(x: Tensor) -> Iterator[Tensor]:
     a, b = math.sqrt(2 / math.pi), 0.044715
-    u1, u2, u3 = a * (1 + 3 * b * x * x), 6 * a * b * x, 6 * a * b
-    y, t1, t2, t3 = _tanh(a * (x + b * x * x * x))
+    squares = x * x
+    u1, u2, u3 = a * (1 + 3 * b * squares), 6 * a * b * x, 6 * a * b
+    y, t1, t2, t3 = _tanh(a * (x + b * x * squares))
     # h = tanh(u(x)) and f = x (1 + h) / 2.
+    yield x * (1 + y) / 2
     h1 = t1 * u1
+    yield (1 + y + x * h1) / 2
     h2 = t2 * u1 * u1 + t1 * u2
+    yield h1 + x * h2 / 2
     h3 = t3 * u1 * u1 * u1 + 3 * t2 * u1 * u2 + t1 * u3
-    return x * (1 + y) / 2, (1 + y + x * h1) / 2, h1 + x * h2 / 2, 1.5 * h2 + x * h3 / 2
+    yield 1.5 * h2 + x * h3 / 2
 
 
 def _exp(x: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from lightning_hessian.curvature.errors import HigherOrderError
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, has_coefficients
+from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, has_coefficients, nonzero
 
 OTHERWISE = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
 
@@ -129,8 +129,8 @@ def _collected(results: list[Any]) -> Any:
     found = iter(
         Coefficients(
             value,
-            tuple(first[i] for _, first, _, _ in results),
-            add(*(second[i] for _, _, second, _ in results)),
+            tuple(nonzero(first[i]) for _, first, _, _ in results),
+            add(*(nonzero(second[i]) for _, _, second, _ in results)),
         )
         for i, value in enumerate(values)
     )

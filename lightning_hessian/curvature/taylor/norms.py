@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.curvature import norms
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, RuleFunction, bilinear, linear, total
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    RuleFunction,
+    bilinear,
+    linear,
+    nonzero,
+    sum_of_products,
+    total,
+)
+from lightning_hessian.curvature.taylor.products import thirds
 
 
 def normalize(
@@ -69,17 +79,20 @@ class _Normal:
     def centered(self, t: Tensor) -> Tensor:
         return t - self.mean(t) if self.centers else t
 
+    def centered_in_place(self, t: Tensor) -> Tensor:
+        return t.sub_(self.mean(t)) if self.centers else t
+
     def coefficients(self) -> list[Any]:
         """y0 = c0 r0, y2 = c2 r0 + 2 sum c1 r1 + c0 r2, and y1 = c1 r0 + c0 r1."""
         is_moving = self.c2 is not None or any(c is not None for c in self.c1)
         y2 = self.c0 * self.r2 if is_moving else None
         if y2 is not None and self.c2 is not None:
-            y2 = torch.addcmul(y2, self.c2, self.r0)
+            y2 = y2.addcmul_(self.c2, self.r0)
         for c, r in zip(self.c1, self.r1, strict=True):
             if c is not None and y2 is not None:
-                y2 = torch.addcmul(y2, c, r, value=2)
+                y2 = y2.addcmul_(c, r, value=2)
         pairs = zip(self.c1, self.r1, strict=True)
-        y1 = [None if c is None else torch.addcmul(c * self.r0, self.c0, r) for c, r in pairs]
+        y1 = [None if c is None else (c * self.r0).addcmul_(self.c0, r) for c, r in pairs]
         return [self.c0 * self.r0, y2, *y1]
 
     def backward(self, g0: Tensor | None, g2: Tensor | None, g1: Sequence[Tensor | None]) -> list[Any]:
@@ -105,21 +118,13 @@ class _Normal:
         du0, du2 = -cube * dr0 / size, -cube * dr2 / size
         du1 = [(3 * cube * square * u * dr2 - cube * d) / size for u, d in zip(self.u1, dr1, strict=True)]
         # ... and to c.
-        d0 = _sum((self.c0, du0), (g0, self.r0), (g2, self.r2), (self.c2, du2))
+        d0 = sum_of_products((self.c0, du0), (g0, self.r0), (g2, self.r2), (self.c2, du2))
         d1: list[Tensor | None] = []
         for g, c, r, du in zip(g1, self.c1, self.r1, du1, strict=True):
-            d0 = _sum((c, du), (g, r), start=d0)
-            d1.append(None if c is None else _sum((self.c0, du), (c, 2 * du2), (g, self.r0), (g2, 2 * r)))
-        d2 = None if self.c2 is None else _sum((self.c0, du2), (g2, self.r0))
-        return [None if d is None else self.centered(d) for d in (d0, d2, *d1)]
-
-
-def _sum(*products: tuple[Tensor | None, Tensor], start: Tensor | None = None) -> Tensor | None:
-    """The sum of the products; None is zero."""
-    for a, b in products:
-        if a is not None:
-            start = a * b if start is None else torch.addcmul(start, a, b)
-    return start
+            d0 = sum_of_products((c, du), (g, r), start=d0)
+            d1.append(None if c is None else sum_of_products((self.c0, du), (c, 2 * du2), (g, self.r0), (g2, 2 * r)))
+        d2 = None if self.c2 is None else sum_of_products((self.c0, du2), (g2, self.r0))
+        return [None if d is None else self.centered_in_place(d) for d in (d0, d2, *d1)]
 
 
 class _Normalize(RuleFunction):
@@ -140,23 +145,24 @@ class _Normalize(RuleFunction):
         ctx.settings = dims, eps, centers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x0, x2, w0, *moving)
-        x1, w1, b1 = _thirds(moving)
+        x1, w1, b1 = thirds(moving)
         y0, y2, *y1 = _Normal(dims, eps, centers, x0, x2, x1).coefficients()
         if w0 is None:
             return y0, y2, *y1
         z0 = y0 * w0 if b0 is None else torch.addcmul(b0, y0, w0)
         z2, z1 = None if y2 is None else y2 * w0, []
         for y, w, b in zip(y1, w1, b1, strict=True):
-            z = _sum((y, w0), *([] if w is None else [(y0, w)]))
+            z = sum_of_products((y, w0), (y0, w))
             z1.append(z if b is None else b.expand(y0.shape) if z is None else z + b)
             if y is not None and w is not None:
-                z2 = _sum((y, 2 * w), start=z2)
+                z2 = sum_of_products((y, 2 * w), start=z2)
         return z0, z2, *z1
 
     @staticmethod
     def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
+        g0, g2, *g1 = map(nonzero, (g0, g2, *g1))  # type: ignore[assignment]
         x0, x2, w0, *moving = ctx.saved_tensors
-        x1, w1, _ = _thirds(moving)
+        x1, w1, _ = thirds(moving)
         dims, eps, centers = ctx.settings
         normal = _Normal(dims, eps, centers, x0, x2, x1)
         dw: list[Any] = [None] * (1 + len(x1))
@@ -174,9 +180,9 @@ class _Normalize(RuleFunction):
                     dw[1 + p] = _total([(y0, g), (y, twice)], w0.shape)
                 if needed[7 + 2 * n + p] and g is not None:
                     db[1 + p] = g.sum_to_size(w0.shape)
-            h0 = _sum((g0, w0), *((g, w) for g, w in zip(g1, w1, strict=True) if w is not None))
+            h0 = sum_of_products((g0, w0), *zip(g1, w1, strict=True))
             g1 = tuple(
-                _sum((g, w0), *([] if w is None or g2 is None else [(g2, 2 * w)])) for g, w in zip(g1, w1, strict=True)
+                sum_of_products((g, w0), (g2, None if w is None else 2 * w)) for g, w in zip(g1, w1, strict=True)
             )
             g0, g2 = h0, None if g2 is None else g2 * w0
         d0, d2, *d1 = normal.backward(g0, g2, g1)
@@ -185,14 +191,8 @@ class _Normalize(RuleFunction):
 
 def _total(products: Iterable[tuple[Tensor | None, Tensor | None]], shape: torch.Size) -> Tensor | None:
     """The sum of the products, over all entries that share a parameter; None is zero."""
-    present = [(a, b) for a, b in products if a is not None and b is not None]
-    found = _sum(*present)
+    found = sum_of_products(*products)
     return None if found is None else found.sum_to_size(shape)
-
-
-def _thirds(parts: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    n = len(parts) // 3
-    return parts[:n], parts[n : 2 * n], parts[2 * n :]
 
 
 def affine(y: Coefficients, weight: Coefficients | None, bias: Coefficients | None) -> Coefficients:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hessian.curvature.taylor import gathers, losses, norms
+from lightning_hessian.curvature.taylor import gathers, losses, norms, products
 from lightning_hessian.curvature.taylor import softmax as softmax_rules
 from lightning_hessian.curvature.taylor.coefficients import (
     Call,
@@ -118,6 +118,12 @@ def bilinear_rule(call: Call) -> Any:
     return bilinear(lambda p, q: call.function(p, q, *rest, **call.kwargs), call.of(a), call.of(b))
 
 
+def matmul_rule(call: Call) -> Any:
+    if len(call.args) != 2 or call.kwargs:
+        return NotImplemented
+    return products.matmul(*map(call.of, call.args))
+
+
 def reflected(function: Callable[..., Any]) -> Rule:
     """x.__rop__(y) is function(y, x)."""
     return lambda call: RULES[function](call.other(function, (call.args[1], call.args[0]), {}))
@@ -186,8 +192,7 @@ def gelu_rule(call: Call) -> Coefficients:
 def linear_layer_rule(call: Call) -> Coefficients:
     """x W' + b."""
     x, weight, bias = (call.of(call.argument(i, name)) for i, name in enumerate(("input", "weight", "bias")))
-    product = _through(F.linear, x, weight, in_rows=x.value.dim() > 1)
-    return product if bias.value is None else total(product, bias)
+    return products.linear_layer(x, weight, None if bias.value is None else bias)
 
 
 def convolution_rule(spatial: int) -> Rule:
@@ -292,8 +297,8 @@ def addmm_rule(call: Call) -> Any:
         return NotImplemented
     c, a, b = map(call.of, call.args)
     beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-    product = bilinear(lambda p, q: alpha * (p @ q), a, b)
-    return total(linear(lambda t: beta * t, c), product)
+    product = products.matmul(a, b)
+    return total(linear(lambda t: beta * t, c), product if alpha == 1 else linear(lambda t: alpha * t, product))
 
 
 def norm_rule(call: Call) -> Any:
@@ -431,7 +436,8 @@ _register(
     "scatter_add select_scatter slice_scatter diagonal_scatter masked_scatter",
     jointly_linear_rule,
 )
-_register("mul multiply matmul bmm mm mv dot vdot outer ger inner kron __mul__ __rmul__ __matmul__", bilinear_rule)
+_register("mul multiply mv dot vdot outer ger inner kron __mul__ __rmul__", bilinear_rule)
+_register("matmul bmm mm __matmul__", matmul_rule)
 _register("add __add__ __radd__", add_rule)
 _register("sub subtract __sub__", sub_rule)
 RULES[Tensor.__rsub__] = reflected(torch.sub)
@@ -544,8 +550,9 @@ CONSTANT |= set(
 )
 
 _FOR_COMPLEX = {
-    linear_rule, jointly_linear_rule, bilinear_rule, add_rule, sub_rule, view_rule, linear_layer_rule, einsum_rule,
-    where_rule, tensor_where_rule, masked_fill_rule, addmm_rule, *(RULES[getattr(F, f"conv{n}d")] for n in (1, 2, 3)),
+    linear_rule, jointly_linear_rule, bilinear_rule, matmul_rule, add_rule, sub_rule, view_rule, linear_layer_rule,
+    einsum_rule, where_rule, tensor_where_rule, masked_fill_rule, addmm_rule,
+    *(RULES[getattr(F, f"conv{n}d")] for n in (1, 2, 3)),
 }  # fmt: skip
 """Rules that hold for complex tensors, too. All other functions of complex tensors go by forward mode."""
 

@@ -3,21 +3,81 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, bilinear, linear
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    RuleFunction,
+    add,
+    linear,
+    nonzero,
+    sum_of_products,
+    total,
+)
+from lightning_hessian.curvature.taylor.products import matmul
 
 
 def softmax(x: Coefficients, dim: int) -> Coefficients:
     """p1 = p c and p2 = p (s - E[s]), with c = x1 - E[x1], s = x2 + sum c^2, and E the mean under p."""
+    if not torch.compiler.is_compiling() and not x.is_constant:
+        p, p2, *p1 = _Softmax.apply(dim, x.value, x.second, *x.first)
+        return Coefficients(p, tuple(p1), p2)
     p = torch.softmax(x.value, dim)
     centered = [None if x1 is None else x1 - (p * x1).sum(dim, keepdim=True) for x1 in x.first]
     first = tuple(None if c is None else p * c for c in centered)
     s = add(x.second, *(None if c is None else c * c for c in centered))
     return Coefficients(p, first, None if s is None else p * (s - (p * s).sum(dim, keepdim=True)))
+
+
+class _Softmax(RuleFunction):
+    """Saves p, c and d = s - E[s]."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, x0: Tensor, x2: Tensor | None, *x1: Tensor | None) -> Any:
+        p = torch.softmax(x0, dim)
+        c1 = [None if x is None else x - (p * x).sum(dim, keepdim=True) for x in x1]
+        s = sum_of_products(*((c, c) for c in c1), start=None if x2 is None else x2.clone())
+        assert s is not None
+        d = s.sub_((p * s).sum(dim, keepdim=True))
+        ctx.dim, ctx.has_second = dim, x2 is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(p, d, *c1)
+        return p, p * d, *(None if c is None else p * c for c in c1)
+
+    @staticmethod
+    def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
+        g0, g2, *g1 = map(nonzero, (g0, g2, *g1))  # type: ignore[assignment]
+        p, d, *c1 = ctx.saved_tensors
+
+        def centered(g: Tensor) -> tuple[Tensor, Tensor]:
+            """A gradient by what has its mean under p taken off -> that before, and its sum."""
+            total = g.sum(ctx.dim, keepdim=True)
+            return g.addcmul_(p, total, value=-1), total
+
+        # By p, up to a constant in each row, which p's own gradient does not see.
+        dp = sum_of_products((g2, d), *zip(g1, c1, strict=True), start=None if g0 is None else g0.clone())
+        dx2 = None
+        if g2 is not None:
+            dx2, total = centered(g2 * p)
+            dp = sum_of_products((d, -total), start=dp)
+        dx1: list[Tensor | None] = []
+        for g, c in zip(g1, c1, strict=True):
+            twice = None if dx2 is None or c is None else 2 * dx2
+            dc = None if c is None else sum_of_products((g, p), (twice, c))
+            if dc is not None:
+                dc, total = centered(dc)
+                dp = sum_of_products((c, -total), start=dp)
+            dx1.append(dc)
+        dx0 = None
+        if dp is not None:
+            dx0 = dp.mul_(p)
+            dx0.addcmul_(p, dx0.sum(ctx.dim, keepdim=True), value=-1)
+        return None, dx0, dx2 if ctx.has_second else None, *dx1
 
 
 def log_softmax(x: Coefficients, dim: int) -> Coefficients:
@@ -63,27 +123,30 @@ def attention_rule(call: Call) -> Coefficients:
     if grouped:
         k, v = (linear(lambda t: t.repeat_interleave(q.value.size(-3) // t.size(-3), -3), x) for x in (k, v))
     factor = 1 / math.sqrt(q.value.size(-1)) if scale is None else scale
-    scores = bilinear(lambda a, b: a @ b.transpose(-2, -1), linear(lambda t: t * factor, q), k)
+    scores = matmul(linear(lambda t: t * factor, q), linear(lambda t: t.transpose(-2, -1), k))
     if is_causal:
         rows, columns = scores.value.shape[-2:]
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=scores.value.device).tril()
+        visible = torch.ones(rows, columns, dtype=torch.bool, device=scores.value.device).tril()
+        scores = _masked(scores, visible)
+    empty = None
     if mask is not None:
-        m = call.of(mask)
-        if mask.dtype == torch.bool:
-            hidden = ~mask
-            value = scores.value.masked_fill(hidden, -math.inf)
-            scores = Coefficients(value, *linear(lambda t: t.masked_fill(hidden, 0), scores)[1:])
-        else:
-            first = tuple(add(a, b) for a, b in zip(scores.first, m.first, strict=True))
-            scores = Coefficients(scores.value + mask, first, add(scores.second, m.second))
+        scores = _masked(scores, mask) if mask.dtype == torch.bool else total(scores, call.of(mask))
+        # A row that sees nothing gives zeros, not NaN.
+        empty = scores.value.isneginf().all(-1, keepdim=True)
+        scores = Coefficients(scores.value.masked_fill(empty, 0), *scores[1:])
     weights = softmax(scores, -1)
-    if mask is not None and mask.dtype == torch.bool and not bool(mask.any(-1).all()):
-        empty = ~mask.any(-1, keepdim=True)  # a row that sees nothing gives zeros, not NaN
+    if empty is not None:
         weights = linear(lambda t: t.masked_fill(empty, 0), weights)
     if dropout:
         kept = F.dropout(torch.ones_like(weights.value), dropout)
         weights = linear(lambda t: t * kept, weights)
-    return bilinear(torch.matmul, weights, v)
+    return matmul(weights, v)
+
+
+def _masked(scores: Coefficients, visible: Tensor) -> Coefficients:
+    hidden = ~visible
+    value = scores.value.masked_fill(hidden, -math.inf)
+    return Coefficients(value, *linear(lambda t: t.masked_fill(hidden, 0), scores)[1:])
 
 
 def dropout_rule(call: Call) -> Coefficients:
