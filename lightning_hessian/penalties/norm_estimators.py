@@ -159,7 +159,9 @@ class TaylorNorm(AutogradNorm):
         sign = _sign(mean_over_ranks(form.detach()))
         products: dict[str, Tensor] = {}
 
-        def receive(name: str, product: Tensor) -> None:
+        def receive(name: str, product: Tensor | None) -> None:
+            if product is None:  # the penalty was left out of the loss
+                return
             if not products:
                 at_backward_end(finish)
             products[name] = product
