@@ -12,6 +12,7 @@ from lightning_hessian.penalties import (
     JacobianNorm,
     Needs,
     Penalty,
+    SharpnessAware,
     StepContext,
     WeightPenalty,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "PGD",
     "Penalty",
     "ProbeSource",
+    "SharpnessAware",
     "StepContext",
     "StrengthSuggestion",
     "Verification",

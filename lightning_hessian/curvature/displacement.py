@@ -53,22 +53,22 @@ def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
         torch.clear_autocast_cache()
 
 
-def at_both_ends(
-    tensors: Sequence[Tensor], v: Sequence[Tensor], distance: float, evaluate: Callable[[], T]
-) -> tuple[T, T]:
-    """Call ``evaluate()`` at theta + distance v, then at theta - distance v. Return both results.
+def at_distances(
+    tensors: Sequence[Tensor], v: Sequence[Tensor], distances: Sequence[float], evaluate: Callable[[], T]
+) -> list[T]:
+    """Call ``evaluate()`` at theta + distance v for each distance. Return the results.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> at_both_ends([w], [torch.ones(2)], 0.5, lambda: w.square().sum().item())
-        (8.5, 2.5)
+        >>> at_distances([w], [torch.ones(2)], [0.5, -0.5], lambda: w.square().sum().item())
+        [8.5, 2.5]
     """
+    results = []
     with displaced(tensors) as move:
-        move(v, distance)
-        ahead = evaluate()
-        move(v, -distance)
-        behind = evaluate()
-    return ahead, behind
+        for distance in distances:
+            move(v, distance)
+            results.append(evaluate())
+    return results
 
 
 @contextmanager
@@ -81,7 +81,11 @@ def _writable(parts: Sequence[Tensor]) -> Iterator[None]:
 
 
 def loss_gradient(
-    loss: Tensor, tensors: Sequence[Tensor], scale: float = 1.0, by_backward: bool = False
+    loss: Tensor,
+    tensors: Sequence[Tensor],
+    scale: float = 1.0,
+    by_backward: bool = False,
+    keep_graph: bool = False,
 ) -> list[Tensor | None]:
     """Return the gradient of a loss and free its graph. The entry of an unused tensor is None.
 
@@ -91,6 +95,7 @@ def loss_gradient(
         scale: multiplies the loss before the backward pass and divides the gradient after it (for float16).
         by_backward: use ``backward()`` instead of ``torch.autograd.grad``. Reentrant checkpoints and sharded
             parameters need it. The tensors' ``.grad`` is restored afterwards.
+        keep_graph: do not free the graph.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -100,18 +105,18 @@ def loss_gradient(
     scaled = loss if scale == 1 else loss * scale
     with without_hooks(tensors):  # hooks are meant for the training gradient only
         if by_backward:
-            found = _gradient_by_backward(scaled, tensors)
+            found = _gradient_by_backward(scaled, tensors, keep_graph)
         else:
-            found = list(torch.autograd.grad(scaled, list(tensors), allow_unused=True))
+            found = list(torch.autograd.grad(scaled, list(tensors), retain_graph=keep_graph, allow_unused=True))
     return found if scale == 1 else [None if gradient is None else gradient / scale for gradient in found]
 
 
-def _gradient_by_backward(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+def _gradient_by_backward(loss: Tensor, tensors: Sequence[Tensor], keep_graph: bool) -> list[Tensor | None]:
     before = [tensor.grad for tensor in tensors]
     try:
         for tensor in tensors:
             tensor.grad = None
-        loss.backward()
+        loss.backward(retain_graph=keep_graph)
         return [tensor.grad for tensor in tensors]
     finally:
         for tensor, gradient in zip(tensors, before, strict=True):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from lightning_hessian.curvature import ParameterFilter, select_parameters
 from lightning_hessian.curvature.graph import depends
 from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.curvature.taylor import taylor_mode
-from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
+from lightning_hessian.penalties.differences import AscentDifference, DifferenceContext, SecondDifference
 from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 from lightning_hessian.step.batches import InputChoice
 
@@ -43,7 +43,13 @@ class Needs:
 
 
 class Penalty(ABC):
-    """A measure of curvature to add to a loss. Each subclass is one file that reads like its formula."""
+    """A measure of curvature to add to a loss. Each subclass is one file that reads like its formula.
+
+    Attributes:
+        default_strength: the factor in the loss of a regularizer that is given none.
+    """
+
+    default_strength: ClassVar[float] = 1e-3
 
     @property
     @abstractmethod
@@ -59,7 +65,7 @@ class Penalty(ABC):
     def value(self, context: StepContext) -> Tensor:
         """The measure at this step: a scalar, differentiable with respect to the parameters."""
 
-    def differences(self, context: DifferenceContext) -> list[SecondDifference]:
+    def differences(self, context: DifferenceContext) -> Sequence[SecondDifference | AscentDifference]:
         """Terms to add to the loss instead of ``strength * term(value)`` if ``needs.differences`` is set. The penalty's
         value is the mean of their values."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Penalties made of second differences of the step's loss: their terms and their context."""
+"""Penalties made of differences of the step's loss at displaced parameters: their terms and their context."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ class SecondDifference:
     value: Callable[[Tensor], Tensor] | None = None
 
     @property
+    def distances(self) -> tuple[float, float]:
+        """The displacements along v."""
+        return self.distance, -self.distance
+
+    @property
     def needs_product(self) -> bool:
         """Whether the value needs the vector Hv, not only v'Hv."""
         return self.value is not None
@@ -51,8 +56,34 @@ class SecondDifference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AscentDifference:
+    """A term of the loss, weight * [L(theta + e) - L(theta)], with e computed from the gradient g of L(theta).
+
+    e is a constant: the term's gradient is weight * [g(theta + e) - g(theta)].
+
+    Args:
+        tensors: the displaced tensors of theta.
+        displacement: returns e from g, both as one tensor per displaced tensor (for a sharded tensor, this process's
+            shard).
+        weight: the factor, such as the strength.
+        over_ranks: g is the mean gradient of all ranks' batches, not of this rank's. (With sharded parameters it always
+            is.)
+    """
+
+    tensors: Sequence[Tensor]
+    displacement: Callable[[Sequence[Tensor]], list[Tensor]]
+    weight: float
+    over_ranks: bool = False
+
+    @property
+    def distances(self) -> tuple[float]:
+        """The displacements along e."""
+        return (1.0,)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DifferenceContext:
-    """The input of a penalty made of second differences, for one training step.
+    """The input of a penalty made of differences, for one training step.
 
     Args:
         parameters: the model's parameters theta, by name.

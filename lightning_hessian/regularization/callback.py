@@ -43,8 +43,9 @@ class HessianRegularizer(Callback):
     Args:
         penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
         strength: the penalty's factor in the loss, at least 0; with 0 nothing is computed. A number, or a function of
-            the optimizer step (0, 1, ...). For a list of penalties, a list of strengths or one for all. A schedule may
-            set this attribute. Start where strength * penalty is 1-10 % of the task loss, or with the answer of
+            the optimizer step (0, 1, ...). For a list of penalties, a list of strengths or one for all. None: the
+            penalty's own default, 1 for :class:`SharpnessAware` and 1e-3 for the others. A schedule may set this
+            attribute. Start where strength * penalty is 1-10 % of the task loss, or with the answer of
             :func:`suggest_strength`.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (Manual optimization counts
             batches, because several optimizers may step.)
@@ -78,7 +79,7 @@ class HessianRegularizer(Callback):
     def __init__(
         self,
         penalty: Penalty | Sequence[Penalty],
-        strength: float | Sequence[float] | Strength | Sequence[Strength] = 1e-3,
+        strength: float | Sequence[float] | Strength | Sequence[Strength] | None = None,
         *,
         every_n_steps: int = 1,
         warmup_steps: int = 0,
@@ -121,8 +122,10 @@ class HessianRegularizer(Callback):
         return [_at(strength, step) * self.every_n_steps * ramp for strength in strengths]
 
     def _strengths(self) -> list[Strength]:
-        if not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
-            strengths: list[Any] = [self.strength] * len(self.penalties)
+        if self.strength is None:
+            strengths: list[Any] = [penalty.default_strength for penalty in self.penalties]
+        elif not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
+            strengths = [self.strength] * len(self.penalties)
         elif len(self.strength) != len(self.penalties):
             raise ValueError(
                 f"strength={self.strength!r} has {len(self.strength)} factors for {len(self.penalties)} penalties. "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import HessianOperator, higher_order, padding_rows
-from lightning_hessian.curvature.displacement import at_both_ends
+from lightning_hessian.curvature.displacement import at_distances
 from lightning_hessian.curvature.graph import kinked_layers, kinks
 from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.curvature.vectors import pack
@@ -133,7 +133,7 @@ class DerivativeCheck:
     def _differences(self, step: float, directions: list[list[Tensor]], value: Callable[[], Tensor]) -> Tensor:
         differences = []
         for direction in directions:
-            ahead, behind = at_both_ends(self.tensors, direction, step, lambda: value().item())
+            ahead, behind = at_distances(self.tensors, direction, [step, -step], lambda: value().item())
             differences.append((ahead - behind) / (2 * step))
         return torch.tensor(differences)
 

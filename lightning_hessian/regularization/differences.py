@@ -1,9 +1,10 @@
-"""Penalties that are second differences of the step's loss: the loss becomes a weighted sum of displaced losses."""
+"""Penalties that are differences of the step's loss: the loss becomes a weighted sum of displaced losses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_hessian.curvature import padding_rows
 from lightning_hessian.curvature.displacement import GradientSum
-from lightning_hessian.curvature.sharding import shard_like
-from lightning_hessian.penalties import DifferenceContext, SecondDifference
+from lightning_hessian.curvature.sharding import is_dtensor, local, shard_like
+from lightning_hessian.curvature.vectors import pack, unpack
+from lightning_hessian.penalties import AscentDifference, DifferenceContext, SecondDifference
 from lightning_hessian.regularization.active_penalty import ActivePenalty
 from lightning_hessian.regularization.first_looks import check_runs_again, warn_of_kinks, warn_of_rounding
 from lightning_hessian.regularization.input_runs import PenaltyRuns
@@ -31,9 +33,10 @@ from lightning_hessian.step.repeatable import StepRun
 class DisplacedLosses:
     """One step whose loss is a weighted sum of losses at displaced parameters.
 
-    loss + sum_k w_k [L(theta + s_k v_k) + L(theta - s_k v_k) - 2 L(theta)] is a weighted sum of losses. Each is run and
-    differentiated at once, so that one run's activations are there at a time, and what is returned has the sum of the
-    gradients. Where the weights of L(theta) cancel, as in ``method="two_pass"`` by itself, it is not run at all.
+    loss + sum_k w_k [L(theta + s_k v_k) + L(theta - s_k v_k) - 2 L(theta)] is a weighted sum of losses, and so is
+    loss + w [L(theta + e) - L(theta)]. Each is run and differentiated at once, so that one run's activations are there
+    at a time, and what is returned has the sum of the gradients. Where the weights of L(theta) cancel, as in
+    ``method="two_pass"`` by itself, it is not run at all, unless e needs its gradient.
 
     Args:
         module: the module, attached to a Trainer.
@@ -46,6 +49,7 @@ class DisplacedLosses:
         self.runs = runs
         self.step = runs.step
         self._gradients = gradients
+        self._task: _Task | None = None
         self._tensors: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # A gradient of a float16 loss may underflow: the Trainer's scale protects it here as it does in its own
         # backward pass.
@@ -59,25 +63,30 @@ class DisplacedLosses:
 
         Args:
             with_graph: the penalties that are terms of the loss.
-            active: the penalties that are second differences.
+            active: the penalties that are differences.
 
         Raises:
             BatchSkipped: the step has no loss for this batch.
         """
         shares = [(one, one.penalty.differences(self._context(one))) for one in active]
-        center_weight = 1 - sum(2 * difference.weight for _, differences in shares for difference in differences)
+        all_differences = [difference for _, differences in shares for difference in differences]
+        center_weight = 1 - sum(len(difference.distances) * difference.weight for difference in all_differences)
         if math.isclose(center_weight, 0, abs_tol=1e-9):
             center_weight = 0.0
+        ascends = any(isinstance(difference, AscentDifference) for difference in all_differences)
         total = GradientSum(self._tensors)
         added: Tensor | float = 0.0
         output: Any = None
         entered = list(active)
-        if with_graph or center_weight:
-            output, added, others = self._add_center(total, center_weight, with_graph, active)
+        if with_graph or center_weight or ascends:
+            output, added, others = self._add_center(total, center_weight, with_graph, active, ascends)
             entered = others + entered
         for one, differences in shares:
             values = []
             for difference in differences:
+                if isinstance(difference, AscentDifference):
+                    values.append(self._add_ascent(total, one, difference))
+                    continue
                 value, returned = self._add_ends(total, one, difference)
                 output = returned if output is None else output
                 values.append(value)
@@ -105,17 +114,55 @@ class DisplacedLosses:
         return self._rate_of_change(difference, *ends)
 
     def _add_center(
-        self, total: GradientSum, weight: float, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]
+        self,
+        total: GradientSum,
+        weight: float,
+        with_graph: Sequence[ActivePenalty],
+        active: Sequence[ActivePenalty],
+        ascends: bool,
     ) -> tuple[Any, Tensor | float, list[ActivePenalty]]:
-        """Add weight * L(theta) and the penalties with a graph; what the step returned, and the penalties' sum."""
+        """Add weight * L(theta) and the penalties with a graph; what the step returned, and the penalties' sum.
+
+        Args:
+            total: where to add them.
+            weight: the weight of L(theta).
+            with_graph: the penalties with a graph.
+            active: the penalties that are differences.
+            ascends: whether a difference needs the gradient of L(theta) by itself.
+        """
         task = self.runs.run()
         for one in active:
             warn_of_kinks(one.in_fit, self.module, task.loss)
         terms, entered = sum_of_terms(self.module, self.runs, with_graph, task.loss)
-        loss = weight * task.loss + (0.0 if terms is None else terms)
         self.runs.forget_graphs()
-        total.add(1.0, loss.detach(), self._differentiate(loss))
+        if ascends:
+            gradients = self._differentiate(task.loss, keep_graph=terms is not None)
+            self._task = _Task(task.loss.detach(), dict(zip(self._tensors, gradients, strict=True)))
+            if weight:
+                total.add(weight, task.loss.detach(), gradients)
+            loss = terms
+        else:
+            loss = weight * task.loss + (0.0 if terms is None else terms)
+        if loss is not None:
+            total.add(1.0, loss.detach(), self._differentiate(loss))
         return task.output, 0.0 if terms is None else terms.detach(), entered
+
+    def _add_ascent(self, total: GradientSum, one: ActivePenalty, difference: AscentDifference) -> Tensor:
+        """Add weight * L(theta + e); L(theta + e) - L(theta)."""
+        assert self._task is not None
+        found = [(tensor, self._task.gradients[tensor]) for tensor in difference.tensors]
+        parts = [torch.zeros_like(local(tensor)) if g is None else local(g) for tensor, g in found]
+        if difference.over_ranks and not any(map(is_dtensor, difference.tensors)):
+            parts = unpack(mean_over_ranks(self.module.trainer, pack(parts)), parts)
+
+        def differentiate(run: StepRun) -> Tensor:
+            total.add(difference.weight, run.loss.detach(), self._differentiate(run.loss))
+            self._check_runs_again(one, run, difference)
+            return run.loss.detach()
+
+        e = difference.displacement(parts)
+        (there,) = self.step.gradients_at(difference.tensors, e, difference.distances, differentiate)
+        return there - self._task.loss
 
     def _add_ends(self, total: GradientSum, one: ActivePenalty, difference: SecondDifference) -> tuple[Tensor, Any]:
         """Add weight * [L(theta + s v) + L(theta - s v)]; the penalty's value, and what the step returned."""
@@ -146,19 +193,25 @@ class DisplacedLosses:
         def differentiate(run: StepRun) -> Tensor:
             gradients = dict(zip(self._tensors, self._differentiate(run.loss), strict=True))
             seen = look(run, v, gradients)
-            check = partial(check_repeatable, self.module, self._rerun, run.loss.detach(), repr(one.penalty))
-            check_runs_again(one.in_fit, self.module, check, difference.tensors)
+            self._check_runs_again(one, run, difference)
             return seen
 
-        return self.step.gradients_at(difference.tensors, v, difference.distance, differentiate, counts)
+        ahead, behind = self.step.gradients_at(difference.tensors, v, difference.distances, differentiate, counts)
+        return ahead, behind
+
+    def _check_runs_again(
+        self, one: ActivePenalty, run: StepRun, difference: SecondDifference | AscentDifference
+    ) -> None:
+        check = partial(check_repeatable, self.module, self._rerun, run.loss.detach(), repr(one.penalty))
+        check_runs_again(one.in_fit, self.module, check, difference.tensors)
 
     def _rate_of_change(self, difference: SecondDifference, ahead: Tensor, behind: Tensor) -> Tensor:
         """Hv over all ranks from gradients at either end; v'Hv on this rank from slopes."""
         rate = (ahead - behind) / (2 * difference.distance)
         return mean_over_ranks(self.module.trainer, rate) if rate.dim() else rate
 
-    def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
-        return self._gradients.gradient(loss, self._tensors, self._scale)
+    def _differentiate(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor | None]:
+        return self._gradients.gradient(loss, self._tensors, self._scale, keep_graph)
 
     def _rerun(self) -> Tensor:
         """The loss of a further run."""
@@ -173,6 +226,14 @@ class DisplacedLosses:
         skip_value(self.module, one.in_fit, loss, value)
         log_added(self.module, None, like=value)
         return with_loss(output, loss)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """L(theta) and its gradient by tensor."""
+
+    loss: Tensor
+    gradients: Mapping[Tensor, Tensor | None]
 
 
 def without_padding(difference: SecondDifference, module: nn.Module) -> list[Tensor]:

@@ -28,8 +28,10 @@ class LossGradients:
         self.module = module
         self._has_reentrant_checkpoints: bool | None = None
 
-    def gradient(self, loss: Tensor, tensors: Sequence[Tensor], scale: float = 1.0) -> list[Tensor | None]:
-        """The gradient of a loss, whose graph is freed; see :func:`~lightning_hessian.curvature.loss_gradient`.
+    def gradient(
+        self, loss: Tensor, tensors: Sequence[Tensor], scale: float = 1.0, keep_graph: bool = False
+    ) -> list[Tensor | None]:
+        """The gradient of a loss; see :func:`~lightning_hessian.curvature.displacement.loss_gradient`.
 
         Raises:
             MisconfigurationException: the loss cannot be differentiated apart from the Trainer's backward pass.
@@ -46,7 +48,7 @@ class LossGradients:
         try:
             # As any backward pass, outside of autocast.
             with torch.autocast(loss.device.type, enabled=False):
-                return loss_gradient(loss, tensors, scale, by_backward)
+                return loss_gradient(loss, tensors, scale, by_backward, keep_graph)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hessian.arguments import is_number
 from lightning_hessian.curvature import ProbeSource, select_parameters
-from lightning_hessian.penalties import DifferenceContext, InputPenalty, Penalty, SecondDifference
+from lightning_hessian.penalties import AscentDifference, DifferenceContext, InputPenalty, Penalty, SecondDifference
 from lightning_hessian.regularization.differences import without_padding
 from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
 from lightning_hessian.regularization.task_loss import TaskStep, task_step
@@ -25,7 +25,6 @@ from lightning_hessian.step.batches import copied
 from lightning_hessian.step.isolation import independent_copy, random_state_kept
 from lightning_hessian.step.repeatable import BatchSkipped, StepRun
 
-T = TypeVar("T")
 
 _FIRST = 1e-4
 """Where the search begins for penalties by differences: ``two_pass`` moves each weight by 0.014 there."""
@@ -247,7 +246,7 @@ class _Batch:
             return self._gradient(self.penalty(self.runs.context(self.penalty)))
 
     def _by_differences(self, task: Sequence[Tensor], strength: float) -> list[Tensor]:
-        """weight * [g(theta + s v) + g(theta - s v) - 2 g(theta)], summed over the differences."""
+        """weight * [g(theta moved) - g(theta)], summed over the moves of all differences."""
         added = [torch.zeros_like(gradient) for gradient in task]
         rounding = 0.0
         context = DifferenceContext(
@@ -256,18 +255,26 @@ class _Batch:
             probes=self.probes,
             hessian_vector_product=self._product,
         )
+        gradients = dict(zip(self.trained, task, strict=True))
         for difference in self.penalty.differences(context):
-            for size in self._at_ends(difference, partial(self._add, added, task, difference)):
+            if isinstance(difference, AscentDifference):
+                v = difference.displacement([gradients[tensor] for tensor in difference.tensors])
+            else:
+                v = without_padding(difference, self.step.module)
+            add = partial(self._add, added, task, difference)
+            for size in self.step.gradients_at(difference.tensors, v, difference.distances, add):
                 rounding += difference.weight * size
         rounding *= _ROUNDING * torch.finfo(added[0].dtype).eps
         return added if self._norm(added, "penalty") > abs(rounding) else [torch.zeros_like(part) for part in added]
 
-    def _add(self, added: list[Tensor], task: Sequence[Tensor], difference: SecondDifference, run: StepRun) -> float:
+    def _add(
+        self, added: list[Tensor], task: Sequence[Tensor], difference: SecondDifference | AscentDifference, run: StepRun
+    ) -> float:
         """Add weight * [g(theta moved) - g(theta)]; the length of the first."""
         there = self._gradient(run.loss)
         for total, a, b in zip(added, there, task, strict=True):
             total.add_(a - b, alpha=difference.weight)
-        return self._norm(there, f"loss moved by {difference.distance:.2g}")
+        return self._norm(there, f"loss moved by {difference.distances[0]:.2g}")
 
     def _product(self, difference: SecondDifference) -> Tensor:
         """Hv, over the tensors that the difference moves."""
@@ -275,12 +282,9 @@ class _Batch:
         def gradient(run: StepRun) -> Tensor:
             return difference.flat_gradient(dict(zip(self.trained, self._gradient(run.loss), strict=True)))
 
-        ahead, behind = self._at_ends(difference, gradient)
-        return (ahead - behind) / (2 * difference.distance)
-
-    def _at_ends(self, difference: SecondDifference, differentiate: Callable[[StepRun], T]) -> tuple[T, T]:
         v = without_padding(difference, self.step.module)
-        return self.step.gradients_at(difference.tensors, v, difference.distance, differentiate)
+        ahead, behind = self.step.gradients_at(difference.tensors, v, difference.distances, gradient)
+        return (ahead - behind) / (2 * difference.distance)
 
     def _gradient(self, value: Tensor) -> list[Tensor]:
         # By backward(), which passes through reentrant checkpoints. The module is a copy: its gradients are not needed.

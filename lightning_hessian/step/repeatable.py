@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_hessian.curvature import higher_order, watch_losses
-from lightning_hessian.curvature.displacement import at_both_ends
+from lightning_hessian.curvature.displacement import at_distances
 from lightning_hessian.step.batches import exchanged, tensors_in
 from lightning_hessian.step.isolation import Snapshot, silenced
 from lightning_hessian.step.output import logits_in, loss_of
@@ -146,22 +146,22 @@ class RepeatableStep:
         self,
         tensors: Sequence[Tensor],
         v: Sequence[Tensor],
-        distance: float,
+        distances: Sequence[float],
         differentiate: Callable[[StepRun], T],
         counts: bool = False,
-    ) -> tuple[T, T]:
-        """Run and differentiate the step at theta + distance v, and then at theta - distance v.
+    ) -> list[T]:
+        """Run and differentiate the step at theta + distance v, for each distance.
 
         Args:
             tensors: the parameters that move.
             v: the direction, one part per parameter.
-            distance: the distance along v.
+            distances: the distances along v.
             differentiate: called with each run while the parameters are displaced. It must free the run's graph, so
                 that the activations of only one run are in memory.
-            counts: whether the first of the two runs is the run that counts.
+            counts: whether the first of the runs is the run that counts.
 
         Returns:
-            The results of ``differentiate`` at both ends.
+            The results of ``differentiate``, one for each distance.
 
         Raises:
             BatchSkipped: the step has no loss for this batch.
@@ -176,7 +176,7 @@ class RepeatableStep:
                 run = self.run()
             return differentiate(run)
 
-        return at_both_ends(tensors, v, distance, evaluate)
+        return at_distances(tensors, v, distances, evaluate)
 
     def restored_on_error(self) -> AbstractContextManager[None]:
         """Context manager: restore the buffers and random states of the first run's start if the code inside raises."""
