@@ -25,7 +25,6 @@ from lightning_hessian.step.batches import copied
 from lightning_hessian.step.isolation import independent_copy, random_state_kept
 from lightning_hessian.step.repeatable import BatchSkipped, StepRun
 
-
 _FIRST = 1e-4
 """Where the search begins for penalties by differences: ``two_pass`` moves each weight by 0.014 there."""
 _ROUNDS = 20
