@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import weakref
 
@@ -47,7 +48,7 @@ def by_hand(module, strength_at, steps, penalty=None):
         strength = strength_at(step)
         return context.loss + strength * penalty(context) if strength else context.loss
 
-    plain_loop(module, loss_of, list(data())[:steps])
+    plain_loop(module, loss_of, itertools.islice(itertools.cycle(data()), steps))
 
 
 def assert_same(a, b, rtol=1e-10):
@@ -111,6 +112,20 @@ def test_warmup_raises_the_strength_linearly():
     fit(ours, [callback])
     by_hand(reference, lambda step: callback.strengths_at(step)[0], 6)
     assert_same(ours, reference)
+
+
+@pytest.mark.parametrize("settings", [{"max_epochs": 2}, {"max_steps": 12, "max_epochs": -1}], ids=str)
+def test_a_later_start_is_a_share_of_the_training_steps(settings):
+    callback = regularizer(0.02, start=0.75, warmup_steps=2)
+    ours, reference = Classifier(), Classifier()
+    fit(ours, [callback], **settings)
+    by_hand(reference, lambda step: {10: 0.01, 11: 0.02}.get(step, 0.0), 12)
+    assert_same(ours, reference)
+
+
+def test_a_later_start_needs_a_known_number_of_steps():
+    with pytest.raises(MisconfigurationException, match="Pass max_steps to the Trainer"):
+        fit(Classifier(), [regularizer(start=0.5)], max_epochs=-1, max_time={"seconds": 5})
 
 
 def test_the_strength_is_a_plain_attribute_that_a_schedule_may_set():
@@ -458,6 +473,8 @@ def test_a_nonfinite_penalty_can_raise():
         ({"strength": "1"}, "strength='1'"),
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"start": 1.0}, "start=1.0 must be a number from 0 to below 1"),
+        ({"start": -0.1}, "start=-0.1"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite='ignore'"),
         ({"penalty": "hessian_trace"}, "not a Penalty"),
         ({"seed": "abc"}, "seed='abc'"),

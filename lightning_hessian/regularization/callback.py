@@ -15,7 +15,7 @@ from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization import penalized_step
 from lightning_hessian.regularization.active_penalty import FitPenalty, OnNonfinite, unique_names
-from lightning_hessian.regularization.checks import refuse_module
+from lightning_hessian.regularization.checks import refuse_module, total_steps
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
 
@@ -49,7 +49,9 @@ class HessianRegularizer(Callback):
             :func:`suggest_strength`.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (Manual optimization counts
             batches, because several optimizers may step.)
-        warmup_steps: raise the strength linearly from 0 over this many steps.
+        start: the share of training that passes without the penalty, from 0 to below 1. With ``start=0.75`` it acts in
+            the last quarter of the optimizer steps.
+        warmup_steps: raise the strength linearly from 0 over this many steps, from where it starts.
         on_nonfinite: what to do when the penalty's value or gradient is NaN or infinite. ``"skip"`` trains that step
             on the task loss alone, counts it (``nonfinite_steps``, logged as ``train/<penalty name>_skipped``), and
             warns once for each penalty. ``"raise"`` stops. (When the gradient is not finite, the step runs again for
@@ -82,6 +84,7 @@ class HessianRegularizer(Callback):
         strength: float | Sequence[float] | Strength | Sequence[Strength] | None = None,
         *,
         every_n_steps: int = 1,
+        start: float = 0.0,
         warmup_steps: int = 0,
         on_nonfinite: OnNonfinite = "skip",
         seed: int = 0,
@@ -93,6 +96,11 @@ class HessianRegularizer(Callback):
                 f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace(), or a list of them."
             )
         whole_number("every_n_steps", every_n_steps, least=1)
+        if not is_number(start) or not 0 <= float(start) < 1:
+            raise ValueError(
+                f"start={start!r} must be a number from 0 to below 1: the share of training that passes without the "
+                "penalty."
+            )
         whole_number("warmup_steps", warmup_steps, least=0)
         choice("on_nonfinite", on_nonfinite, ("skip", "raise"))
         whole_number("seed", seed)
@@ -101,10 +109,12 @@ class HessianRegularizer(Callback):
         self.strength = strength
         self._strengths()
         self.every_n_steps = every_n_steps
+        self.start = float(start)
         self.warmup_steps = warmup_steps
         self.on_nonfinite = on_nonfinite
         self.seed = seed
         self.allow_fp16 = allow_fp16
+        self._first_step = 0
         self._in_fit: list[FitPenalty] = []
         self._fit: RegularizedFit | None = None
 
@@ -116,9 +126,9 @@ class HessianRegularizer(Callback):
     def strengths_at(self, step: int) -> list[float]:
         """The factor of each penalty at an optimizer step; 0 where it does not act."""
         strengths = self._strengths()
-        if step % self.every_n_steps:
+        if step < self._first_step or step % self.every_n_steps:
             return [0.0] * len(strengths)
-        ramp = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        ramp = min(1.0, (step - self._first_step) / self.warmup_steps) if self.warmup_steps else 1.0
         return [_at(strength, step) * self.every_n_steps * ramp for strength in strengths]
 
     def _strengths(self) -> list[Strength]:
@@ -209,6 +219,7 @@ def enlist(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> N
 def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> None:
     """Start the penalties of these regularizers that have not started, and say which of them do nothing."""
     for one in regularizers:
+        one._first_step = math.ceil(one.start * total_steps(fit.trainer)) if one.start else 0
         for penalty, strength in zip(one._in_fit, one._strengths(), strict=True):
             if strength == 0 and not penalty.has_started:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule
+import math
+
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -50,6 +52,21 @@ def check_penalty(one: FitPenalty, module: LightningModule) -> None:
         penalty.check(dict(module.named_parameters()))
     except ValueError as error:
         raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
+
+
+def total_steps(trainer: Trainer) -> float:
+    """The number of optimizer steps of a fit (of batches, with manual optimization).
+
+    Raises:
+        MisconfigurationException: it is not known.
+    """
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        raise MisconfigurationException(
+            "A HessianRegularizer with start > 0 starts after a share of the training steps, and their number is not "
+            "known here. Pass max_steps to the Trainer (max_time does not tell), or leave start at 0."
+        )
+    return total
 
 
 def _refuse_float16(penalty: Penalty, precision: str) -> None:
