@@ -17,6 +17,7 @@ from lightning_hessian.penalties import (
     WeightPenalty,
 )
 from lightning_hessian.regularization.callback import HessianRegularizer
+from lightning_hessian.regularization.gradient_share import GradientShare
 from lightning_hessian.regularization.mixin import HessianRegularizationMixin
 from lightning_hessian.regularization.suggest import StrengthSuggestion, suggest_strength
 from lightning_hessian.regularization.verify import Verification, verify
@@ -29,6 +30,7 @@ __all__ = [
     "CurvatureMonitor",
     "FGSM",
     "ForwardContext",
+    "GradientShare",
     "HessianNorm",
     "HessianRegularizationMixin",
     "HessianRegularizer",

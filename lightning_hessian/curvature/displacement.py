@@ -170,6 +170,19 @@ class GradientSum:
                     self._gradients[i] = part if share == 1 else part * share
         self._value = self._value + weight * value
 
+    def add_sum(self, other: GradientSum, weight: float = 1.0) -> None:
+        """Add another sum over the same tensors, and empty it."""
+        assert other._value is not None
+        value, gradients = other._value, other._gradients
+        other._gradients = []
+        self.add(weight * other._scale, torch.zeros_like(value), gradients)
+        assert self._value is not None
+        self._value = self._value + weight * value
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the accumulated gradient, one entry per tensor."""
+        return [g if g is None or self._scale == 1 else g * self._scale for g in self._gradients]
+
     def loss(self) -> Tensor:
         """Return a scalar with the accumulated value and gradient. It can be differentiated once."""
         assert self._value is not None

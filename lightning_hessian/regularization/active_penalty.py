@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.penalties import Penalty
+from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
 
 OnNonfinite = Literal["skip", "raise"]
 
@@ -37,6 +38,8 @@ class FitPenalty:
         skipped: on how many steps of the fit it was left out because it was not finite.
         has_unlogged: whether that number has grown and was not logged yet.
         has_started: whether it was checked and has the state to start from.
+        control: what adapts its strength, if something does.
+        strength_state: the state that ``control`` starts from.
     """
 
     penalty: Penalty
@@ -46,11 +49,21 @@ class FitPenalty:
     skipped: int = 0
     has_unlogged: bool = False
     has_started: bool = False
+    control: ShareControl | None = None
+    strength_state: Mapping[str, Any] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
 
     def strength_at(self, step: int) -> float:
         """Its factor in the loss at an optimizer step."""
         return self.settings.strengths_at(step)[self.index]
+
+    def control_by(self, rule: GradientShare) -> ShareControl:
+        """What adapts its strength by this rule."""
+        if self.control is None or self.control.rule != rule:
+            self.control = ShareControl(rule)
+            self.control.load_state_dict(self.strength_state)
+            self.strength_state = {}
+        return self.control
 
     def is_first(self, look: str) -> bool:
         """Whether this is the first call for this look in the fit."""
@@ -80,6 +93,23 @@ class ActivePenalty:
     @property
     def name(self) -> str:
         return self.in_fit.name
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the length of its gradient is measured on this step."""
+        return self.in_fit.control is not None and self.in_fit.control.is_due
+
+    def measure(self, task: float, penalty: float) -> float:
+        """Adapt its strength to the lengths of the gradients of the task loss and of strength * penalty.
+
+        Returns:
+            The factor by which the strength has changed.
+        """
+        control = self.in_fit.control
+        assert control is not None
+        before = control.strength
+        control.measure(task, penalty / self.strength)
+        return control.strength / before
 
 
 def unique_names(penalties: Sequence[Penalty]) -> list[str]:

@@ -17,6 +17,7 @@ from lightning_hessian.regularization import penalized_step
 from lightning_hessian.regularization.active_penalty import FitPenalty, OnNonfinite, unique_names
 from lightning_hessian.regularization.checks import refuse_module, total_steps
 from lightning_hessian.regularization.fit import RegularizedFit
+from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
 from lightning_hessian.regularization.states import save_states, states_in
 
 Strength = float | SupportsFloat | Callable[[int], float]
@@ -43,10 +44,10 @@ class HessianRegularizer(Callback):
     Args:
         penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
         strength: the penalty's factor in the loss, at least 0; with 0 nothing is computed. A number, or a function of
-            the optimizer step (0, 1, ...). For a list of penalties, a list of strengths or one for all. None: the
-            penalty's own default, 1 for :class:`SharpnessAware` and 1e-3 for the others. A schedule may set this
-            attribute. Start where strength * penalty is 1-10 % of the task loss, or with the answer of
-            :func:`suggest_strength`.
+            the optimizer step (0, 1, ...), or a :class:`GradientShare`. For a list of penalties, a list of strengths or
+            one for all. None: the penalty's own default, 1 for :class:`SharpnessAware` and 1e-3 for the others. A
+            schedule may set this attribute. Start where strength * penalty is 1-10 % of the task loss, or with the
+            answer of :func:`suggest_strength`.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (Manual optimization counts
             batches, because several optimizers may step.)
         start: the share of training that passes without the penalty, from 0 to below 1. With ``start=0.75`` it acts in
@@ -81,7 +82,7 @@ class HessianRegularizer(Callback):
     def __init__(
         self,
         penalty: Penalty | Sequence[Penalty],
-        strength: float | Sequence[float] | Strength | Sequence[Strength] | None = None,
+        strength: float | Sequence[float] | Strength | GradientShare | Sequence[Strength | GradientShare] | None = None,
         *,
         every_n_steps: int = 1,
         start: float = 0.0,
@@ -129,9 +130,18 @@ class HessianRegularizer(Callback):
         if step < self._first_step or step % self.every_n_steps:
             return [0.0] * len(strengths)
         ramp = min(1.0, (step - self._first_step) / self.warmup_steps) if self.warmup_steps else 1.0
-        return [_at(strength, step) * self.every_n_steps * ramp for strength in strengths]
+        now = [self._strength_now(index, strength, step) for index, strength in enumerate(strengths)]
+        return [strength * self.every_n_steps * ramp for strength in now]
 
-    def _strengths(self) -> list[Strength]:
+    def _strength_now(self, index: int, strength: Strength | GradientShare, step: int) -> float:
+        in_fit = self._in_fit[index] if self._in_fit else None
+        if isinstance(strength, GradientShare):
+            return (ShareControl(strength) if in_fit is None else in_fit.control_by(strength)).strength
+        if in_fit is not None:
+            in_fit.control = None
+        return _at(strength, step)
+
+    def _strengths(self) -> list[Strength | GradientShare]:
         if self.strength is None:
             strengths: list[Any] = [penalty.default_strength for penalty in self.penalties]
         elif not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
@@ -144,7 +154,7 @@ class HessianRegularizer(Callback):
         else:
             strengths = list(self.strength)
         for strength in strengths:
-            if not callable(strength):
+            if not callable(strength) and not isinstance(strength, GradientShare):
                 _check_strength(strength)
         return strengths
 
@@ -171,7 +181,7 @@ class HessianRegularizer(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning refuses two callbacks of a class that override `state_dict`: the states of all are kept together.
-        save_states(penalties_of(_regularizers_of(trainer)), checkpoint)
+        save_states([one for regularizer in _regularizers_of(trainer) for one in regularizer._in_fit], checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._fit is not None and trainer.state.fn == TrainerFn.FITTING:

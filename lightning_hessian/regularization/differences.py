@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_hessian.curvature import padding_rows
 from lightning_hessian.curvature.displacement import GradientSum
+from lightning_hessian.curvature.graph import is_compiled
 from lightning_hessian.curvature.sharding import is_dtensor, local, shard_like
 from lightning_hessian.curvature.vectors import pack, unpack
 from lightning_hessian.penalties import AscentDifference, DifferenceContext, SecondDifference
@@ -23,8 +24,8 @@ from lightning_hessian.regularization.input_runs import PenaltyRuns
 from lightning_hessian.regularization.logs import log_added, log_penalty
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.nonfinite import skip_value
-from lightning_hessian.regularization.ranks import mean_over_ranks, on_all_ranks
-from lightning_hessian.regularization.terms import sum_of_terms
+from lightning_hessian.regularization.ranks import mean_length, mean_over_ranks, on_all_ranks
+from lightning_hessian.regularization.terms import terms_of, total_of
 from lightning_hessian.step.output import with_loss
 from lightning_hessian.step.repeatability import check_repeatable
 from lightning_hessian.step.repeatable import StepRun
@@ -74,22 +75,28 @@ class DisplacedLosses:
         if math.isclose(center_weight, 0, abs_tol=1e-9):
             center_weight = 0.0
         ascends = any(isinstance(difference, AscentDifference) for difference in all_differences)
+        measures = any(one.is_measured for one in (*with_graph, *active))
         total = GradientSum(self._tensors)
         added: Tensor | float = 0.0
         output: Any = None
         entered = list(active)
-        if with_graph or center_weight or ascends:
-            output, added, others = self._add_center(total, center_weight, with_graph, active, ascends)
+        if with_graph or center_weight or ascends or measures:
+            output, added, others = self._add_center(total, center_weight, with_graph, active, ascends or measures)
             entered = others + entered
         for one, differences in shares:
+            own = GradientSum(self._tensors) if one.is_measured else total
             values = []
             for difference in differences:
                 if isinstance(difference, AscentDifference):
-                    values.append(self._add_ascent(total, one, difference))
+                    values.append(self._add_ascent(own, one, difference))
                     continue
-                value, returned = self._add_ends(total, one, difference)
+                value, returned = self._add_ends(own, one, difference)
                 output = returned if output is None else output
                 values.append(value)
+            if one.is_measured:
+                weight = sum(len(difference.distances) * difference.weight for difference in differences)
+                self._measure(one, own, weight)
+                total.add_sum(own)
             value = torch.stack(values).mean()
             is_finite = on_all_ranks(self.module.trainer, math.isfinite(value.item()))
             if is_finite or self._scale == 1:
@@ -97,8 +104,9 @@ class DisplacedLosses:
             if not is_finite and self._scale == 1:
                 return self._task_loss_alone(one, value, output), []
             added = added + one.strength * value
-        log_added(self.module, torch.as_tensor(added), like=value)
-        return with_loss(output, total.loss()), entered
+        loss = total.loss()
+        log_added(self.module, torch.as_tensor(added), like=loss)
+        return with_loss(output, loss), entered
 
     def _context(self, one: ActivePenalty) -> DifferenceContext:
         return DifferenceContext(
@@ -119,7 +127,7 @@ class DisplacedLosses:
         weight: float,
         with_graph: Sequence[ActivePenalty],
         active: Sequence[ActivePenalty],
-        ascends: bool,
+        takes_gradient: bool,
     ) -> tuple[Any, Tensor | float, list[ActivePenalty]]:
         """Add weight * L(theta) and the penalties with a graph; what the step returned, and the penalties' sum.
 
@@ -128,24 +136,54 @@ class DisplacedLosses:
             weight: the weight of L(theta).
             with_graph: the penalties with a graph.
             active: the penalties that are differences.
-            ascends: whether a difference needs the gradient of L(theta) by itself.
+            takes_gradient: whether the gradient of L(theta) is needed by itself.
         """
         task = self.runs.run()
         for one in active:
             warn_of_kinks(one.in_fit, self.module, task.loss)
-        terms, entered = sum_of_terms(self.module, self.runs, with_graph, task.loss)
+        terms = terms_of(self.module, self.runs, with_graph, task.loss)
+        entered = [one for one, _ in terms]
         self.runs.forget_graphs()
-        if ascends:
-            gradients = self._differentiate(task.loss, keep_graph=terms is not None)
+        added: Tensor | float = 0.0
+        rest: Tensor | None = None
+        if takes_gradient:
+            gradients = self._task_gradient(task.loss, keep_graph=bool(terms))
             self._task = _Task(task.loss.detach(), dict(zip(self._tensors, gradients, strict=True)))
             if weight:
                 total.add(weight, task.loss.detach(), gradients)
-            loss = terms
+            while (measured := next((pair for pair in terms if pair[0].is_measured), None)) is not None:
+                terms.remove(measured)
+                one, term = measured
+                own = GradientSum(self._tensors)
+                own.add(1.0, term.detach(), self._differentiate(term, keep_graph=bool(terms)))
+                factor = self._measure(one, own, 0.0)
+                added = added + factor * term.detach()
+                total.add_sum(own, factor)
+            rest = total_of(terms)
+        elif (sum_of_terms := total_of(terms)) is not None:
+            added, rest = sum_of_terms.detach(), weight * task.loss + sum_of_terms
         else:
-            loss = weight * task.loss + (0.0 if terms is None else terms)
-        if loss is not None:
-            total.add(1.0, loss.detach(), self._differentiate(loss))
-        return task.output, 0.0 if terms is None else terms.detach(), entered
+            rest = weight * task.loss
+        if rest is not None:
+            total.add(1.0, rest.detach(), self._differentiate(rest))
+            added = added + rest.detach() if takes_gradient else added
+        return task.output, added, entered
+
+    def _task_gradient(self, loss: Tensor, keep_graph: bool) -> list[Tensor | None]:
+        """The gradient of L(theta)."""
+        if keep_graph and is_compiled(loss):  # its graph cannot be differentiated twice
+            return self._differentiate(self.step.rerun().loss)
+        return self._differentiate(loss, keep_graph)
+
+    def _measure(self, one: ActivePenalty, own: GradientSum, weight: float) -> float:
+        """Adapt the strength to the gradient of ``own`` less weight * L(theta); the factor of its change."""
+        assert self._task is not None
+        task = [self._task.gradients[tensor] for tensor in self._tensors]
+        added = [
+            g if weight == 0 or t is None else -weight * t if g is None else g - weight * t
+            for g, t in zip(own.gradients(), task, strict=True)
+        ]
+        return one.measure(*(mean_length(self.module.trainer, self._tensors, x) for x in (task, added)))
 
     def _add_ascent(self, total: GradientSum, one: ActivePenalty, difference: AscentDifference) -> Tensor:
         """Add weight * L(theta + e); L(theta + e) - L(theta)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
 from typing import Any
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.sharding import is_dtensor
-from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty
 from lightning_hessian.regularization.checks import check_penalty
 from lightning_hessian.regularization.differences import DisplacedLosses
 from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
-from lightning_hessian.regularization.logs import log_added, log_skipped
+from lightning_hessian.regularization.logs import log_added, log_skipped, log_strength
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.nonfinite import GradientGuard
 from lightning_hessian.regularization.ranks import mean_over_ranks
-from lightning_hessian.regularization.terms import sum_of_terms
+from lightning_hessian.regularization.states import States, load_states
+from lightning_hessian.regularization.terms import terms_of, total_of
 from lightning_hessian.step.isolation import penalties_are_off
 from lightning_hessian.step.output import with_loss
 from lightning_hessian.step.repeatable import BatchSkipped
@@ -40,7 +40,7 @@ class RegularizedFit:
     Attributes:
         penalties: what is added now.
         known: all penalties that were added in this fit.
-        states: what a checkpoint brought, by the penalties' names.
+        states: what a checkpoint brought.
         total: in manual optimization, the loss of the latest backward pass, which may have other terms.
     """
 
@@ -49,7 +49,7 @@ class RegularizedFit:
         self.trainer = module.trainer
         self.penalties: list[FitPenalty] = []
         self.known: list[FitPenalty] = []
-        self.states: Mapping[str, Any] = {}
+        self.states: States = {}
         self.total: Tensor | None = None
         self._gradients = LossGradients(module)
 
@@ -75,15 +75,15 @@ class RegularizedFit:
         for one in self.penalties:
             if not one.has_started:
                 check_penalty(one, self.module)
-                one.penalty.load_state_dict(self.states.get(one.name, {}))
+                load_states(one, self.states)
                 one.has_started = True
 
-    def resume(self, states: Mapping[str, Any]) -> None:
+    def resume(self, states: States) -> None:
         """Let the penalties go on from the states that a checkpoint brought; those without a state start anew."""
         self.states = states
         for one in self.penalties:
             if one.has_started:
-                one.penalty.load_state_dict(states.get(one.name, {}))
+                load_states(one, states)
 
     def __call__(self, step: Callable[[Any], Any], batch: Any = None, all_inputs: bool = False) -> Any:
         """Run ``step(batch)`` and add to the loss it returns the penalties that act now.
@@ -104,7 +104,7 @@ class RegularizedFit:
             return step(batch)
         self.log_skipped()
         repeatable = step_for([one.penalty for one in active], self.module, step, batch)
-        with repeatable.restored_on_error(), _states_restored_on_error([one.penalty for one in active]):
+        with repeatable.restored_on_error(), _states_restored_on_error([one.in_fit for one in active]):
             with_graph = [one for one in active if not one.penalty.needs.differences]
             by_differences = [one for one in active if one.penalty.needs.differences]
             mean = functools.partial(mean_over_ranks, self.trainer)
@@ -112,7 +112,7 @@ class RegularizedFit:
             runs = PenaltyRuns(repeatable, [one.penalty for one in with_graph], sources, all_inputs, mean)
             task_loss = None
             try:
-                if by_differences:
+                if by_differences or any(one.is_measured for one in active):
                     displaced = DisplacedLosses(self.module, runs, self._gradients)
                     output, entered = displaced.add(with_graph, by_differences)
                 else:
@@ -120,6 +120,10 @@ class RegularizedFit:
             except BatchSkipped as skipped:
                 return skipped.output if repeatable.has_run else step(batch)
             runs.forget_graphs()
+            for one in active:
+                if one.in_fit.control is not None:
+                    one.in_fit.control.acted += 1
+            self._log_strengths(active)
             if entered:
                 self.total = None
                 guard = GradientGuard(
@@ -155,19 +159,29 @@ class RegularizedFit:
     def _add_terms(self, runs: PenaltyRuns, active: Sequence[ActivePenalty]) -> tuple[Any, list[ActivePenalty], Tensor]:
         """What the step returns with the penalties in its loss, the penalties that entered it, and the task loss."""
         task = runs.run()
-        terms, entered = sum_of_terms(self.module, runs, active, task.loss)
-        log_added(self.module, None if terms is None else terms.detach(), like=task.loss)
-        output = task.output if terms is None else with_loss(task.output, task.loss + terms)
-        return output, entered, task.loss.detach()
+        terms = terms_of(self.module, runs, active, task.loss)
+        total = total_of(terms)
+        log_added(self.module, None if total is None else total.detach(), like=task.loss)
+        output = task.output if total is None else with_loss(task.output, task.loss + total)
+        return output, [one for one, _ in terms], task.loss.detach()
+
+    def _log_strengths(self, active: Sequence[ActivePenalty]) -> None:
+        """Log the strengths that adapt."""
+        adaptive = [one for one in self.penalties if one.control is not None]
+        for one in active:
+            if one.in_fit.control is not None:
+                log_strength(self.module, one.name if len(adaptive) > 1 else None, one.in_fit.control.strength)
 
 
 @contextmanager
-def _states_restored_on_error(penalties: Sequence[Penalty]) -> Iterator[None]:
-    """Let every penalty go on from where it was if what happens inside fails."""
-    before = [(penalty, penalty.state_dict()) for penalty in penalties]
+def _states_restored_on_error(penalties: Sequence[FitPenalty]) -> Iterator[None]:
+    """Let every penalty and its strength go on from where they were if what happens inside fails."""
+    before = [(one, one.penalty.state_dict(), one.control and one.control.state_dict()) for one in penalties]
     try:
         yield
     except BaseException:
-        for penalty, state in before:
-            penalty.load_state_dict(state)
+        for one, state, strength in before:
+            one.penalty.load_state_dict(state)
+            if one.control is not None:
+                one.control.load_state_dict(strength or {})
         raise

@@ -25,6 +25,11 @@ def log_skipped(module: LightningModule, skipped: Mapping[str, int]) -> None:
         _log(module, f"train/{name}_skipped", float(count), reduce=False)
 
 
+def log_strength(module: LightningModule, name: str | None, strength: float) -> None:
+    """``train/strength``, or ``train/<name>_strength``: the present strength of a penalty whose strength adapts."""
+    _log(module, "train/strength" if name is None else f"train/{name}_strength", strength, reduce=False)
+
+
 def _log(module: LightningModule, name: str, value: Tensor | float, reduce: bool = True) -> None:
     several = reduce and module.trainer.world_size > 1
     # With the batch size given Lightning does not look for it, which a step that takes an iterator would not survive.

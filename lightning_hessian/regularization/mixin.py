@@ -71,7 +71,7 @@ class HessianRegularizationMixin(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        save_states(penalties_of(self._regularizers()), checkpoint)
+        save_states([one for regularizer in self._regularizers() for one in regularizer._in_fit], checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

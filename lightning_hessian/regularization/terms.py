@@ -25,10 +25,10 @@ from lightning_hessian.regularization.nonfinite import skip_value
 from lightning_hessian.regularization.ranks import on_all_ranks
 
 
-def sum_of_terms(
+def terms_of(
     module: LightningModule, runs: PenaltyRuns, active: Sequence[ActivePenalty], loss: Tensor
-) -> tuple[Tensor | None, list[ActivePenalty]]:
-    """sum_k strength_k * penalty_k with its graph, and the penalties in it; None if no penalty is finite.
+) -> list[tuple[ActivePenalty, Tensor]]:
+    """strength * penalty with its graph, for each penalty that is finite.
 
     Args:
         module: the module, attached to a Trainer.
@@ -37,8 +37,7 @@ def sum_of_terms(
         loss: the task loss of that run.
     """
     parameters = list(module.parameters())
-    terms: list[Tensor] = []
-    entered: list[ActivePenalty] = []
+    terms: list[tuple[ActivePenalty, Tensor]] = []
     # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
     with torch.autocast(loss.device.type, enabled=False):
         for one in active:
@@ -54,9 +53,13 @@ def sum_of_terms(
                 value = one.penalty.value(context)
                 log_penalty(module, one.name, value.detach())
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):
-                    terms.append(one.strength * one.penalty.term(value))
-                    entered.append(one)
-                    try_backward(one.in_fit, terms[-1], parameters)
+                    terms.append((one, one.strength * one.penalty.term(value)))
+                    try_backward(one.in_fit, terms[-1][1], parameters)
                 else:
                     skip_value(module, one.in_fit, loss, value)
-    return (torch.stack(terms).sum() if terms else None), entered
+    return terms
+
+
+def total_of(terms: Sequence[tuple[ActivePenalty, Tensor]]) -> Tensor | None:
+    """The sum of the terms; None if there is none."""
+    return torch.stack([term for _, term in terms]).sum() if terms else None
