@@ -121,7 +121,7 @@ class TaylorTrace(AutogradTrace):
     """v'Hv as the second Taylor coefficient of the loss along theta + t v."""
 
     method = "taylor"
-    needs = Needs(derivatives=1, taylor=True)
+    needs = Needs(derivatives=1, taylor=True, whole_parameters=False)
 
     def forward_mode(self, context: ForwardContext) -> taylor_mode:
         """The mode that carries the coefficients along all probes."""

@@ -89,6 +89,6 @@ def _refuse_sharded_parameters(penalty: Penalty, module: LightningModule) -> Non
             why = f"{penalty!r} moves along a vector of all of them, which it keeps whole"
         raise MisconfigurationException(
             f"{type(strategy).__name__} shards the parameters, which {why}. Use "
-            "HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty with "
-            "strategy='ddp' or one device."
+            "HessianTrace() or HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty "
+            "with strategy='ddp' or one device."
         )

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hessian.curvature import ProbeSource, higher_order
+from lightning_hessian.curvature.containers import tensors_in
 from lightning_hessian.curvature.modes import evaluation_mode
 from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.penalties import ForwardContext, InputPenalty, Penalty, StepContext
-from lightning_hessian.step.batches import samples_in, select_inputs, tensors_in
+from lightning_hessian.step.batches import samples_in, select_inputs
 from lightning_hessian.step.repeatability import check_repeatable
 from lightning_hessian.step.repeatable import RepeatableStep, StepRun
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_hessian.curvature import higher_order, watch_losses
+from lightning_hessian.curvature.containers import exchanged, tensors_in
 from lightning_hessian.curvature.displacement import at_both_ends
-from lightning_hessian.step.batches import exchanged, tensors_in
 from lightning_hessian.step.isolation import Snapshot, silenced
 from lightning_hessian.step.output import logits_in, loss_of
 from lightning_hessian.step.repeatability import parameters_unchanged

@@ -17,6 +17,7 @@ from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.layers import calling_module, counts_batches, layer_name
 from lightning_hessian.curvature.norms import statistics_at_rest
 from lightning_hessian.curvature.replacements import replacement
+from lightning_hessian.curvature.sharding import is_dtensor, reshard
 from lightning_hessian.curvature.taylor.coefficients import (
     Call,
     Coefficients,
@@ -30,6 +31,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
 from lightning_hessian.curvature.taylor.fallback import by_forward_mode, custom_function, python_body
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
+from lightning_hessian.curvature.taylor.sharded import ShardedParameters, passed_through
 
 
 class taylor_mode(TorchFunctionMode):
@@ -79,6 +81,7 @@ class taylor_mode(TorchFunctionMode):
         self.tensors = list(tensors)
         self.parts = [tuple(v[i] for v in directions) for i in range(len(self.tensors))]
         self._module = module
+        self._sharded = ShardedParameters(module, self.tensors, self.parts)
         self._recomputes = False
         self._writes = Writes()
         self._stack = ExitStack()
@@ -94,14 +97,18 @@ class taylor_mode(TorchFunctionMode):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
+        if self._module is not None:
+            reshard(self._module)
 
     @contextmanager
     def _active(self) -> Iterator[None]:
         """Inside, the parameters have their coefficients, and operations carry coefficients along."""
         with ExitStack() as stack:
             for tensor, parts in zip(self.tensors, self.parts, strict=True):
-                attach(Coefficients(tensor, parts, None))
-                stack.callback(detach, tensor)
+                if not is_dtensor(tensor):
+                    attach(Coefficients(tensor, parts, None))
+                    stack.callback(detach, tensor)
+            stack.enter_context(self._sharded.active(self.directions))
             stack.enter_context(_custom_functions_seen(self))
             stack.enter_context(self._again())
             yield
@@ -220,6 +227,8 @@ def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
             return run(*args, **kwargs)
         if cls.__module__.startswith("torch._functorch"):  # a compiled graph, which carries the coefficients inside
             return run(*args, **kwargs)
+        if cls.__module__.startswith("torch.distributed.fsdp"):
+            return passed_through(run, args, mode.directions)
         return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again, mode._layer), cls))
 
     torch.autograd.Function.apply = classmethod(apply)
