@@ -562,3 +562,34 @@ def parallel_tensors(rank, with_fsdp2):
 @pytest.mark.parametrize("with_fsdp2", [False, True])
 def test_tensor_parallelism_is_refused_by_name(with_fsdp2):
     on_two_processes(parallel_tensors, with_fsdp2)
+
+
+class Parallel(Images):
+    """Each process has a part of every layer, and sees the whole batch."""
+
+    def configure_model(self):
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        mesh = self.device_mesh["tensor_parallel"]
+        parallelize_module(self.net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def two_layers():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def parallel_fit(rank, path):
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2, process_group_backend="gloo")
+    callbacks = [callback("two_pass"), Gathered(path)]
+    trainer = L.Trainer(
+        **CPU, max_steps=2, callbacks=callbacks, devices=2, strategy=strategy, use_distributed_sampler=False
+    )
+    trainer.fit(Parallel(two_layers()), data(8))
+
+
+@needs_fsdp2
+def test_tensor_parallelism_with_two_passes_equals_one_process(tmp_path):
+    on_two_processes(parallel_fit, tmp_path)
+    for rank in handed_over(tmp_path):
+        torch.testing.assert_close(rank["weights"], expected(two_layers(), "two_pass"), rtol=1e-6, atol=1e-7)
