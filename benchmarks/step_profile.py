@@ -1,6 +1,6 @@
 """Profile of a penalized step's time, in units of a plain step's time.
 
-    python benchmarks/step_profile.py [--models mlp cnn ...] [--methods plain two_pass gauss_newton ...] [--rounds 5]
+    python benchmarks/step_profile.py [--models mlp cnn ...] [--methods plain two_pass taylor ...] [--rounds 5]
 
 Means over rounds from PyTorch's profiler: convolutions, matrix products and attention; all other kernels (element-wise,
 norms, copies of parameters, random numbers); and the rest of the wall time, which is Python and autograd overhead. The
@@ -57,7 +57,7 @@ class Profiled(step_cost.Case):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=step_cost.CASES, default=list(step_cost.CASES))
-    parser.add_argument("--methods", nargs="+", default=["plain", "two_pass", "gauss_newton"])
+    parser.add_argument("--methods", nargs="+", default=["plain", "two_pass", "gauss_newton", "taylor"])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     arguments.compile = arguments.bf16 = False

@@ -29,7 +29,7 @@ def rademacher(size: int, generator: torch.Generator, dtype: torch.dtype = torch
     device = generator.device
     words = torch.empty(-(-size // 64), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
-    return _signs_of_bytes(device, dtype)[words.view(torch.uint8).int()].view(-1)[:size]
+    return _signs_of_bytes(device, dtype).index_select(0, words.view(torch.uint8).int()).view(-1)[:size]
 
 
 @cache

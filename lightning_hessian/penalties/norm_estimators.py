@@ -145,7 +145,7 @@ class TaylorNorm(AutogradNorm):
         """The mode that carries the coefficients along v."""
         selected = self.selected(context)
         start, _ = self.vector.start(selected, context.probes)
-        v = [part.clone().requires_grad_() for part in unpack(start, list(selected.values()))]
+        v = [part.detach().requires_grad_() for part in unpack(start, list(selected.values()))]
         return taylor_mode(list(selected.values()), [v], context.module)
 
     def value(self, context: StepContext) -> Tensor:
@@ -169,7 +169,7 @@ class TaylorNorm(AutogradNorm):
         def finish() -> None:
             parts = [products.get(name, torch.zeros_like(tensor)) for name, tensor in selected.items()]
             products.clear()
-            product = mean_over_ranks(sign * pack(parts))
+            product = mean_over_ranks(pack(parts).mul_(sign))
             self.vector.keep(normalize_rows(product.unsqueeze(0))[0], selected)
 
         for name, (v,) in zip(selected, mode.parts, strict=True):

@@ -77,7 +77,8 @@ def coefficients_of(value: Any, directions: int) -> Coefficients:
     if found is None:
         return Coefficients(value, (None,) * directions, None)
     first, second, version = found
-    if -1 not in (version, now := _version(value)) and version != now:
+    # The compiler must not see the count, which it would expect to be the same in the next step.
+    if (now := _version(value)) != -1 and version not in (-1, now):
         raise HigherOrderError(
             f"A tensor of shape {tuple(value.shape)} was written in place through another view of its memory, so its "
             "Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."

@@ -35,25 +35,54 @@ class _Elementwise(RuleFunction):
 
     @staticmethod
     def forward(ctx: Any, derivatives: Derivatives, x0: Tensor, x2: Tensor | None, *x1: Tensor) -> Any:
-        y0, f1, f2 = islice(derivatives(x0), 3)
         ctx.derivatives = derivatives
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x0, x2, *x1)
-        y2 = sum_of_products((f1, x2), (f2, _sum_of_squares(x1)))
-        return y0, y2, *(f1 * x for x in x1)
+
+        def coefficients(x0: Tensor, x2: Tensor | None, *x1: Tensor) -> list[Tensor | None]:
+            y0, f1, f2 = islice(derivatives(x0), 3)
+            return [y0, sum_of_products((f1, x2), (f2, _sum_of_squares(x1))), *(f1 * x for x in x1)]
+
+        return tuple(_in_blocks(coefficients, x0, x2, *x1))
 
     @staticmethod
     def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
-        g0, g2, *g1 = map(nonzero, (g0, g2, *g1))  # type: ignore[assignment]
         x0, x2, *x1 = ctx.saved_tensors
-        _, f1, f2, f3 = ctx.derivatives(x0)
-        to_f1 = sum_of_products(*zip(g1, x1, strict=True), (g2, x2))
-        to_f2 = sum_of_products((g2, _sum_of_squares(x1)))
-        d0 = sum_of_products((g0, f1), (to_f1, f2), (to_f2, f3))
-        d2 = None if x2 is None else sum_of_products((g2, f1))
-        twice = None if g2 is None or not x1 else 2 * g2 * f2
-        d1 = [sum_of_products((g, f1), (twice, x)) for g, x in zip(g1, x1, strict=True)]
-        return None, d0, d2, *d1
+        n = len(x1)
+
+        def gradients(x0: Tensor, x2: Tensor | None, g0: Tensor | None, g2: Tensor | None, *both: Any) -> Any:
+            x1, g1 = both[:n], both[n:]
+            _, f1, f2, f3 = ctx.derivatives(x0)
+            to_f1 = sum_of_products(*zip(g1, x1, strict=True), (g2, x2))
+            to_f2 = sum_of_products((g2, _sum_of_squares(x1)))
+            d0 = sum_of_products((g0, f1), (to_f1, f2), (to_f2, f3))
+            d2 = None if x2 is None else sum_of_products((g2, f1))
+            twice = None if g2 is None or not x1 else 2 * g2 * f2
+            return [d0, d2, *(sum_of_products((g, f1), (twice, x)) for g, x in zip(g1, x1, strict=True))]
+
+        return None, *_in_blocks(gradients, x0, x2, nonzero(g0), nonzero(g2), *x1, *map(nonzero, g1))
+
+
+_BLOCK = 2**16
+"""Entries of a block that stays, with all intermediate results, in a processor's cache."""
+
+
+def _in_blocks(f: Callable[..., Sequence[Tensor | None]], *tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """f(*tensors), element by element: on a CPU block by block, because fresh memory for results costs more than f."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    size, shape = present[0].numel(), present[0].shape
+    if size < 4 * _BLOCK or any(t.device.type != "cpu" or t.shape != shape or not t.is_contiguous() for t in present):
+        return f(*tensors)
+    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
+    found: list[Tensor | None] = []
+    for start in range(0, size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        results = f(*(None if tensor is None else tensor[block] for tensor in flat))
+        found = found or [None if part is None else part.new_empty(size) for part in results]
+        for whole, part in zip(found, results, strict=True):
+            if whole is not None and part is not None:
+                whole[block] = part
+    return [None if whole is None else whole.view(shape) for whole in found]
 
 
 def _sum_of_squares(x1: Sequence[Tensor]) -> Tensor | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -17,29 +15,42 @@ from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, 
 OTHERWISE = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
 
 
-def python_body(function: Any) -> AbstractContextManager[None] | None:
-    """For a function that PyTorch writes in Python with other functions: a context manager in which its next call runs
-    its body, whose own calls are then seen one by one. None for all others."""
-    names = getattr(function, "__globals__", {})
-    if not isinstance(function, FunctionType) or not names.get("__name__", "").startswith("torch."):
+def _without_dispatch(function: FunctionType) -> FunctionType | None:
+    """A function of PyTorch without its own call of torch function modes. None if it makes none."""
+    if not any(name.startswith("has_torch_function") for name in function.__code__.co_names):
         return None
-    checks = [name for name in names if name.startswith("has_torch_function")]
-    return _body_runs(names, checks) if checks else None
+    names = function.__globals__
+    known = _GLOBALS.setdefault(
+        names["__name__"], names | {name: _no for name in names if name.startswith("has_torch_function")}
+    )
+    body = FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
-@contextmanager
-def _body_runs(names: dict[str, Any], checks: list[str]) -> Iterator[None]:
-    originals = {name: names[name] for name in checks}
+def _no(*_: Any) -> bool:
+    return False
 
-    def no(*_: Any) -> bool:  # once
-        names.update(originals)
-        return False
 
-    names.update(dict.fromkeys(checks, no))
-    try:
-        yield
-    finally:
-        names.update(originals)
+_GLOBALS: dict[str, dict[str, Any]] = {}
+
+_BODIES = {
+    function: body
+    for place in (torch, torch.functional, torch.linalg, torch.nn.functional, torch.Tensor)
+    for function in vars(place).values()
+    if isinstance(function, FunctionType) and (body := _without_dispatch(function)) is not None
+}
+
+# The compiler looks functions up by number.
+BODY_LIST: list[FunctionType] = list(_BODIES.values())
+"""The functions that PyTorch writes in Python with other functions: a mode sees the calls in their bodies."""
+_NUMBERS = {id(function): number for number, function in enumerate(_BODIES)}
+
+
+@torch.compiler.assume_constant_result
+def body_number(function: Any) -> int:
+    """The place of a function's body in ``BODY_LIST``, or -1."""
+    return _NUMBERS.get(id(function), -1)
 
 
 WRONG = {

@@ -110,9 +110,13 @@ def is_in_place(call: Call) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def _inplace_position(function: Any) -> int | None:
     """Where a function of torch.nn.functional takes ``inplace``."""
+    return _position_in_signature(function)  # the compiler would look into a cached function itself
+
+
+@cache
+def _position_in_signature(function: Any) -> int | None:
     if getattr(function, "__module__", "") != F.__name__:
         return None
     try:

@@ -28,7 +28,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
     has_coefficients,
     written_without_gradient,
 )
-from lightning_hessian.curvature.taylor.fallback import by_forward_mode, custom_function, python_body
+from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
 from lightning_hessian.curvature.taylor.sharded import ShardedParameters, passed_through
@@ -182,9 +182,9 @@ class taylor_mode(TorchFunctionMode):
         if (primitive := replacement(call.function, call.args, call.kwargs, 3)) is not None:
             with self._again():
                 return primitive(*call.args, **call.kwargs)
-        if (body := python_body(call.function)) is not None:
-            with self._again(), body:
-                return call.function(*call.args, **call.kwargs)
+        if (body := body_number(call.function)) >= 0:
+            with self._again():
+                return BODY_LIST[body](*call.args, **call.kwargs)
         return by_forward_mode(call)
 
     @contextmanager

@@ -29,20 +29,27 @@ def normalize(
     weight: Coefficients | None = None,
     bias: Coefficients | None = None,
     centers: bool = True,
-) -> Coefficients:
+) -> tuple[Coefficients, Tensor, Tensor]:
     """y * weight + bias with y = c / sqrt(u) and u = mean(c^2) + eps over the dimensions.
 
     c is x - mean(x), or x itself for RMS norm.
+
+    Returns:
+        The coefficients, and the values of mean(x) and mean(c^2).
     """
     none = (None,) * len(x.first)
     w0, w1, w2 = (None, none, None) if weight is None else weight
     b0, b1, b2 = (None, none, None) if bias is None else bias
     only_bias = weight is None and bias is not None
     if w2 is not None or b2 is not None or only_bias or torch.compiler.is_compiling():
-        y0, y2, *y1 = _Normal(list(dims), eps, centers, x.value, x.second, x.first).coefficients()
-        return affine(Coefficients(y0, tuple(y1), y2), weight, bias)
-    z0, z2, *z1 = _Normalize.apply(list(dims), eps, centers, x.value, x.second, w0, b0, *x.first, *w1, *b1)
-    return Coefficients(z0, tuple(z1), z2)
+        normal = _Normal(list(dims), eps, centers, x.value, x.second, x.first)
+        y0, y2, *y1 = normal.coefficients()
+        y = affine(Coefficients(y0, tuple(y1), y2), weight, bias)
+        return y, normal.m0.detach(), normal.v0.detach()
+    z0, z2, mean, variance, *z1 = _Normalize.apply(
+        list(dims), eps, centers, x.value, x.second, w0, b0, *x.first, *w1, *b1
+    )
+    return Coefficients(z0, tuple(z1), z2), mean, variance
 
 
 class _Normal:
@@ -57,12 +64,15 @@ class _Normal:
         x0: Tensor,
         x2: Tensor | None,
         x1: Sequence[Tensor | None],
+        moments: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.dims, self.centers = dims, centers
-        self.c0 = self.centered(x0)
+        self.m0 = self.mean(x0) if moments is None else moments[0]
+        self.c0 = x0 - self.m0 if centers else x0
+        self.v0 = self.mean(self.c0 * self.c0) if moments is None else moments[1]
         self.c1 = [None if x is None else self.centered(x) for x in x1]
         self.c2 = None if x2 is None else self.centered(x2)
-        self.r0 = (self.mean(self.c0 * self.c0) + eps).rsqrt()
+        self.r0 = (self.v0 + eps).rsqrt()
         zero, cube = torch.zeros_like(self.r0), self.r0 * self.r0 * self.r0
         self.u1 = [zero if c is None else 2 * self.mean(self.c0 * c) for c in self.c1]
         self.u2 = zero if self.c2 is None else 2 * self.mean(self.c0 * self.c2)
@@ -144,27 +154,30 @@ class _Normalize(RuleFunction):
     ) -> Any:
         ctx.settings = dims, eps, centers
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x0, x2, w0, *moving)
         x1, w1, b1 = thirds(moving)
-        y0, y2, *y1 = _Normal(dims, eps, centers, x0, x2, x1).coefficients()
+        normal = _Normal(dims, eps, centers, x0, x2, x1)
+        moments = normal.m0, normal.v0
+        ctx.save_for_backward(x0, x2, w0, *moments, *moving)
+        ctx.mark_non_differentiable(*moments)
+        y0, y2, *y1 = normal.coefficients()
         if w0 is None:
-            return y0, y2, *y1
-        z0 = y0 * w0 if b0 is None else torch.addcmul(b0, y0, w0)
-        z2, z1 = None if y2 is None else y2 * w0, []
+            return y0, y2, *moments, *y1
+        z2, z1 = None if y2 is None else y2.mul_(w0), []
         for y, w, b in zip(y1, w1, b1, strict=True):
-            z = sum_of_products((y, w0), (y0, w))
-            z1.append(z if b is None else b.expand(y0.shape) if z is None else z + b)
             if y is not None and w is not None:
                 z2 = sum_of_products((y, 2 * w), start=z2)
-        return z0, z2, *z1
+            z = sum_of_products((y0, w), start=None if y is None else y.mul_(w0))
+            z1.append(z if b is None else b.expand(y0.shape) if z is None else z.add_(b))
+        z0 = y0.mul_(w0) if b0 is None else y0.mul_(w0).add_(b0)
+        return z0, z2, *moments, *z1
 
     @staticmethod
-    def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, *g1: Tensor | None) -> Any:
+    def backward(ctx: Any, g0: Tensor | None, g2: Tensor | None, _: Any, __: Any, *g1: Tensor | None) -> Any:
         g0, g2, *g1 = map(nonzero, (g0, g2, *g1))  # type: ignore[assignment]
-        x0, x2, w0, *moving = ctx.saved_tensors
+        x0, x2, w0, mean, variance, *moving = ctx.saved_tensors
         x1, w1, _ = thirds(moving)
         dims, eps, centers = ctx.settings
-        normal = _Normal(dims, eps, centers, x0, x2, x1)
+        normal = _Normal(dims, eps, centers, x0, x2, x1, (mean, variance))
         dw: list[Any] = [None] * (1 + len(x1))
         db: list[Any] = [None] * (1 + len(x1))
         if w0 is not None:
@@ -204,7 +217,7 @@ def affine(y: Coefficients, weight: Coefficients | None, bias: Coefficients | No
 def layer_norm(call: Call, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     dims = range(-len(shape), 0)
     norms._last_dimensions(x.detach(), shape)  # refuses another shape
-    y = normalize(_wide(call.of(x)), dims, eps, _or_none(call, weight), _or_none(call, bias))
+    y, _, _ = normalize(_wide(call.of(x)), dims, eps, _or_none(call, weight), _or_none(call, bias))
     dtype = norms._output_dtype(x)
     return linear(lambda t: t.to(dtype), y)
 
@@ -212,7 +225,7 @@ def layer_norm(call: Call, x: Tensor, shape: Any, weight: Any = None, bias: Any 
 def rms_norm(call: Call, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     wide = _wide(call.of(x))
     epsilon = torch.finfo(wide.value.dtype).eps if eps is None else eps
-    y = normalize(wide, range(-len(shape), 0), epsilon, _or_none(call, weight), centers=False)
+    y, _, _ = normalize(wide, range(-len(shape), 0), epsilon, _or_none(call, weight), centers=False)
     return linear(lambda t: t.to(x.dtype), y)
 
 
@@ -220,7 +233,8 @@ def group_norm(call: Call, x: Tensor, groups: int, weight: Any = None, bias: Any
     def grouped(t: Tensor) -> Tensor:
         return t.reshape(len(t), groups, -1)
 
-    y = linear(lambda t: t.view(x.shape), normalize(linear(grouped, _wide(call.of(x))), [-1], eps))
+    normal, _, _ = normalize(linear(grouped, _wide(call.of(x))), [-1], eps)
+    y = linear(lambda t: t.view(x.shape), normal)
     y = affine(y, _per_channel(call, weight, x), _per_channel(call, bias, x))
     return linear(lambda t: t.to(x.dtype), y)
 
@@ -248,11 +262,10 @@ def batch_norm(
     if samples == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
     dims = [0, *range(2, x.dim())]
-    with torch.no_grad():
-        variance, mean = torch.var_mean(wide.value, dims, correction=0)
-        norms._update_running(running_mean, mean, momentum)
-        norms._update_running(running_var, variance * (samples / (samples - 1)), momentum)
-    y = normalize(wide, dims, eps, _per_channel(call, weight, x), _per_channel(call, bias, x))
+    parameters = _per_channel(call, weight, x), _per_channel(call, bias, x)
+    y, mean, variance = normalize(wide, dims, eps, *parameters)
+    norms._update_running(running_mean, mean.flatten(), momentum)
+    norms._update_running(running_var, variance.flatten() * (samples / (samples - 1)), momentum)
     return linear(lambda t: t.to(x.dtype), y)
 
 
