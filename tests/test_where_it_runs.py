@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lightning_hessian as lh
+from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.curvature.taylor.coefficients import has_coefficients
 
 STRENGTH = 1e-2
@@ -168,6 +169,15 @@ def test_bfloat16_is_near_float32(method):
         return weights(module) - before
 
     assert relative_error(step("bf16-mixed"), step("32-true")) < 0.05
+
+
+def test_the_first_look_allows_for_the_rounding_of_half_precision(monkeypatch):
+    original = taylor_mode.first
+    monkeypatch.setattr(taylor_mode, "first", lambda mode, loss: tuple(1.15 * x for x in original(mode, loss)))
+    settings = {"loader": data(16, 16, torch.float32), "max_steps": 1}
+    fit(smooth(dtype=torch.float32), [callback("taylor")], precision="bf16-mixed", **settings)
+    with pytest.raises(lh.HigherOrderError, match="lost a part of the loss"):
+        fit(smooth(dtype=torch.float32), [callback("taylor")], **settings)
 
 
 def test_central_differences_in_bfloat16_are_refused():

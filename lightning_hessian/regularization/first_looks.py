@@ -28,13 +28,16 @@ def try_backward(one: FitPenalty, term: Tensor, parameters: Iterable[Tensor]) ->
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
 
 
-def check_coefficients(one: FitPenalty, context: StepContext, again: Callable[[], StepContext]) -> None:
+def check_coefficients(
+    one: FitPenalty, context: StepContext, again: Callable[[], StepContext], in_autocast: bool
+) -> None:
     """See that the first Taylor coefficient of the loss is g'v: no operation has passed the coefficients by.
 
     Args:
         one: the penalty.
         context: its context.
         again: gives the context of a further run, for a graph that can be differentiated only once.
+        in_autocast: whether the step runs under autocast.
 
     Raises:
         HigherOrderError: it is not.
@@ -50,13 +53,14 @@ def check_coefficients(one: FitPenalty, context: StepContext, again: Callable[[]
         mode = context.taylor
         assert mode is not None
     if is_sharded:  # only a backward pass reaches the shards; it gives the mean gradient of all processes
-        gradients = dict(zip(trained, loss_gradient(context.loss, trained, by_backward=True), strict=True))
+        gradients = dict(zip(trained, loss_gradient(context.loss, trained, _SCALE, by_backward=True), strict=True))
         gradient = [gradients[tensor] for tensor in mode.tensors]
     else:
         with without_hooks(mode.tensors):
-            gradient = list(torch.autograd.grad(context.loss, mode.tensors, retain_graph=not once, allow_unused=True))
+            found = torch.autograd.grad(context.loss * _SCALE, mode.tensors, retain_graph=not once, allow_unused=True)
+        gradient = [None if g is None else g / _SCALE for g in found]
     # FSDP2's mixed precision leaves no trace in the loss.
-    is_half = is_sharded or torch.is_autocast_enabled(context.loss.device.type) or context.loss.dtype.itemsize < 4
+    is_half = is_sharded or in_autocast or context.loss.dtype.itemsize < 4
     for p, first in enumerate(mode.first(context.loss)):
         sums = torch.zeros(2, dtype=torch.float64, device=context.loss.device)
         for g, parts, tensor in zip(gradient, mode.parts, mode.tensors, strict=True):
@@ -66,13 +70,17 @@ def check_coefficients(one: FitPenalty, context: StepContext, again: Callable[[]
         slope, squares = sums.tolist()
         size = abs(slope) + math.sqrt(squares)
         value = torch.zeros_like(context.loss) if first is None else first.detach()
-        found = (context.mean_over_ranks(value) if is_sharded else value).item()
-        if abs(found - slope) > (0.2 if is_half else 1e-2) * size:
+        coefficient = (context.mean_over_ranks(value) if is_sharded else value).item()
+        if abs(coefficient - slope) > (0.2 if is_half else 1e-2) * size:
             raise HigherOrderError(
                 f"{one.penalty!r} lost a part of the loss on its way: the first Taylor coefficient is not the slope of "
                 "the loss. The forward pass has an operation that PyTorch does not show (TorchScript, an extension). "
                 "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
             )
+
+
+_SCALE = 2.0**10
+"""Float16 cannot hold small gradients of a loss that is not scaled."""
 
 
 def warn_of_kinks(one: FitPenalty, module: nn.Module, loss: Tensor) -> None:

@@ -39,6 +39,7 @@ def sum_of_terms(
     parameters = list(module.parameters())
     terms: list[Tensor] = []
     entered: list[ActivePenalty] = []
+    in_autocast = torch.is_autocast_enabled(loss.device.type)
     # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
     with torch.autocast(loss.device.type, enabled=False):
         for one in active:
@@ -50,7 +51,7 @@ def sum_of_terms(
                 context = runs.context(one.penalty)
                 if isinstance(one.penalty, InputPenalty):
                     warn_of_coupling(one.in_fit, context)
-                check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty))
+                check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty), in_autocast)
                 value = one.penalty.value(context)
                 log_penalty(module, one.name, value.detach())
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):
