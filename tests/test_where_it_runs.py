@@ -185,7 +185,7 @@ def test_central_differences_in_bfloat16_are_refused():
         fit(Classifier(), [callback("central_difference")], precision="bf16-mixed")
 
 
-@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("method", [*DIFFERENCES, "taylor"])
 def test_float16_with_a_scaler_is_near_float32(method):
     """Small losses, whose gradients float16 cannot hold unscaled."""
 
@@ -206,6 +206,35 @@ def test_float16_with_a_scaler_is_near_float32(method):
             step(plugins=[half])
         return
     assert relative_error(step(plugins=[half]), step()) < 0.05
+
+
+def wide():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 1024), nn.SiLU(), nn.Linear(1024, 1024), nn.SiLU(), nn.Linear(1024, 3))
+
+
+def convolutional():
+    torch.manual_seed(3)
+    layers = [nn.Unflatten(1, (1, 2, 2))]
+    for channels in (1, 32, 32, 32, 32, 32):
+        layers += [nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 3))
+
+
+@pytest.mark.parametrize("net", [wide, convolutional, Attends])
+def test_taylor_coefficients_stay_in_the_range_of_float16(net):
+    def step(**settings):
+        module = Images(net(), torch.float32)
+        module.lr = 1e-2
+        before = weights(module)
+        trainer = fit(module, [callback("taylor")], data(16, 16, torch.float32), max_steps=1, **settings)
+        return weights(module) - before, trainer.logged_metrics["curvature/hessian_trace"].item()
+
+    half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**7))
+    moved, value = step(plugins=[half])
+    exact, exact_value = step()
+    assert relative_error(moved, exact) < 0.01
+    assert value == pytest.approx(exact_value, rel=0.01)
 
 
 def test_a_float16_overflow_is_left_to_the_scaler():

@@ -53,12 +53,13 @@ def check_penalty(one: FitPenalty, module: LightningModule) -> None:
 
 
 def _refuse_float16(penalty: Penalty, precision: str) -> None:
-    if not penalty.needs.differences and precision in ("16-mixed", "16-true"):
+    works = penalty.needs.differences or (penalty.needs.float16 and precision == "16-mixed")
+    if precision in ("16-mixed", "16-true") and not works:
         raise MisconfigurationException(
             f"precision={precision!r}: {penalty!r} differentiates the loss before it is scaled, so its "
             "inner gradients may vanish or overflow in float16 and train on a wrong penalty in silence. "
-            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass'), or pass "
-            "allow_fp16=True to try it all the same."
+            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass') (with '16-mixed' "
+            "HessianTrace(), too), or pass allow_fp16=True to try it all the same."
         )
 
 

@@ -49,8 +49,9 @@ class taylor_mode(TorchFunctionMode):
 
     Args:
         tensors: the parameters theta, part by part; leaves that require a gradient.
-        directions: the v_p, each in parts of the tensors' shapes; None for a part that is zero.
-        module: the model, for the names of layers in errors.
+        directions: the v_p (or ``scale`` v_p), each in parts of the tensors' shapes; None for a part that is zero.
+        module: the model. Sharded parameters need it; it names layers in errors.
+        scale: the directions' factor. With a small one the coefficients stay in float16's range.
 
     Raises:
         HigherOrderError: in the forward pass, for an operation without rule and without forward-mode derivatives, or a
@@ -75,12 +76,14 @@ class taylor_mode(TorchFunctionMode):
         tensors: Sequence[Tensor],
         directions: Sequence[Sequence[Tensor | None]],
         module: nn.Module | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.directions = len(directions)
         self.tensors = list(tensors)
         self.parts = [tuple(v[i] for v in directions) for i in range(len(self.tensors))]
         self._module = module
+        self._scale = scale
         self._sharded = ShardedParameters(module, self.tensors, self.parts)
         self._recomputes = False
         self._writes = Writes()
@@ -124,13 +127,13 @@ class taylor_mode(TorchFunctionMode):
             self._recomputes = before
 
     def first(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """L_1 = g'v_p for each direction; None is zero."""
+        """The loss's first coefficient for each direction as it was given; None is zero."""
         return coefficients_of(loss, self.directions).first
 
     def second(self, loss: Tensor) -> Tensor:
         """sum_p v_p'Hv_p, with its graph."""
         second = coefficients_of(loss, self.directions).second
-        return torch.zeros_like(loss) if second is None else second.reshape(loss.shape)
+        return torch.zeros_like(loss) if second is None else second.reshape(loss.shape) / self._scale**2
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
