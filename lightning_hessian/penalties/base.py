@@ -57,6 +57,10 @@ class Penalty(ABC):
         """Requirements on the model and the step. May be a class attribute."""
         return Needs()
 
+    def needs_on(self, parameters: Mapping[str, Tensor]) -> Needs:
+        """Requirements on a step with these parameters of the model. By default :attr:`needs`."""
+        return self.needs
+
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:
         """The measure at this step: a scalar, differentiable with respect to the parameters."""

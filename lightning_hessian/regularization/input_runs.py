@@ -99,7 +99,8 @@ class PenaltyRuns:
             _refuse_batch_statistics(name, layer)
         self._probes = {id(penalty): source for penalty, source in zip(penalties, probes, strict=True)}
         # A penalty's needs may change once it has its value.
-        self._needs = {id(penalty): penalty.needs for penalty in penalties}
+        parameters = dict(step.module.named_parameters())
+        self._needs = {id(penalty): penalty.needs_on(parameters) for penalty in penalties}
         others = [p for p in penalties if not self._by_taylor(p) and not (self.batch_norms and p in self._on_inputs)]
         carried = [p for p in penalties if self._by_taylor(p)] if step.context is None and not others else []
         self._carried = carried[0] if carried else None
