@@ -241,8 +241,12 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     module.trainer = trainer
     monkeypatch.setattr(L.Trainer, "precision", "32-true")
     monkeypatch.setattr(L.Trainer, "strategy", sharded.__new__(sharded))
-    message = rf"{strategy} shards the parameters.*HessianTrace\(method='two_pass'\)"
-    for penalty in (lh.HessianTrace(), lh.HessianNorm(), lh.HessianNorm(method="central_difference")):
+    message = rf"{strategy} shards the parameters.*HessianTrace\(\) or HessianTrace\(method='two_pass'\)"
+    refused = [lh.HessianTrace(method=method) for method in ("autograd", "gauss_newton")]
+    refused += [lh.HessianTrace(-1), lh.HessianNorm(), lh.HessianNorm(method="central_difference"), lh.JacobianNorm()]
+    if strategy != "ModelParallelStrategy":  # FSDP2
+        refused += [lh.HessianTrace(), lh.HessianTrace(method="two_pass")]
+    for penalty in refused:
         fit = RegularizedFit(module)
         enlist(fit, [callback(penalty)])
         with pytest.raises(MisconfigurationException, match=message):

@@ -1,58 +1,60 @@
 """A strength that holds the penalty's gradient at a share of the task loss's, measured independently."""
 
 import copy
-import functools
+import math
 import statistics
 
 import lightning as L
 import pytest
-from nets import Classifier, context_of, context_of_inputs, data, fit, task_loss
-from oracles import gradient_of, loss_by_differences
+import torch
+from nets import Classifier, Mixed, context_of_inputs, data, fit, smooth, task_loss, weights
+from oracles import gradient_of
+from ranks import STEPS, fit_two, joined
+from recorders import Recorder, SaveAt
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_hessian as lh
+from lightning_hessian.cli import models
+from lightning_hessian.regularization.gradient_share import ShareControl
 
 
 class Measures(L.Callback):
-    """At the given steps: the length of the added gradient, as a share of the task loss's, by the logged strength."""
+    """At the given steps: the length of what a penalty adds to the gradient, as a share of the task loss's."""
 
-    def __init__(self, steps, penalty_gradient):
+    def __init__(self, steps):
         self.steps = steps
-        self.penalty_gradient = penalty_gradient
         self.found = []
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step not in self.steps:
-            return
-        twin, strength = copy.deepcopy(self.bare(module)), trainer.logged_metrics["train/strength"].item()
-        task = gradient_of(task_loss(twin, batch), twin.net.parameters())
-        added = self.penalty_gradient(twin, batch, trainer.global_step, strength)
-        self.found.append((added.norm() / task.norm()).item())
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batch, self.twin = batch, copy.deepcopy(module.net)
 
-    @staticmethod
-    def bare(module):
-        twin = Classifier()
-        twin.net = module.net
-        return twin
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step in self.steps:
+            x, y = self.batch
+            task = gradient_of(F.cross_entropy(self.twin(x), y), self.twin.parameters())
+            whole = torch.cat([p.grad.reshape(-1) for p in module.net.parameters()])
+            self.found.append(((whole - task).norm() / task.norm()).item())
 
 
-def by_graph(penalty):
-    def gradient(module, batch, step, strength):
-        if isinstance(penalty, lh.InputPenalty):
-            context = context_of_inputs(module.eval(), *batch)
-        else:
-            context = context_of(module, task_loss, batch, probes=lh.ProbeSource(0, step, step))
-        fixed = copy.deepcopy(penalty)
-        if isinstance(penalty, lh.HessianNorm):
-            fixed.iterations, fixed.method = 20, "autograd"
-        return strength * gradient_of(fixed(context), module.net.parameters())
-
-    return gradient
+def learnable(batch_size=32, samples=480):
+    x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0)).double()
+    return DataLoader(TensorDataset(x, (x[:, :3] + 0.5 * x[:, 1:].sin()).argmax(1)), batch_size)
 
 
-def by_two_pass(method, module, batch, step, strength):
-    loss = functools.partial(task_loss, batch=batch)
-    whole = loss_by_differences(method, module, loss, strength, step=step, micro_batch=step)
-    return gradient_of(whole, module.net.parameters()) - gradient_of(loss(module), module.net.parameters())
+def images(samples=128):
+    x = torch.randn(samples, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    quarters = F.avg_pool2d(x, 4).flatten(1)
+    return DataLoader(TensorDataset(x.double(), quarters.argmax(1)), 32)
+
+
+class Of(Classifier):
+    """A model of the command line on images."""
+
+    def __init__(self, name):
+        super().__init__(lr=0.02)
+        self.net = getattr(models, name)((1, 8, 8), 4, **({} if name == "vit" else {"width": 8})).double()
 
 
 PENALTIES = {
@@ -64,16 +66,113 @@ PENALTIES = {
     "norm": lh.HessianNorm(),
     "input gradient": lh.InputGradientNorm(),
     "input hessian": lh.InputHessianNorm(),
+    "jacobian": lh.JacobianNorm(),
+    "sharpness": lh.SharpnessAware(),
 }
+
+
+def share(value=0.1, every_n_steps=4):
+    return lh.GradientShare(value, every_n_steps)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
 def test_the_share_is_held_throughout_training(name):
-    penalty = copy.deepcopy(PENALTIES[name])
-    differences = penalty.needs.differences
-    gradient = functools.partial(by_two_pass, penalty.method) if differences else by_graph(penalty)
-    module, measures = Classifier(lr=0.05), Measures(range(60, 240, 9), gradient)
-    regularizer = lh.HessianRegularizer(penalty, lh.GradientShare(0.1, every_n_steps=10))
-    fit(module, [regularizer, measures], data(16), max_steps=240, max_epochs=-1)
-    print(name, [round(x,3) for x in measures.found])
+    module, measures = Classifier(lr=0.05), Measures(range(60, 180, 2))
+    regularizer = lh.HessianRegularizer(copy.deepcopy(PENALTIES[name]), share())
+    fit(module, [regularizer, measures], learnable(), max_steps=180, max_epochs=-1)
     assert statistics.median(measures.found) == pytest.approx(0.1, rel=1 / 3)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "vit"])
+def test_the_share_is_held_on_the_models_of_the_command_line(name):
+    module, measures = Of(name), Measures(range(20, 60, 2))
+    fit(module, [lh.HessianRegularizer(lh.HessianTrace(), share()), measures], images(), max_steps=60, max_epochs=-1)
+    assert statistics.median(measures.found) == pytest.approx(0.1, rel=1 / 3)
+
+
+def test_several_penalties_have_their_own_shares():
+    alone, beside = Recorder(), Recorder()
+    trace, gradient = lh.HessianTrace(probes=-1), lh.InputGradientNorm()
+    fit(smooth(), [lh.HessianRegularizer(trace, share(0.2)), alone], max_steps=1)
+    strengths = [share(0.2), share(0.05)]
+    fit(smooth(), [lh.HessianRegularizer([trace, gradient], strengths), beside], max_steps=1)
+    assert beside.rows[0]["train/hessian_trace_strength"] == pytest.approx(alone.rows[0]["train/strength"])
+    module, batch = smooth(), next(iter(data()))
+    task = gradient_of(task_loss(module, batch), module.parameters()).norm()
+    added = gradient_of(gradient(context_of_inputs(module, *batch)), module.parameters()).norm()
+    assert beside.rows[0]["train/input_gradient_norm_strength"] == pytest.approx((0.05 * task / added).item())
+
+
+def test_two_ranks_measure_together(tmp_path):
+    loader, settings = data(8), {"probes": -1}
+    first, second = fit_two(tmp_path, smooth(), lh.HessianRegularizer(lh.HessianTrace(**settings), share()), loader)
+    alone, recorder = smooth(), Recorder()
+    joint = DataLoader(list(joined(loader)), batch_size=None)
+    fit(alone, [lh.HessianRegularizer(lh.HessianTrace(**settings), share()), recorder], joint, max_steps=STEPS)
+    assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["weights"], weights(alone), rtol=1e-5, atol=1e-6)
+    for rank in (first, second):
+        found = [row["train/strength"] for row in rank["logged"]]
+        assert found == pytest.approx([row["train/strength"] for row in recorder.rows], rel=1e-5)
+
+
+@pytest.mark.parametrize("module", [Classifier, Mixed], ids=["callback", "mixin"])
+def test_resumed_equals_uninterrupted(tmp_path, module):
+    def run(**settings):
+        regularizer = lh.HessianRegularizer(lh.HessianTrace(), share())
+        one = module(regularizer, middle=nn.LayerNorm(6)) if module is Mixed else smooth()
+        callbacks = [] if module is Mixed else [regularizer]
+        trainer = fit(one, [*callbacks, *settings.pop("others", [])], loader, **settings)
+        return weights(one), trainer.logged_metrics["train/strength"]
+
+    path = tmp_path / "half.ckpt"
+    loader = DataLoader([next(iter(data()))] * 12, batch_size=None)
+    whole, strength = run(others=[SaveAt(path, 7)])
+    resumed, found = run(ckpt_path=path)
+    assert torch.equal(whole, resumed)
+    assert found == strength
+
+
+def test_every_nth_step_and_a_warmup_multiply_the_strength():
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(), share(), every_n_steps=3, warmup_steps=6)
+    recorder = Recorder()
+    fit(smooth(), [regularizer, recorder], max_steps=4)
+    raw = recorder.rows[3]["curvature/hessian_trace"]
+    assert recorder.rows[3]["train/penalty"] == pytest.approx(1.5 * recorder.rows[3]["train/strength"] * raw, rel=1e-5)
+
+
+def test_a_network_that_is_compiled_is_measured_too():
+    module, measures = Classifier(lr=0.05), Measures(range(30, 60, 3))
+    module.net.compile(backend="aot_eager")
+    fit(module, [lh.HessianRegularizer(lh.HessianTrace(), share()), measures], learnable(), max_steps=60, max_epochs=-1)
+    assert statistics.median(measures.found) == pytest.approx(0.1, rel=1 / 2)
+
+
+def test_one_measurement_changes_the_strength_by_a_bounded_factor():
+    control = ShareControl(lh.GradientShare(0.1))
+    control.measure(task=2.0, penalty=4.0)
+    assert control.strength == pytest.approx(0.05)
+    for lengths in ((1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (math.inf, 1.0)):
+        control.measure(*lengths)
+    assert control.strength == pytest.approx(0.05)
+    for _ in range(3):
+        before = control.strength
+        control.measure(task=1.0, penalty=1e9)
+        assert control.strength == pytest.approx(before / 2)
+
+
+def test_a_penalty_without_a_gradient_is_warned_of():
+    class Linear(Classifier):
+        def training_step(self, batch, batch_idx):
+            return self.net[0](batch[0]).mean()
+
+    with pytest.warns(UserWarning, match=r"has no gradient on this batch.*no strength gives it a share of 0.1"):
+        fit(Linear(), [lh.HessianRegularizer(lh.HessianTrace(), share())], max_steps=2)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, "0.1", None, math.nan])
+def test_a_share_out_of_range_is_refused(value):
+    with pytest.raises(ValueError, match=r"share=.* must lie in \(0, 1\]"):
+        lh.GradientShare(value)
+    with pytest.raises(ValueError, match="every_n_steps=0"):
+        lh.GradientShare(0.1, every_n_steps=0)

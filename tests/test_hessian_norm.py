@@ -332,6 +332,44 @@ def test_where_the_loss_is_not_finite_v_stays_and_the_step_is_skipped(method):
     assert regularizer.nonfinite_steps == 1
 
 
+def test_after_layers_are_unfrozen_the_search_starts_anew_in_every_method():
+    class Unfreezes(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.net[0].requires_grad_(trainer.global_step >= 2)
+
+    def logged(method):
+        recorder = Recorder()
+        with pytest.warns(UserWarning, match="belongs to other parameters"):
+            fit(smooth(lr=0.0), [Unfreezes(), callback(method), recorder], max_steps=4)
+        return [row["curvature/hessian_norm"] for row in recorder.rows]
+
+    # The first step of each search goes by autograd.
+    found, reference = logged("taylor"), logged("autograd")
+    assert found[2] == pytest.approx(reference[2], rel=1e-9)
+    assert found[3] <= reference[3] * (1 + 1e-9)
+
+
+def test_where_the_step_takes_its_gradient_by_itself_v_moves_all_the_same():
+    class ByGrad(Mixed):
+        def __init__(self, regularizer):
+            super().__init__(regularizer, middle=nn.LayerNorm(6))
+            self.automatic_optimization = False
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            parameters = list(self.parameters())
+            loss = self.regularized(lambda: task_loss(self, batch))
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter.grad = gradient
+            self.optimizers().step()
+            self.seen.append(vector(self.regularizer.penalty))
+
+    module = ByGrad(callback("taylor"))
+    fit(module, max_steps=4)
+    # Every second step goes by autograd.
+    assert all(abs(a @ b) < 1 - 1e-6 for a, b in zip(module.seen, module.seen[2:], strict=False))
+
+
 @pytest.mark.parametrize(("method", "call"), [("autograd", 3), ("central_difference", 19), ("central_difference", 18)])
 def test_a_failing_step_leaves_v_as_it_was(method, call):
     kept, regularizer = [], callback(method)

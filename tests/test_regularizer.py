@@ -527,16 +527,18 @@ def test_an_empty_batch_is_refused():
         fit(Classifier(), [regularizer()], DataLoader(empty, batch_size=None))
 
 
-def test_float16_is_refused_unless_asked_for():
+@pytest.mark.parametrize("penalty", [lh.HessianTrace(method="autograd"), lh.HessianNorm()])
+def test_float16_is_refused_unless_asked_for(penalty):
     from lightning.pytorch.plugins import MixedPrecision
 
-    def half():
-        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    def run(**settings):
+        half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+        regularizer = lh.HessianRegularizer(penalty, strength=1e-2, **settings)
+        fit(smooth(dtype=torch.float32), [regularizer], data(dtype=torch.float32), max_steps=1, plugins=[half])
 
-    settings = {"loader": data(dtype=torch.float32), "max_steps": 1}
     with pytest.raises(MisconfigurationException, match="allow_fp16=True"):
-        fit(Classifier(dtype=torch.float32), [regularizer()], plugins=[half()], **settings)
-    fit(Classifier(dtype=torch.float32), [regularizer(allow_fp16=True)], plugins=[half()], **settings)
+        run()
+    run(allow_fp16=True)
 
 
 def test_lightning_cli(tmp_path, monkeypatch):

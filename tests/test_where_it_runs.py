@@ -1,11 +1,15 @@
 """The methods of the trace penalty in the surroundings of ordinary training: precision, compilers, kernels, devices."""
 
 import functools
+import gc
+import weakref
+from typing import ClassVar
 
 import lightning as L
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,8 +31,11 @@ from oracles import DIFFERENCES, loss_by_differences, relative_error
 from ranks import STEPS, Result, dealt, fit_two, handed_over, joined
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lightning_hessian as lh
+from lightning_hessian.curvature.taylor import taylor_mode
+from lightning_hessian.curvature.taylor.coefficients import has_coefficients
 
 STRENGTH = 1e-2
 METHODS = (*DIFFERENCES, "gauss_newton", "autograd")
@@ -164,12 +171,21 @@ def test_bfloat16_is_near_float32(method):
     assert relative_error(step("bf16-mixed"), step("32-true")) < 0.05
 
 
+def test_the_first_look_allows_for_the_rounding_of_half_precision(monkeypatch):
+    original = taylor_mode.first
+    monkeypatch.setattr(taylor_mode, "first", lambda mode, loss: tuple(1.15 * x for x in original(mode, loss)))
+    settings = {"loader": data(16, 16, torch.float32), "max_steps": 1}
+    fit(smooth(dtype=torch.float32), [callback("taylor")], precision="bf16-mixed", **settings)
+    with pytest.raises(lh.HigherOrderError, match="lost a part of the loss"):
+        fit(smooth(dtype=torch.float32), [callback("taylor")], **settings)
+
+
 def test_central_differences_in_bfloat16_are_refused():
     with pytest.raises(MisconfigurationException, match=r"train on noise.*method='autograd'"):
         fit(Classifier(), [callback("central_difference")], precision="bf16-mixed")
 
 
-@pytest.mark.parametrize("method", DIFFERENCES)
+@pytest.mark.parametrize("method", [*DIFFERENCES, "taylor"])
 def test_float16_with_a_scaler_is_near_float32(method):
     """Small losses, whose gradients float16 cannot hold unscaled."""
 
@@ -190,6 +206,35 @@ def test_float16_with_a_scaler_is_near_float32(method):
             step(plugins=[half])
         return
     assert relative_error(step(plugins=[half]), step()) < 0.05
+
+
+def wide():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 1024), nn.SiLU(), nn.Linear(1024, 1024), nn.SiLU(), nn.Linear(1024, 3))
+
+
+def convolutional():
+    torch.manual_seed(3)
+    layers = [nn.Unflatten(1, (1, 2, 2))]
+    for channels in (1, 32, 32, 32, 32, 32):
+        layers += [nn.Conv2d(channels, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 3))
+
+
+@pytest.mark.parametrize("net", [wide, convolutional, Attends])
+def test_taylor_coefficients_stay_in_the_range_of_float16(net):
+    def step(**settings):
+        module = Images(net(), torch.float32)
+        module.lr = 1e-2
+        before = weights(module)
+        trainer = fit(module, [callback("taylor")], data(16, 16, torch.float32), max_steps=1, **settings)
+        return weights(module) - before, trainer.logged_metrics["curvature/hessian_trace"].item()
+
+    half = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**7))
+    moved, value = step(plugins=[half])
+    exact, exact_value = step()
+    assert relative_error(moved, exact) < 0.01
+    assert value == pytest.approx(exact_value, rel=0.01)
 
 
 def test_a_float16_overflow_is_left_to_the_scaler():
@@ -259,11 +304,27 @@ def test_a_schedule_that_turns_negative_is_refused():
 
 
 class Sharded(Classifier):
+    """Parameters sharded by FSDP2, in several groups."""
+
+    fully_shard: ClassVar = {}
+
     def configure_model(self):
         from torch.distributed.fsdp import fully_shard
 
         for layer in (self.net[0], self.net[3], self.net):
-            fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(layer, mesh=self.device_mesh["data_parallel"], **self.fully_shard)
+
+
+class ShardedManual(Sharded, Manual):
+    pass
+
+
+class Validated(Sharded):
+    """A forward pass without a backward pass leaves parameters whole."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        with torch.no_grad():
+            self.net(batch[0])
 
 
 class Gathered(Result):
@@ -271,58 +332,303 @@ class Gathered(Result):
         return torch.cat([p.detach().full_tensor().reshape(-1) for p in module.parameters()])
 
 
-def sharded_fit(rank, path, method, settings, port):
+class BadGradientOnRankOne(lh.HessianTrace):
+    """On the second step one rank's penalty is finite, and its gradient is not."""
+
+    def value(self, context):
+        value = super().value(context)
+        if context.probes.step == 1 and dist.is_initialized() and dist.get_rank() == 1:
+            value = value + (value - value.detach()).square().sqrt()
+        return value
+
+
+def on_two_processes(work, *args):
+    """Run ``work(rank, *args)`` on two ranks."""
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    port = get_free_port()
+    torch.multiprocessing.start_processes(joins, (port, work, args), nprocs=2, start_method="fork")
+
+
+def joins(rank, port, work, args):
     import os
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
     torch.set_num_threads(1)
-    dtype = torch.float32 if "precision" in settings else torch.float64
-    accumulated = settings.get("accumulate_grad_batches", 1)
-    loader = data(8 // accumulated, dtype=dtype)
+    work(rank, *args)
+
+
+def sharded_fit(rank, path, module, penalty, settings):
+    dtype = next(module.parameters()).dtype
+    loader = data(8 // settings.get("accumulate_grad_batches", 1), dtype=dtype)
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    regularizer = lh.HessianRegularizer(penalty, strength=STRENGTH)
+    callbacks = [Gathered(path)]
+    if isinstance(module, Manual):
+        module.regularizer = regularizer
+    else:
+        callbacks.insert(0, regularizer)
     trainer = L.Trainer(
-        **CPU, max_steps=STEPS, callbacks=[callback(method), Gathered(path)], devices=2, strategy=strategy,
-        use_distributed_sampler=False, **settings,
+        **CPU, max_steps=STEPS, callbacks=callbacks, devices=2, strategy=strategy, use_distributed_sampler=False,
+        **settings,
     )  # fmt: skip
-    trainer.fit(Sharded(middle=nn.LayerNorm(6), dtype=dtype), dealt(loader))
+    trainer.fit(module, dealt(loader))
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this version of PyTorch has no FSDP2 on the CPU"
-)
-@pytest.mark.parametrize(
-    ("method", "settings"),
-    [
-        *((method, {}) for method in DIFFERENCES),
-        ("two_pass", {"accumulate_grad_batches": 2}),
-        ("two_pass", {"precision": "bf16-mixed"}),
-    ],
-    ids=str,
-)
-def test_fsdp2_on_two_processes_equals_one(tmp_path, method, settings):
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
-    torch.multiprocessing.start_processes(
-        sharded_fit, (tmp_path, method, settings, get_free_port()), nprocs=2, start_method="fork"
-    )
-    first, second = handed_over(tmp_path)
-    assert torch.equal(first["weights"], second["weights"])
-    assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
-    module = smooth()
-    before = nn.utils.parameters_to_vector(module.parameters()).detach()
+def unsharded_fit(penalty, settings):
+    """The weights of one process, and the values of the penalty if it has a graph."""
+    module, values = smooth(), []
     optimizer = module.configure_optimizers()
     accumulated = settings.get("accumulate_grad_batches", 1)
-    for count, (x, y) in enumerate(joined(data(8 // accumulated), STEPS * accumulated)):
+    for count, batch in enumerate(joined(data(8 // accumulated), STEPS * accumulated)):
         step = count // accumulated
-        loss = functools.partial(task_loss, batch=(x, y))
-        whole = loss_by_differences(method, module, loss, STRENGTH, step=step, micro_batch=count)
+        if penalty.needs.differences:
+            loss = functools.partial(task_loss, batch=batch)
+            whole = loss_by_differences(penalty.method, module, loss, STRENGTH, step=step, micro_batch=count)
+        else:
+            context = context_of(module, task_loss, batch, probes=lh.ProbeSource(0, step, count, 0))
+            values.append(penalty(context))  # by autograd, because the loss is computed already
+            is_left_out = isinstance(penalty, BadGradientOnRankOne) and step == 1
+            whole = context.loss if is_left_out else context.loss + STRENGTH * values[-1]
         (whole / accumulated).backward()
         if (count + 1) % accumulated == 0:
             optimizer.step()
             optimizer.zero_grad()
-    expected = nn.utils.parameters_to_vector(module.parameters()).detach()
-    if "precision" in settings:  # 8 bits
-        assert relative_error(first["weights"] - before, expected - before) < 0.02
+    return nn.utils.parameters_to_vector(module.parameters()).detach(), [value.item() for value in values]
+
+
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this version of PyTorch has no FSDP2 on the CPU"
+)
+
+
+def trace(*args, penalty=lh.HessianTrace, **settings):
+    return lambda: penalty(*args, **settings)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize(
+    ("penalty", "shard", "settings", "kind"),
+    [
+        *(pytest.param(trace(method=method), {}, {}, Sharded, id=method) for method in (*DIFFERENCES, "taylor")),
+        pytest.param(trace(method="two_pass"), {}, {"accumulate_grad_batches": 2}, Sharded, id="two_pass accumulates"),
+        pytest.param(trace(), {"reshard_after_forward": False}, {"accumulate_grad_batches": 2}, Sharded,
+                     id="taylor accumulates"),
+        pytest.param(trace(3, keep=0.7), {"reshard_after_forward": True}, {}, Sharded, id="taylor with three probes"),
+        pytest.param(trace(scale="parameter"), {}, {}, Sharded, id="taylor with scale"),
+        pytest.param(trace(parameters="net.0.*"), {}, {}, ShardedManual, id="taylor in manual optimization"),
+        *(pytest.param(trace(method=method), {}, {}, Validated, id=f"{method} after validation")
+          for method in ("two_pass", "taylor")),
+        pytest.param(trace(penalty=BadGradientOnRankOne), {}, {}, Sharded, id="taylor without a finite gradient"),
+    ],
+)  # fmt: skip
+def test_fsdp2_on_two_processes_equals_one(tmp_path, penalty, shard, settings, kind):
+    penalty, module = penalty(), kind(middle=nn.LayerNorm(6))
+    module.fully_shard = shard
+    on_two_processes(sharded_fit, tmp_path, module, penalty, settings)
+    first, second = handed_over(tmp_path)
+    weights, values = unsharded_fit(penalty, settings)
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
+    if penalty.needs.differences:
+        torch.testing.assert_close(first["weights"], weights, rtol=1e-5, atol=1e-5)
     else:
-        torch.testing.assert_close(first["weights"], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(first["weights"], weights, rtol=1e-10, atol=1e-12)
+        assert [logged["curvature/hessian_trace"] for logged in first["logged"]] == pytest.approx(values, rel=1e-10)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("method", ["two_pass", "taylor", "taylor with a policy"])
+def test_fsdp2_in_bfloat16_is_near_one_process(tmp_path, method):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    penalty = lh.HessianTrace(method=method.partition(" ")[0])
+    module, settings = Sharded(middle=nn.LayerNorm(6), dtype=torch.float32), {}
+    if "policy" in method:
+        half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32, "output_dtype": torch.float32}
+        module.fully_shard = {"mp_policy": MixedPrecisionPolicy(**half)}
+    else:
+        settings["precision"] = "bf16-mixed"
+    before = weights(module)
+    on_two_processes(sharded_fit, tmp_path, module, penalty, settings)
+    trained, _ = unsharded_fit(penalty, {})
+    assert relative_error(handed_over(tmp_path)[0]["weights"] - before, trained - before) < 0.02
+
+
+class Block(nn.Module):
+    """Returns nested containers, and may be recomputed from inside or from outside."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def body(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (6, 4)).transpose(1, 2).chunk(3, 1)
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+    def forward(self, x, *, scale=1.0):
+        y = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed == "inside" else self.body(x)
+        return {"y": scale * y, "others": (y.tanh(), 3)}
+
+
+class Tokens(nn.Module):
+    def __init__(self, checkpointed=None, tied=False, times=1, fails=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed, self.times, self.fails = checkpointed, times, fails
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(Block(checkpointed) for _ in range(2))
+        self.head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.double()
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            for _ in range(self.times):
+                if self.checkpointed == "outside":
+                    found = checkpoint(block, x, use_reentrant=False)
+                else:
+                    found = block(x, scale=0.9)
+                x = found["y"] + found["others"][0]
+                x += 0.5
+            if self.fails:
+                raise RuntimeError("stop")
+        return self.head(x).flatten(0, 1)
+
+
+def shard(net, **settings):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (*net.blocks, net):
+        fully_shard(layer, mesh=mesh, **settings)
+
+
+def penalized_loss(net, batch, probes, penalty):
+    """The loss, and a weak reference to what holds the directions."""
+    parameters = dict(net.named_parameters())
+    with penalty.forward_mode(lh.ForwardContext(parameters, probes, net)) as mode:
+        loss = F.cross_entropy(net(batch[0]), batch[1].flatten())
+    return loss + 0.1 * penalty(lh.StepContext(loss, parameters, probes, taylor=mode)), weakref.ref(mode)
+
+
+def remains(net):
+    """How many hooks the layers have, and tensors with coefficients."""
+    hooks = sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in net.modules())
+    return hooks, sum(issubclass(type(one), torch.Tensor) and has_coefficients(one) for one in gc.get_objects())
+
+
+def step_of_tokens(rank, settings, sharding):
+    net, whole = Tokens(**settings), Tokens(**settings)
+    shard(net, **sharding)
+    tokens = torch.arange(48).reshape(4, 12).square() % 11
+    batch = tokens[:, :6], tokens[:, 6:]
+    penalty = lh.HessianTrace(2, parameters=["embed*", "blocks.0.*", "blocks.1.qkv*"])
+    before = remains(net)
+    for step in range(3):
+        probes = lh.ProbeSource(0, step)
+        loss, mode = penalized_loss(net, [part.chunk(2)[rank] for part in batch], probes, penalty)
+        loss.backward()
+        del loss
+        assert mode() is None
+        assert remains(net) == before
+        penalized_loss(whole, batch, probes, penalty)[0].backward()
+        for sharded, p in zip(net.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(sharded.grad.full_tensor(), p.grad, rtol=1e-9, atol=1e-10)
+        with torch.no_grad():
+            for p in (*net.parameters(), *whole.parameters()):
+                p.sub_(0.1 * p.grad)
+                p.grad = None
+
+
+TOKENS = {
+    "plain": ({}, {}),
+    "kept whole": ({}, {"reshard_after_forward": False}),
+    "checkpoint inside": ({"checkpointed": "inside"}, {}),
+    "checkpoint outside": ({"checkpointed": "outside"}, {}),
+    "tied": ({"tied": True}, {}),
+    "twice": ({"times": 2}, {}),
+}
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("case", TOKENS)
+def test_taylor_mode_with_sharded_blocks_equals_one_process_and_leaves_nothing(case):
+    on_two_processes(step_of_tokens, *TOKENS[case])
+
+
+def failing_step(rank):
+    net = Tokens(fails=True)
+    shard(net)
+    before = remains(net)
+    with pytest.raises(RuntimeError, match="stop"):
+        penalized_loss(net, (torch.zeros(2, 3, dtype=torch.int64),) * 2, lh.ProbeSource(0, 0), lh.HessianTrace())
+    assert remains(net) == before
+
+
+@needs_fsdp2
+def test_a_step_with_sharded_parameters_that_fails_leaves_nothing():
+    on_two_processes(failing_step)
+
+
+def parallel_tensors(rank, with_fsdp2):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensors"))
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    parallelize_module(net, mesh["tensors"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if with_fsdp2:
+        fully_shard(net, mesh=mesh["data"])
+    parameters = dict(net.named_parameters())
+    message = r"'0.weight' is a DTensor in the forward pass .*tensor parallelism.*method='two_pass'"
+    mode = lh.HessianTrace().forward_mode
+    with pytest.raises(lh.HigherOrderError, match=message), mode(lh.ForwardContext(parameters, module=net)):
+        net(torch.ones(3, 4))
+    with pytest.raises(lh.HigherOrderError, match=r"Pass it: ForwardContext\(parameters, module=net\)"):
+        mode(lh.ForwardContext(parameters))
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("with_fsdp2", [False, True])
+def test_tensor_parallelism_is_refused_by_name(with_fsdp2):
+    on_two_processes(parallel_tensors, with_fsdp2)
+
+
+class Parallel(Images):
+    """Each process has a part of every layer, and sees the whole batch."""
+
+    def configure_model(self):
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        mesh = self.device_mesh["tensor_parallel"]
+        parallelize_module(self.net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def two_layers():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def parallel_fit(rank, path):
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2, process_group_backend="gloo")
+    callbacks = [callback("two_pass"), Gathered(path)]
+    trainer = L.Trainer(
+        **CPU, max_steps=2, callbacks=callbacks, devices=2, strategy=strategy, use_distributed_sampler=False
+    )
+    trainer.fit(Parallel(two_layers()), data(8))
+
+
+@needs_fsdp2
+def test_tensor_parallelism_with_two_passes_equals_one_process(tmp_path):
+    on_two_processes(parallel_fit, tmp_path)
+    for rank in handed_over(tmp_path):
+        torch.testing.assert_close(rank["weights"], expected(two_layers(), "two_pass"), rtol=1e-6, atol=1e-7)

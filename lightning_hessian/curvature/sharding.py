@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -33,6 +33,34 @@ def shard_like(whole: Tensor, like: Any) -> Tensor:
         .to_local()
     )
     return part
+
+
+def whole(part: Tensor, like: Any) -> Tensor:
+    """Return the whole of a tensor from all processes' shards, sharded in the same way as ``like``."""
+    if not is_dtensor(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shape = {"shape": like.shape, "stride": like.stride()}
+    gathered: Tensor = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, **shape
+    ).full_tensor()
+    return gathered
+
+
+def gatherers(module: nn.Module) -> list[Any]:
+    """The layers for which FSDP2 gathers parameters (those of ``fully_shard``), outer ones first."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [layer for layer in module.modules() if isinstance(layer, FSDPModule)]
+
+
+def reshard(module: nn.Module) -> None:
+    """Let ``module.parameters()`` be the shards. FSDP2 keeps some parameters whole until a backward pass."""
+    for gatherer in gatherers(module):
+        gatherer.reshard()
 
 
 def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:

@@ -29,6 +29,7 @@ class Needs:
         smooth: the penalty is noise if activations have kinks.
         full_precision: 16-bit rounding errors exceed the penalty.
         whole_parameters: the penalty does not support parameters sharded across processes.
+        float16: the penalty works under float16 autocast: its gradient comes from the scaled loss's backward pass.
         losses: the step's calls of loss functions must be recorded (:attr:`StepContext.losses`).
         taylor: the forward pass runs inside :meth:`Penalty.forward_mode` and carries Taylor coefficients.
     """
@@ -38,6 +39,7 @@ class Needs:
     smooth: bool = False
     full_precision: bool = False
     whole_parameters: bool = True
+    float16: bool = False
     losses: bool = False
     taylor: bool = False
 
@@ -60,6 +62,10 @@ class Penalty(ABC):
     def needs(self) -> Needs:
         """Requirements on the model and the step. May be a class attribute."""
         return Needs()
+
+    def needs_on(self, parameters: Mapping[str, Tensor]) -> Needs:
+        """Requirements on a step with these parameters of the model. By default :attr:`needs`."""
+        return self.needs
 
     @abstractmethod
     def value(self, context: StepContext) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_hessian.arguments import choice, positive_or_none, whole_number
-from lightning_hessian.curvature import ParameterFilter
+from lightning_hessian.curvature import ParameterFilter, select_parameters
 from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.penalties.base import Needs, WeightPenalty
 from lightning_hessian.penalties.differences import DifferenceContext, SecondDifference
@@ -115,6 +115,12 @@ class HessianNorm(WeightPenalty):
     @property
     def needs(self) -> Needs:
         return self.estimator.needs
+
+    def needs_on(self, parameters: Mapping[str, Tensor]) -> Needs:
+        selected = select_parameters(parameters, self.parameters)
+        if self.needs.taylor and not self._vector.fits(selected):  # layers were unfrozen
+            return Needs(derivatives=3)
+        return self.needs
 
     def value(self, context: StepContext) -> Tensor:
         return self.estimator.value(context)

@@ -32,15 +32,25 @@ class PowerVector:
     Args:
         parts: v by parameter name. Empty before the first step.
         sign: the sign of v'Hv.
+        is_fixed: v stays as it is.
+
+    Attributes:
+        awaits_product: whether a step has left the next v to a backward pass, which did not give it (yet).
     """
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     sign: float = 1.0
+    is_fixed: bool = False
+    awaits_product: bool = field(default=False, init=False)
+
+    def fits(self, selected: Mapping[str, Tensor]) -> bool:
+        """Whether v belongs to these parameters."""
+        return bool(self.parts) and _shapes(self.parts) == _shapes(selected)
 
     def start(self, selected: Mapping[str, Tensor], probes: ProbeSource) -> tuple[Tensor, int]:
         """The initial v, flat, and the number of iterations to run before those of the step."""
         first = next(iter(selected.values()))
-        if self.parts and _shapes(self.parts) == _shapes(selected):
+        if self.fits(selected):
             return pack([self.parts[name] for name in selected]).to(first.device, first.dtype), 0
         if self.parts:
             changed = sorted(set(_shapes(self.parts).items()) ^ set(_shapes(selected).items()))
@@ -55,6 +65,9 @@ class PowerVector:
 
     def keep(self, u: Tensor, selected: Mapping[str, Tensor]) -> bool:
         """Store u for the next step, unless it is zero or NaN."""
+        if self.is_fixed:
+            return False
+        self.awaits_product = False
         is_usable = u.square().sum().item() > 0
         if is_usable:
             self.parts = dict(zip(selected, unpack(u, list(selected.values())), strict=True))
@@ -66,6 +79,7 @@ class PowerVector:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.parts = dict(state.get("v", {}))
         self.sign = state.get("sign", 1.0)
+        self.awaits_product = False
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -132,14 +146,16 @@ class TaylorNorm(AutogradNorm):
     """|v'Hv|, the loss's second Taylor coefficient along v, a constant.
 
     v is a leaf of the graph: the step's backward pass leaves d(v'Hv)/dv = 2 Hv there, the direction of the next v.
-    Without a v to start from, the search and the value of the step go by autograd.
+    The search and the value of a step go by autograd where there is no v to start from, and where the pass before left
+    none: ``torch.autograd.grad`` visits only the leaves it is asked for.
     """
 
     method = "taylor"
 
     @property
     def needs(self) -> Needs:
-        return Needs(derivatives=1, taylor=True) if self.vector.parts else super().needs
+        is_ready = self.vector.parts and not self.vector.awaits_product
+        return Needs(derivatives=1, taylor=True) if is_ready else super().needs
 
     def forward_mode(self, context: ForwardContext) -> taylor_mode:
         """The mode that carries the coefficients along v."""
@@ -152,6 +168,7 @@ class TaylorNorm(AutogradNorm):
         mode = context.taylor
         if mode is None:
             return super().value(context)
+        self.vector.awaits_product = not self.vector.is_fixed
         selected = self.selected(context)
         # The hooks must not hold the graph, in which v is: that circle would never be freed.
         mean_over_ranks = context.mean_over_ranks
@@ -161,6 +178,7 @@ class TaylorNorm(AutogradNorm):
 
         def receive(name: str, product: Tensor | None) -> None:
             if product is None:  # the penalty was left out of the loss
+                self.vector.awaits_product = False
                 return
             if not products:
                 at_backward_end(finish)
@@ -180,10 +198,10 @@ class TaylorNorm(AutogradNorm):
     def vector_at(self, context: StepContext) -> PowerVector:
         """The v of this step, not to be changed by another: the kept one, or the result of a search."""
         if self.vector.parts:
-            return PowerVector(dict(self.vector.parts))
+            return PowerVector(dict(self.vector.parts), is_fixed=True)
         selected = self.selected(context)
         _, v, _ = self._iterate(context)
-        return PowerVector(dict(zip(selected, unpack(v, list(selected.values())), strict=True)))
+        return PowerVector(dict(zip(selected, unpack(v, list(selected.values())), strict=True)), is_fixed=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,20 +121,30 @@ class TaylorTrace(AutogradTrace):
     """v'Hv as the second Taylor coefficient of the loss along theta + t v."""
 
     method = "taylor"
-    needs = Needs(derivatives=1, taylor=True)
+    needs = Needs(derivatives=1, taylor=True, whole_parameters=False, float16=True)
 
     def forward_mode(self, context: ForwardContext) -> taylor_mode:
         """The mode that carries the coefficients along all probes."""
         tensors = list(self.selected(context).values())
         sizes = self.sizes(tensors)
+        scale = self._scale(tensors)
         directions: list[list[Tensor | None]] = []
         for index in range(self.probes.count):
             kept, v = self.probes.draw(context.probes, tensors, sizes, index)
             direction: list[Tensor | None] = [None] * len(tensors)
             for i, part in zip(kept, v(), strict=True):
-                direction[i] = part
+                direction[i] = part if scale == 1 else part * scale
             directions.append(direction)
-        return taylor_mode(tensors, directions, context.module)
+        return taylor_mode(tensors, directions, context.module, scale)
+
+    def _scale(self, tensors: Sequence[Tensor]) -> float:
+        """The probes' factor, for float16: the coefficients along v would overflow, those along a vector of an eighth
+        of the parameters' size do not. It is a power of two, which rounds nothing."""
+        kind = tensors[0].device.type
+        if not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) != torch.float16:
+            return 1.0
+        size = 1.0 if self.sizes is filter_sizes else _root_mean_square(tensors)
+        return 2.0 ** (round(math.log2(size)) - 3) if size else 1.0
 
     def value(self, context: StepContext) -> Tensor:
         if context.taylor is None:
@@ -238,5 +248,10 @@ class CentralDifferenceTrace(DifferenceTrace):
         share = torch.finfo(tensors[0].dtype).eps ** 0.25 / 2
         if self.sizes is filter_sizes:
             return share
-        squares = torch.stack([local(tensor).square().sum() for tensor in tensors]).sum()
-        return share * math.sqrt(sum_over_shards(squares, tensors[0]).item() / sum(t.numel() for t in tensors))
+        return share * _root_mean_square(tensors)
+
+
+def _root_mean_square(tensors: Sequence[Tensor]) -> float:
+    """Of all entries."""
+    squares = torch.stack([local(tensor).square().sum() for tensor in tensors]).sum()
+    return math.sqrt(sum_over_shards(squares, tensors[0]).item() / sum(tensor.numel() for tensor in tensors))

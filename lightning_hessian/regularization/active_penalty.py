@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
@@ -107,6 +109,12 @@ class ActivePenalty:
         """
         control = self.in_fit.control
         assert control is not None
+        if penalty == 0 and task > 0 and self.in_fit.is_first("share"):
+            rank_zero_warn(
+                f"{self.penalty!r} has no gradient on this batch (the loss is linear or quadratic in the parameters, "
+                "or piecewise linear, or clamp= holds the value), so no strength gives it a share of "
+                f"{control.rule.share:g}. Its strength stays at {control.strength:.2g} until it has one."
+            )
         before = control.strength
         control.measure(task, penalty / self.strength)
         return control.strength / before

@@ -70,12 +70,13 @@ def total_steps(trainer: Trainer) -> float:
 
 
 def _refuse_float16(penalty: Penalty, precision: str) -> None:
-    if not penalty.needs.differences and precision in ("16-mixed", "16-true"):
+    works = penalty.needs.differences or (penalty.needs.float16 and precision == "16-mixed")
+    if precision in ("16-mixed", "16-true") and not works:
         raise MisconfigurationException(
             f"precision={precision!r}: {penalty!r} differentiates the loss before it is scaled, so its "
             "inner gradients may vanish or overflow in float16 and train on a wrong penalty in silence. "
-            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass'), or pass "
-            "allow_fp16=True to try it all the same."
+            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass') (with '16-mixed' "
+            "HessianTrace(), too), or pass allow_fp16=True to try it all the same."
         )
 
 
@@ -106,6 +107,6 @@ def _refuse_sharded_parameters(penalty: Penalty, module: LightningModule) -> Non
             why = f"{penalty!r} moves along a vector of all of them, which it keeps whole"
         raise MisconfigurationException(
             f"{type(strategy).__name__} shards the parameters, which {why}. Use "
-            "HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty with "
-            "strategy='ddp' or one device."
+            "HessianTrace() or HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty "
+            "with strategy='ddp' or one device."
         )

@@ -249,6 +249,8 @@ class DisplacedLosses:
         return mean_over_ranks(self.module.trainer, rate) if rate.dim() else rate
 
     def _differentiate(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor | None]:
+        if not loss.requires_grad:  # a penalty on a linear model
+            return [None] * len(self._tensors)
         return self._gradients.gradient(loss, self._tensors, self._scale, keep_graph)
 
     def _rerun(self) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_hessian.curvature.displacement import loss_gradient
 from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.graph import is_compiled, kinked_layers, kinks, without_hooks
-from lightning_hessian.curvature.sharding import local
+from lightning_hessian.curvature.sharding import is_dtensor, local, sum_over_shards
 from lightning_hessian.penalties import SecondDifference, StepContext
 from lightning_hessian.regularization.active_penalty import FitPenalty
 from lightning_hessian.step.repeatability import layers_without_gradients
@@ -19,19 +20,24 @@ from lightning_hessian.step.repeatability import layers_without_gradients
 
 def try_backward(one: FitPenalty, term: Tensor, parameters: Iterable[Tensor]) -> None:
     """See that the term can be differentiated, while an error still leaves all gradients alone."""
-    if term.requires_grad and one.is_first("backward") and not is_compiled(term):
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    # Only ``backward()`` reaches sharded parameters.
+    can_be_tried = term.requires_grad and not is_compiled(term) and not any(map(is_dtensor, trained))
+    if can_be_tried and one.is_first("backward"):
         with without_hooks(trained):
             torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
 
 
-def check_coefficients(one: FitPenalty, context: StepContext, again: Callable[[], StepContext]) -> None:
+def check_coefficients(
+    one: FitPenalty, context: StepContext, again: Callable[[], StepContext], in_autocast: bool
+) -> None:
     """See that the first Taylor coefficient of the loss is g'v: no operation has passed the coefficients by.
 
     Args:
         one: the penalty.
         context: its context.
         again: gives the context of a further run, for a graph that can be differentiated only once.
+        in_autocast: whether the step runs under autocast.
 
     Raises:
         HigherOrderError: it is not.
@@ -39,29 +45,42 @@ def check_coefficients(one: FitPenalty, context: StepContext, again: Callable[[]
     mode = context.taylor
     if mode is None or not context.loss.requires_grad or not one.is_first("coefficients"):
         return
-    once = is_compiled(context.loss)
+    trained = [parameter for parameter in context.parameters.values() if parameter.requires_grad]
+    is_sharded = any(map(is_dtensor, trained))
+    once = is_sharded or is_compiled(context.loss)
     if once:
         context = again()
         mode = context.taylor
         assert mode is not None
-    with without_hooks(mode.tensors):
-        gradient = torch.autograd.grad(context.loss, mode.tensors, retain_graph=not once, allow_unused=True)
-    is_half = torch.is_autocast_enabled(context.loss.device.type) or context.loss.dtype.itemsize < 4
+    if is_sharded:  # only a backward pass reaches the shards; it gives the mean gradient of all processes
+        gradients = dict(zip(trained, loss_gradient(context.loss, trained, _SCALE, by_backward=True), strict=True))
+        gradient = [gradients[tensor] for tensor in mode.tensors]
+    else:
+        with without_hooks(mode.tensors):
+            found = torch.autograd.grad(context.loss * _SCALE, mode.tensors, retain_graph=not once, allow_unused=True)
+        gradient = [None if g is None else g / _SCALE for g in found]
+    # FSDP2's mixed precision leaves no trace in the loss.
+    is_half = is_sharded or in_autocast or context.loss.dtype.itemsize < 4
     for p, first in enumerate(mode.first(context.loss)):
-        products = [
-            (g * part).double()
-            for g, parts in zip(gradient, mode.parts, strict=True)
-            if g is not None and (part := parts[p]) is not None
-        ]
-        slope = sum(product.sum().item() for product in products)
-        size = abs(slope) + math.sqrt(sum(product.square().sum().item() for product in products))
-        found = 0.0 if first is None else first.item()
-        if abs(found - slope) > (0.2 if is_half else 1e-2) * size:
+        sums = torch.zeros(2, dtype=torch.float64, device=context.loss.device)
+        for g, parts, tensor in zip(gradient, mode.parts, mode.tensors, strict=True):
+            if g is not None and (part := parts[p]) is not None:
+                product = (local(g) * part).double()
+                sums += sum_over_shards(torch.stack([product.sum(), product.square().sum()]), like=tensor)
+        slope, squares = sums.tolist()
+        size = abs(slope) + math.sqrt(squares)
+        value = torch.zeros_like(context.loss) if first is None else first.detach()
+        coefficient = (context.mean_over_ranks(value) if is_sharded else value).item()
+        if abs(coefficient - slope) > (0.2 if is_half else 1e-2) * size:
             raise HigherOrderError(
                 f"{one.penalty!r} lost a part of the loss on its way: the first Taylor coefficient is not the slope of "
                 "the loss. The forward pass has an operation that PyTorch does not show (TorchScript, an extension). "
                 "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
             )
+
+
+_SCALE = 2.0**10
+"""Float16 cannot hold small gradients of a loss that is not scaled."""
 
 
 def warn_of_kinks(one: FitPenalty, module: nn.Module, loss: Tensor) -> None:

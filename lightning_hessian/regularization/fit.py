@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.curvature.sharding import is_dtensor
+from lightning_hessian.curvature.sharding import is_dtensor, reshard
 from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty
 from lightning_hessian.regularization.checks import check_penalty
 from lightning_hessian.regularization.differences import DisplacedLosses
@@ -148,6 +148,7 @@ class RegularizedFit:
         strengths = [one.strength_at(now) for one in self.penalties]
         if not any(strengths):
             return []
+        reshard(self.module)  # a validation step may have left parameters whole
         # Ranks draw probes of their own, but where they hold parts of one set of parameters.
         rank = 0 if any(map(is_dtensor, self.module.parameters())) else trainer.global_rank
         return [

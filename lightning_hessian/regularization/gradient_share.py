@@ -9,8 +9,6 @@ from typing import Any
 
 from lightning_hessian.arguments import is_number, whole_number
 
-_FIRST_STEPS = frozenset({0, 1, 2, 4, 8, 16, 32})
-"""The acting steps at the beginning, where the gradients change fastest, on which the share is measured, too."""
 _NEW = 0.3
 """The weight of a new measurement in the mean, from the third on."""
 _MOST = 2.0
@@ -28,14 +26,14 @@ class GradientShare:
     with the task loss L and the penalty P, over all parameters that are trained and all ranks' batches together. The
     share has no unit, so it carries over from one model and data set to another, where a strength does not.
 
-    The ratio is measured on every ``every_n_steps``-th step on which the penalty acts, and on the steps 0, 1, 2, 4, 8,
-    16 and 32 of these, where it changes fastest. The strength follows its geometric mean, in which a new measurement
-    counts 30 %. After the first, one measurement changes the strength by a factor of at most 2. A measurement that is
-    not finite or zero changes nothing.
+    The ratio is measured on every ``every_n_steps``-th step on which the penalty acts. At first, where it changes
+    fastest, it is measured whenever the number of acting steps has grown by a quarter. The strength follows the
+    geometric mean of the ratios, in which a new one counts 30 %. After the first, one measurement changes the strength
+    by a factor of at most 2. A measurement that is not finite or zero changes nothing.
 
-    A measurement costs one more backward pass of the task loss, and with ``two_pass`` one more pass: 1.5 to 2 % of a
-    plain step on average at the default. The strength is logged as ``train/strength`` (with several such penalties as
-    ``train/<penalty name>_strength``), and kept in checkpoints.
+    A measurement costs one more backward pass of the task loss, and with ``two_pass`` one more pass: at the default 1.5
+    to 2 % of a plain step on average, after about twenty measurements on the first 200 steps. The strength is logged as
+    ``train/strength`` (with several such penalties as ``train/<penalty name>_strength``), and kept in checkpoints.
 
     ``warmup_steps`` and ``every_n_steps`` of the regularizer multiply the strength, and with it the share.
 
@@ -75,6 +73,7 @@ class ShareControl:
         acted: on how many steps the penalty has acted.
         log_ratio: the mean of log(||grad P|| / ||grad L||); None before the first measurement.
         measured: how many measurements are in it.
+        next_at: on which acting step the next one is taken.
     """
 
     rule: GradientShare
@@ -82,14 +81,16 @@ class ShareControl:
     acted: int = field(default=0, init=False)
     log_ratio: float | None = field(default=None, init=False)
     measured: int = field(default=0, init=False)
+    next_at: int = field(default=0, init=False)
 
     @property
     def is_due(self) -> bool:
         """Whether the next acting step is to be measured."""
-        return self.acted in _FIRST_STEPS or self.acted % self.rule.every_n_steps == 0
+        return self.acted >= self.next_at
 
     def measure(self, task: float, penalty: float) -> None:
         """Adapt the strength to the lengths of the gradients of the task loss and of the penalty at strength 1."""
+        self.next_at = self.acted + min(self.rule.every_n_steps, max(1, self.acted // 4))
         if not (0 < task < math.inf and 0 < penalty < math.inf):
             return
         now = math.log(penalty / task)
@@ -103,7 +104,7 @@ class ShareControl:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in ("strength", "acted", "log_ratio", "measured")}
+        return {name: getattr(self, name) for name in ("strength", "acted", "log_ratio", "measured", "next_at")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; an empty one starts anew."""

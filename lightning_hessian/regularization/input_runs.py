@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_hessian.curvature import ProbeSource, higher_order
+from lightning_hessian.curvature.containers import tensors_in
 from lightning_hessian.curvature.modes import evaluation_mode
 from lightning_hessian.curvature.taylor import taylor_mode
 from lightning_hessian.penalties import ForwardContext, InputPenalty, Penalty, StepContext
-from lightning_hessian.step.batches import samples_in, select_inputs, tensors_in
+from lightning_hessian.step.batches import samples_in, select_inputs
 from lightning_hessian.step.repeatability import check_repeatable
 from lightning_hessian.step.repeatable import RepeatableStep, StepRun
 
@@ -98,7 +99,8 @@ class PenaltyRuns:
             _refuse_batch_statistics(name, layer)
         self._probes = {id(penalty): source for penalty, source in zip(penalties, probes, strict=True)}
         # A penalty's needs may change once it has its value.
-        self._needs = {id(penalty): penalty.needs for penalty in penalties}
+        parameters = dict(step.module.named_parameters())
+        self._needs = {id(penalty): penalty.needs_on(parameters) for penalty in penalties}
         others = [p for p in penalties if not self._by_taylor(p) and not (self.batch_norms and p in self._on_inputs)]
         carried = [p for p in penalties if self._by_taylor(p)] if step.context is None and not others else []
         self._carried = carried[0] if carried else None

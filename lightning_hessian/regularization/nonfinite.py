@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,7 +17,6 @@ from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPe
 from lightning_hessian.regularization.logs import log_skipped
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.ranks import mean_if_synchronized, on_all_ranks
-from lightning_hessian.step.repeatability import same_loss
 from lightning_hessian.step.repeatable import BatchSkipped, RepeatableStep
 
 
@@ -112,7 +112,9 @@ class GradientGuard:
         # In manual optimization the loss may have other terms, of which nothing is known here.
         total = self._total()
         is_whole = self._module.automatic_optimization or (total is not None and watch.is_all_of(total))
-        gradients = self._task_gradient(watch.parameters) if is_whole else None
+        loss = self._task_loss_again() if is_whole else None
+        # All processes take part in this backward pass or none: it gathers sharded parameters.
+        gradients = self._gradient(loss, watch.parameters) if on_all_ranks(trainer, loss is not None) else None
         if on_all_ranks(trainer, gradients is not None):
             assert gradients is not None
             if not on_all_ranks(trainer, watch.replace(gradients, mean_if_synchronized(trainer))):
@@ -134,14 +136,22 @@ class GradientGuard:
             one.in_fit.skipped += 1
             one.in_fit.has_unlogged = True  # logging is not allowed here
 
-    def _task_gradient(self, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
-        """The gradient of the task loss alone; None where the step does not give the same loss again."""
+    def _task_loss_again(self) -> Tensor | None:
+        """The task loss of a further run; None where the step does not give the same loss again."""
         try:
             loss = self._step.rerun().loss
-            if self._task_loss is not None and not same_loss(loss, self._task_loss):
-                return None
-            return self._gradients.gradient(loss, parameters)
         except (MisconfigurationException, BatchSkipped):
+            return None
+        # The run that counts may have computed it by other functions, which round in another way.
+        is_same = self._task_loss is None or torch.allclose(loss, self._task_loss, rtol=1e-2, equal_nan=True)
+        return loss if is_same else None
+
+    def _gradient(self, loss: Tensor | None, parameters: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """The gradient of the task loss alone; None where it cannot be taken here."""
+        assert loss is not None
+        try:
+            return self._gradients.gradient(loss, parameters)
+        except MisconfigurationException:
             return None
 
 

@@ -38,6 +38,7 @@ def terms_of(
     """
     parameters = list(module.parameters())
     terms: list[tuple[ActivePenalty, Tensor]] = []
+    in_autocast = torch.is_autocast_enabled(loss.device.type)
     # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
     with torch.autocast(loss.device.type, enabled=False):
         for one in active:
@@ -49,7 +50,7 @@ def terms_of(
                 context = runs.context(one.penalty)
                 if isinstance(one.penalty, InputPenalty):
                     warn_of_coupling(one.in_fit, context)
-                check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty))
+                check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty), in_autocast)
                 value = one.penalty.value(context)
                 log_penalty(module, one.name, value.detach())
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lightning_hessian.arguments import whole_number
+from lightning_hessian.curvature.containers import tensors_in
 from lightning_hessian.robustness import radius
 from lightning_hessian.robustness.attacks import FGSM, PGD, Attack, GradientAttack, logits_of, undisturbed
-from lightning_hessian.step.batches import InputChoice, part_of, select_inputs, tensors_in
+from lightning_hessian.step.batches import InputChoice, part_of, select_inputs
 
 TargetChoice = str | int | Callable[[Any], Tensor] | None
 """The batch's tensor of classes: a key or an attribute's name, an index, a function of the batch, or None for the first

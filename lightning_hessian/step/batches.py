@@ -1,70 +1,18 @@
-"""Find and replace tensors in a batch of any structure."""
+"""Copy a batch of any structure, and choose tensors in it."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_hessian.curvature.containers import tensors_in
+
 InputChoice = str | int | Sequence[str | int] | Callable[[Any], Any] | None
 """A selection of a batch's tensors: a key or attribute name, an index, a list of these, a function of the batch that
 returns one or several tensors, or None for the first floating-point tensor."""
-
-
-def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """Yield all tensors in nested tuples, lists, mappings and dataclasses, in order.
-
-    Example:
-        >>> import torch
-        >>> [t.shape[0] for t in tensors_in({"x": torch.ones(2), "rest": (torch.ones(3), "a name")})]
-        [2, 3]
-    """
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from tensors_in(part)
-    elif isinstance(batch, tuple | list):
-        for part in batch:
-            yield from tensors_in(part)
-    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        for field in dataclasses.fields(batch):
-            yield from tensors_in(getattr(batch, field.name))
-
-
-def exchanged(batch: Any, old: Sequence[Tensor], new: Sequence[Tensor]) -> Any:
-    """Copy the batch's containers, with the tensors ``old`` replaced by ``new``. Everything else is shared.
-
-    Example:
-        >>> import torch
-        >>> x, y = torch.zeros(1), torch.ones(1)
-        >>> exchanged({"a": (x, y)}, [x], [torch.full((1,), 5.0)])
-        {'a': (tensor([5.]), tensor([1.]))}
-    """
-    return _walk(batch, {id(tensor): other for tensor, other in zip(old, new, strict=True)})
-
-
-def _walk(part: Any, replacement: Mapping[int, Tensor]) -> Any:
-    if isinstance(part, Tensor):
-        return replacement.get(id(part), part)
-    if isinstance(part, Mapping):
-        mapping: Any = copy.copy(part)
-        for key, value in part.items():
-            mapping[key] = _walk(value, replacement)
-        return mapping
-    if isinstance(part, tuple | list):
-        parts = [_walk(value, replacement) for value in part]
-        return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
-        changed = copy.copy(part)
-        for field in dataclasses.fields(part):
-            # Works for frozen dataclasses too.
-            object.__setattr__(changed, field.name, _walk(getattr(part, field.name), replacement))
-        return changed
-    return part
 
 
 def copied(batch: Any, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()) -> Any:

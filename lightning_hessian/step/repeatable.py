@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_hessian.curvature import higher_order, watch_losses
+from lightning_hessian.curvature.containers import exchanged, tensors_in
 from lightning_hessian.curvature.displacement import at_distances
-from lightning_hessian.step.batches import exchanged, tensors_in
 from lightning_hessian.step.isolation import Snapshot, silenced
 from lightning_hessian.step.output import logits_in, loss_of
 from lightning_hessian.step.repeatability import parameters_unchanged
@@ -191,6 +191,7 @@ class RepeatableStep:
         then fused norms may have run. The next run replaces them all.
         """
         with ExitStack() as stack:
+            stack.enter_context(self._autocast)
             if within is not None:
                 stack.enter_context(within())
             batch = self._fresh_batch(leaves)
@@ -203,7 +204,6 @@ class RepeatableStep:
             losses = watch_losses()
             if self._watches_losses:
                 stack.enter_context(losses)
-            stack.enter_context(self._autocast)
             output = self._step(batch)
             loss = loss_of(output)
         if loss is None and self._had_loss:

@@ -17,6 +17,7 @@ from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.layers import calling_module, counts_batches, layer_name
 from lightning_hessian.curvature.norms import statistics_at_rest
 from lightning_hessian.curvature.replacements import replacement
+from lightning_hessian.curvature.sharding import is_dtensor, reshard
 from lightning_hessian.curvature.taylor.coefficients import (
     Call,
     Coefficients,
@@ -30,6 +31,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
 from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
+from lightning_hessian.curvature.taylor.sharded import ShardedParameters, passed_through
 
 
 class taylor_mode(TorchFunctionMode):
@@ -47,8 +49,9 @@ class taylor_mode(TorchFunctionMode):
 
     Args:
         tensors: the parameters theta, part by part; leaves that require a gradient.
-        directions: the v_p, each in parts of the tensors' shapes; None for a part that is zero.
-        module: the model, for the names of layers in errors.
+        directions: the v_p (or ``scale`` v_p), each in parts of the tensors' shapes; None for a part that is zero.
+        module: the model. Sharded parameters need it; it names layers in errors.
+        scale: the directions' factor. With a small one the coefficients stay in float16's range.
 
     Raises:
         HigherOrderError: in the forward pass, for an operation without rule and without forward-mode derivatives, or a
@@ -73,12 +76,15 @@ class taylor_mode(TorchFunctionMode):
         tensors: Sequence[Tensor],
         directions: Sequence[Sequence[Tensor | None]],
         module: nn.Module | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.directions = len(directions)
         self.tensors = list(tensors)
         self.parts = [tuple(v[i] for v in directions) for i in range(len(self.tensors))]
         self._module = module
+        self._scale = scale
+        self._sharded = ShardedParameters(module, self.tensors, self.parts)
         self._recomputes = False
         self._writes = Writes()
         self._stack = ExitStack()
@@ -94,14 +100,18 @@ class taylor_mode(TorchFunctionMode):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
+        if self._module is not None:
+            reshard(self._module)
 
     @contextmanager
     def _active(self) -> Iterator[None]:
         """Inside, the parameters have their coefficients, and operations carry coefficients along."""
         with ExitStack() as stack:
             for tensor, parts in zip(self.tensors, self.parts, strict=True):
-                attach(Coefficients(tensor, parts, None))
-                stack.callback(detach, tensor)
+                if not is_dtensor(tensor):
+                    attach(Coefficients(tensor, parts, None))
+                    stack.callback(detach, tensor)
+            stack.enter_context(self._sharded.active(self.directions))
             stack.enter_context(_custom_functions_seen(self))
             stack.enter_context(self._again())
             yield
@@ -117,13 +127,13 @@ class taylor_mode(TorchFunctionMode):
             self._recomputes = before
 
     def first(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """L_1 = g'v_p for each direction; None is zero."""
+        """The loss's first coefficient for each direction as it was given; None is zero."""
         return coefficients_of(loss, self.directions).first
 
     def second(self, loss: Tensor) -> Tensor:
         """sum_p v_p'Hv_p, with its graph."""
         second = coefficients_of(loss, self.directions).second
-        return torch.zeros_like(loss) if second is None else second.reshape(loss.shape)
+        return torch.zeros_like(loss) if second is None else second.reshape(loss.shape) / self._scale**2
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -220,6 +230,8 @@ def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
             return run(*args, **kwargs)
         if cls.__module__.startswith("torch._functorch"):  # a compiled graph, which carries the coefficients inside
             return run(*args, **kwargs)
+        if cls.__module__.startswith("torch.distributed.fsdp"):
+            return passed_through(run, args, mode.directions)
         return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again, mode._layer), cls))
 
     torch.autograd.Function.apply = classmethod(apply)
