@@ -87,7 +87,8 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
     found = {"penalty": name or "none"}
     if isinstance(parts, dict):
         found |= {key: value for key, value in parts.items() if key != "_target_" and value is not None}
-    found |= {key: value for key, value in plain.items() if key not in ("_target_", "seed", "on_nonfinite")}
+    unseen = {"_target_", "seed", "on_nonfinite"} | ({"start"} if plain.get("start") == 0 else set())
+    found |= {key: value for key, value in plain.items() if key not in unseen}
     return found | ({} if config.optimizer.lr == 0.1 else {"lr": config.optimizer.lr})
 
 

@@ -7,6 +7,7 @@ Every round runs all methods, so that drifts of the machine's speed affect them 
 
 - plain: forward, backward, SGD step;
 - SAM: two passes, the second at weights displaced along the gradient (Foret et al. 2020);
+- sharpness; sharpness, adaptive: `SharpnessAware()`, SAM and ASAM in the callback;
 - hand-written: the usual recipe for loss + strength * v'Hv, `torch.autograd.grad` twice on PyTorch's fused operators
   (it requires attention on the math backend). Its gradient through norms is wrong or missing;
 - taylor, autograd, gauss_newton, central_difference, two_pass:
@@ -64,7 +65,7 @@ CASES = {  # input shape, batch size
     "vit": ((1, 28, 28), 128),
     "gpt": ((128,), 16),
 }
-METHODS = ["plain", "SAM", "hand-written", "taylor", "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1",
+METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "hand-written", "taylor", "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1",
            "gauss_newton", "central_difference", "two_pass", "two_pass / 4", "norm", "norm, autograd",
            "norm, central_difference"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -131,6 +132,8 @@ class Case(L.LightningModule):
             "central_difference": self.penalized(lh.HessianTrace(method="central_difference")),
             "two_pass": self.penalized(lh.HessianTrace(method="two_pass")),
             "two_pass / 4": self.every_fourth(),
+            "sharpness": self.penalized(lh.SharpnessAware(), 1.0),
+            "sharpness, adaptive": self.penalized(lh.SharpnessAware(0.5, adaptive=True), 1.0),
             "norm": self.penalized(lh.HessianNorm()),
             "norm, autograd": self.penalized(lh.HessianNorm(method="autograd")),
             "norm, central_difference": self.penalized(lh.HessianNorm(method="central_difference")),
@@ -196,8 +199,8 @@ class Case(L.LightningModule):
         hv = torch.autograd.grad(product, self.all, create_graph=True)
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
-    def penalized(self, penalty: lh.Penalty) -> Callable[[], None]:
-        regularizer, fits = lh.HessianRegularizer(penalty, STRENGTH), []
+    def penalized(self, penalty: lh.Penalty, strength: float = STRENGTH) -> Callable[[], None]:
+        regularizer, fits = lh.HessianRegularizer(penalty, strength), []
 
         def step() -> None:
             if not fits:  # the module has a Trainer by now

@@ -35,11 +35,14 @@ from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.data import ImageData
 from lightning_hessian.cli.report import Report, comparison_table, report
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
+from lightning_hessian.regularization.gradient_share import GradientShare
 from lightning_hessian.regularization.suggest import suggest_strength
 from lightning_hessian.step.isolation import random_state_kept
 
 AUTO = "auto"
 """As a strength: choose one before training."""
+SHARE = "share:"
+"""As a strength, with a number behind it: hold the penalty's gradient at this share of the task loss's."""
 AUTO_BATCHES = 4
 """Number of training batches used to suggest a strength."""
 AUTO_STEPS = 100
@@ -123,12 +126,25 @@ def train(config: DictConfig, directory: Path) -> Report:
 
 def _regularizer(settings: DictConfig) -> Any:
     """The callback, with strength 0 in place of ``auto``."""
-    strength = settings.get("strength")
-    if strength == AUTO:
-        return hydra.utils.instantiate(settings, strength=0.0)
-    if isinstance(strength, ListConfig) and AUTO in strength:
-        return hydra.utils.instantiate(settings, strength=[0.0 if s == AUTO else s for s in strength])
-    return hydra.utils.instantiate(settings)
+    asked = settings.get("strength")
+    strength = [_strength(one) for one in asked] if isinstance(asked, ListConfig) else _strength(asked)
+    # Not through `instantiate`, which takes no objects.
+    return hydra.utils.instantiate(settings, strength=0.0, _partial_=True)(strength=strength)
+
+
+def _strength(asked: Any) -> Any:
+    """A strength of the settings: a number, ``auto``, or ``share:0.1``."""
+    if asked == AUTO:
+        return 0.0
+    if not isinstance(asked, str) or not asked.startswith(SHARE):
+        return asked
+    try:
+        return GradientShare(float(asked.removeprefix(SHARE)))
+    except ValueError as error:
+        raise ValueError(
+            f"regularizer.strength={asked!r}: after {SHARE!r} comes the penalty's share of the gradient, a number in "
+            "(0, 1], for example share:0.1."
+        ) from error
 
 
 def _choose_strengths(
@@ -164,7 +180,8 @@ def _choose_strengths(
                 f"{len(lowest.by_batch)} batches), where the gradient of {penalty.name} is "
                 f"{100 * lowest.share:.3g} % of the task loss's"
             )
-    settings.strength = regularizer.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
+    settings.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
+    regularizer.strength = [_strength(one) for one in each] if len(each) > 1 else _strength(each[0])
 
 
 def _unpenalized_training(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
