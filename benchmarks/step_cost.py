@@ -65,9 +65,9 @@ CASES = {  # input shape, batch size
     "vit": ((1, 28, 28), 128),
     "gpt": ((128,), 16),
 }
-METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "hand-written", "taylor", "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1",
-           "gauss_newton", "central_difference", "two_pass", "two_pass / 4", "norm", "norm, autograd",
-           "norm, central_difference"]  # fmt: skip
+METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "hand-written", "taylor", "taylor, 4 probes", "autograd",
+           "keep 0.5", "keep 0.1", "gauss_newton", "central_difference", "two_pass", "two_pass / 4", "norm",
+           "norm, autograd", "norm, central_difference"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 

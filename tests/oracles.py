@@ -1,6 +1,9 @@
 """Independent references: dense float64 Hessians, and differences of ordinary first-order gradients."""
 
+from fnmatch import fnmatch
+
 import torch
+from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lightning_hessian.curvature import ProbeSource
@@ -118,3 +121,22 @@ def relative_error(actual, expected):
     return (torch.as_tensor(actual) - torch.as_tensor(expected)).norm().item() / max(
         torch.as_tensor(expected).norm().item(), 1e-300
     )
+
+
+def sharp_loss(module, batch, rho=0.05, adaptive=False, parameters="*", strength=1.0, gradients_from=None):
+    """(1 - strength) L(w) + strength L(w + e), with e = rho t^2 g / ||t g||, t = |w| or 1, a constant."""
+    named = dict(module.net.named_parameters())
+
+    def task_loss(batch):
+        return F.cross_entropy(module.net(batch[0]), batch[1])
+
+    loss = task_loss(batch)
+    source = loss if gradients_from is None else task_loss(gradients_from)
+    g = dict(zip(named, torch.autograd.grad(source, list(named.values()), retain_graph=True), strict=True))
+    moving = [name for name in named if fnmatch(f"net.{name}", parameters)]
+    t = {name: named[name].detach().abs() if adaptive else 1.0 for name in moving}
+    norm = sum((t[name] * g[name]).square().sum() for name in moving).sqrt()
+    moved = {name: w + (rho * t[name] ** 2 * g[name] / norm if name in moving else 0) for name, w in named.items()}
+    x, y = batch
+    there = F.cross_entropy(torch.func.functional_call(module.net, moved, (x,)), y)
+    return (1 - strength) * loss + strength * there

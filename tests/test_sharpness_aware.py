@@ -1,17 +1,15 @@
 """Sharpness-aware steps against the formulas of the papers (SAM: 2010.01412, ASAM: 2102.11600)."""
 
 import functools
-from fnmatch import fnmatch
 
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from nets import Classifier, Manual, data, fit, plain_loop, smooth, task_loss, weights
-from oracles import relative_error
+from oracles import relative_error, sharp_loss
 from ranks import fit_two, joined
 from recorders import Recorder
 from torch import nn
-from torch.nn import functional as F
 
 import lightning_hessian as lh
 
@@ -20,21 +18,6 @@ SETTINGS = [
     {"rho": 0.5, "adaptive": True},
     {"rho": 0.1, "parameters": "*.weight"},
 ]
-
-
-def sharp_loss(module, batch, rho=0.05, adaptive=False, parameters="*", strength=1.0, gradients_from=None):
-    """(1 - strength) L(w) + strength L(w + e), with e = rho t^2 g / ||t g||, t = |w| or 1, a constant."""
-    named = dict(module.net.named_parameters())
-    loss = task_loss(module, batch)
-    source = loss if gradients_from is None else task_loss(module, gradients_from)
-    g = dict(zip(named, torch.autograd.grad(source, list(named.values()), retain_graph=True), strict=True))
-    moving = [name for name in named if fnmatch(f"net.{name}", parameters)]
-    t = {name: named[name].detach().abs() if adaptive else 1.0 for name in moving}
-    norm = sum((t[name] * g[name]).square().sum() for name in moving).sqrt()
-    moved = {name: w + (rho * t[name] ** 2 * g[name] / norm if name in moving else 0) for name, w in named.items()}
-    x, y = batch
-    there = F.cross_entropy(torch.func.functional_call(module.net, moved, (x,)), y)
-    return (1 - strength) * loss + strength * there
 
 
 def callback(strength=None, **settings):
@@ -132,6 +115,14 @@ def test_half_precision_is_near_float32(precision):
     if precision == "16-mixed":
         half = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=scaler)]}
     assert relative_error(step(**half), step()) < 0.05
+
+
+def test_a_compiled_network_stays_compiled():
+    compiled, eager = smooth(), smooth()
+    compiled.net.compile(backend="aot_eager", fullgraph=True)
+    fit(compiled, [callback()], max_steps=3)
+    fit(eager, [callback()], max_steps=3)
+    torch.testing.assert_close(weights(compiled), weights(eager), rtol=1e-10, atol=1e-12)
 
 
 def test_manual_optimization_equals_the_callback():

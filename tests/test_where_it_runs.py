@@ -27,7 +27,7 @@ from nets import (
     task_loss,
     weights,
 )
-from oracles import DIFFERENCES, loss_by_differences, relative_error
+from oracles import DIFFERENCES, loss_by_differences, relative_error, sharp_loss
 from ranks import STEPS, Result, dealt, fit_two, handed_over, joined
 from torch import nn
 from torch.nn import functional as F
@@ -436,6 +436,20 @@ def test_fsdp2_on_two_processes_equals_one(tmp_path, penalty, shard, settings, k
     else:
         torch.testing.assert_close(first["weights"], weights, rtol=1e-10, atol=1e-12)
         assert [logged["curvature/hessian_trace"] for logged in first["logged"]] == pytest.approx(values, rel=1e-10)
+
+
+@needs_fsdp2
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharpness_aware_steps_under_fsdp2_ascend_together(tmp_path, adaptive):
+    module, settings = Sharded(middle=nn.LayerNorm(6)), {"rho": 0.5, "adaptive": adaptive}
+    module.fully_shard = {}
+    on_two_processes(sharded_fit, tmp_path, module, lh.SharpnessAware(**settings), {})
+
+    def loss_of(module, x, y, step):
+        return sharp_loss(module, (x, y), **settings, strength=STRENGTH)
+
+    expected = plain_loop(smooth(), loss_of, joined(data(8)))
+    torch.testing.assert_close(handed_over(tmp_path)[0]["weights"], expected, rtol=1e-6, atol=1e-7)
 
 
 @needs_fsdp2
