@@ -17,6 +17,7 @@ from lightning_hessian.penalties import (
     WeightPenalty,
 )
 from lightning_hessian.regularization.callback import HessianRegularizer
+from lightning_hessian.regularization.curvature_budget import CurvatureBudget
 from lightning_hessian.regularization.gradient_share import GradientShare
 from lightning_hessian.regularization.mixin import HessianRegularizationMixin
 from lightning_hessian.regularization.suggest import StrengthSuggestion, suggest_strength
@@ -27,6 +28,7 @@ from lightning_hessian.robustness.radius import radius_estimate
 
 __all__ = [
     "AdversarialAccuracy",
+    "CurvatureBudget",
     "CurvatureMonitor",
     "FGSM",
     "ForwardContext",

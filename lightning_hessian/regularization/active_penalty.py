@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.penalties import Penalty
-from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
+from lightning_hessian.regularization.adaptive import Adaptive, Control
+from lightning_hessian.regularization.ranks import mean_over_ranks
 
 OnNonfinite = Literal["skip", "raise"]
 
@@ -51,7 +54,7 @@ class FitPenalty:
     skipped: int = 0
     has_unlogged: bool = False
     has_started: bool = False
-    control: ShareControl | None = None
+    control: Control | None = None
     strength_state: Mapping[str, Any] = field(default_factory=dict)
     _done: set[str] = field(default_factory=set)
 
@@ -59,10 +62,10 @@ class FitPenalty:
         """Its factor in the loss at an optimizer step."""
         return self.settings.strengths_at(step)[self.index]
 
-    def control_by(self, rule: GradientShare) -> ShareControl:
+    def control_by(self, rule: Adaptive) -> Control:
         """What adapts its strength by this rule."""
         if self.control is None or self.control.rule != rule:
-            self.control = ShareControl(rule)
+            self.control = rule.new_control()
             self.control.load_state_dict(self.strength_state)
             self.strength_state = {}
         return self.control
@@ -112,12 +115,17 @@ class ActivePenalty:
         if penalty == 0 and task > 0 and self.in_fit.is_first("share"):
             rank_zero_warn(
                 f"{self.penalty!r} has no gradient on this batch (the loss is linear or quadratic in the parameters, "
-                "or piecewise linear, or clamp= holds the value), so no strength gives it a share of "
-                f"{control.rule.share:g}. Its strength stays at {control.strength:.2g} until it has one."
+                "or piecewise linear, or clamp= holds the value), so no strength gives it a share of the "
+                f"gradient. Its strength stays at {control.strength:.2g} until it has one."
             )
         before = control.strength
         control.measure(task, penalty / self.strength)
         return control.strength / before
+
+    def see(self, value: Tensor, trainer: Trainer) -> None:
+        """Adapt its strength to its value on this rank's batch; all ranks call this."""
+        if self.in_fit.control is not None:
+            self.in_fit.control.see(mean_over_ranks(trainer, value.detach()).item(), trainer)
 
 
 def unique_names(penalties: Sequence[Penalty]) -> list[str]:

@@ -15,9 +15,9 @@ from lightning_hessian.arguments import choice, is_number, whole_number
 from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization import penalized_step
 from lightning_hessian.regularization.active_penalty import FitPenalty, OnNonfinite, unique_names
+from lightning_hessian.regularization.adaptive import Adaptive
 from lightning_hessian.regularization.checks import refuse_module, total_steps
 from lightning_hessian.regularization.fit import RegularizedFit
-from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
 from lightning_hessian.regularization.states import save_states, states_in
 
 Strength = float | SupportsFloat | Callable[[int], float]
@@ -44,10 +44,10 @@ class HessianRegularizer(Callback):
     Args:
         penalty: what to add, for example ``HessianTrace()``, or a list of penalties.
         strength: the penalty's factor in the loss, at least 0; with 0 nothing is computed. A number, or a function of
-            the optimizer step (0, 1, ...), or a :class:`GradientShare`. For a list of penalties, a list of strengths or
-            one for all. None: the penalty's own default, 1 for :class:`SharpnessAware` and 1e-3 for the others. A
-            schedule may set this attribute. Start where strength * penalty is 1-10 % of the task loss, or with the
-            answer of :func:`suggest_strength`.
+            the optimizer step (0, 1, ...), a :class:`GradientShare`, or a :class:`CurvatureBudget`. For a list of
+            penalties, a list of strengths or one for all. None: the penalty's own default, 1 for
+            :class:`SharpnessAware` and 1e-3 for the others. A schedule may set this attribute. Start where
+            strength * penalty is 1-10 % of the task loss, or with the answer of :func:`suggest_strength`.
         every_n_steps: act on every n-th optimizer step only, with n times the strength. (Manual optimization counts
             batches, because several optimizers may step.)
         start: the share of training that passes without the penalty, from 0 to below 1. With ``start=0.75`` it acts in
@@ -82,7 +82,7 @@ class HessianRegularizer(Callback):
     def __init__(
         self,
         penalty: Penalty | Sequence[Penalty],
-        strength: float | Sequence[float] | Strength | GradientShare | Sequence[Strength | GradientShare] | None = None,
+        strength: float | Sequence[float] | Strength | Adaptive | Sequence[Strength | Adaptive] | None = None,
         *,
         every_n_steps: int = 1,
         start: float = 0.0,
@@ -133,15 +133,15 @@ class HessianRegularizer(Callback):
         now = [self._strength_now(index, strength, step) for index, strength in enumerate(strengths)]
         return [strength * self.every_n_steps * ramp for strength in now]
 
-    def _strength_now(self, index: int, strength: Strength | GradientShare, step: int) -> float:
+    def _strength_now(self, index: int, strength: Strength | Adaptive, step: int) -> float:
         in_fit = self._in_fit[index] if self._in_fit else None
-        if isinstance(strength, GradientShare):
-            return (ShareControl(strength) if in_fit is None else in_fit.control_by(strength)).strength
+        if isinstance(strength, Adaptive):
+            return (strength.new_control() if in_fit is None else in_fit.control_by(strength)).strength
         if in_fit is not None:
             in_fit.control = None
         return _at(strength, step)
 
-    def _strengths(self) -> list[Strength | GradientShare]:
+    def _strengths(self) -> list[Strength | Adaptive]:
         if self.strength is None:
             strengths: list[Any] = [penalty.default_strength for penalty in self.penalties]
         elif not isinstance(self.strength, Sequence) or isinstance(self.strength, str):
@@ -154,7 +154,7 @@ class HessianRegularizer(Callback):
         else:
             strengths = list(self.strength)
         for strength in strengths:
-            if not callable(strength) and not isinstance(strength, GradientShare):
+            if not callable(strength) and not isinstance(strength, Adaptive):
                 _check_strength(strength)
         return strengths
 
@@ -231,6 +231,8 @@ def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> No
     for one in regularizers:
         one._first_step = math.ceil(one.start * total_steps(fit.trainer)) if one.start else 0
         for penalty, strength in zip(one._in_fit, one._strengths(), strict=True):
+            if isinstance(strength, Adaptive):
+                strength.check(penalty.penalty)
             if strength == 0 and not penalty.has_started:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")
     fit.start()

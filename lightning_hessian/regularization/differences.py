@@ -98,6 +98,7 @@ class DisplacedLosses:
                 self._measure(one, own, weight)
                 total.add_sum(own)
             value = torch.stack(values).mean()
+            one.see(value, self.module.trainer)
             is_finite = on_all_ranks(self.module.trainer, math.isfinite(value.item()))
             if is_finite or self._scale == 1:
                 log_penalty(self.module, one.name, value)

@@ -122,7 +122,7 @@ class RegularizedFit:
             runs.forget_graphs()
             for one in active:
                 if one.in_fit.control is not None:
-                    one.in_fit.control.acted += 1
+                    one.in_fit.control.acted()
             self._log_strengths(active)
             if entered:
                 self.total = None

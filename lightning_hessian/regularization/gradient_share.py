@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from lightning_hessian.arguments import is_number, whole_number
+from lightning_hessian.penalties import Penalty
 
 _NEW = 0.3
 """The weight of a new measurement in the mean, from the third on."""
@@ -60,6 +63,13 @@ class GradientShare:
             )
         whole_number("every_n_steps", self.every_n_steps, 1, "the acting steps between two measurements")
 
+    def check(self, penalty: Penalty) -> None:
+        """Any penalty will do."""
+
+    def new_control(self) -> ShareControl:
+        """What adapts a strength by this rule."""
+        return ShareControl(self)
+
 
 @dataclass
 class ShareControl:
@@ -70,7 +80,7 @@ class ShareControl:
 
     Attributes:
         strength: the present strength.
-        acted: on how many steps the penalty has acted.
+        steps: on how many steps the penalty has acted.
         log_ratio: the mean of log(||grad P|| / ||grad L||); None before the first measurement.
         measured: how many measurements are in it.
         next_at: on which acting step the next one is taken.
@@ -78,7 +88,7 @@ class ShareControl:
 
     rule: GradientShare
     strength: float = field(default=_UNMEASURED, init=False)
-    acted: int = field(default=0, init=False)
+    steps: int = field(default=0, init=False)
     log_ratio: float | None = field(default=None, init=False)
     measured: int = field(default=0, init=False)
     next_at: int = field(default=0, init=False)
@@ -86,11 +96,11 @@ class ShareControl:
     @property
     def is_due(self) -> bool:
         """Whether the next acting step is to be measured."""
-        return self.acted >= self.next_at
+        return self.steps >= self.next_at
 
     def measure(self, task: float, penalty: float) -> None:
         """Adapt the strength to the lengths of the gradients of the task loss and of the penalty at strength 1."""
-        self.next_at = self.acted + min(self.rule.every_n_steps, max(1, self.acted // 4))
+        self.next_at = self.steps + min(self.rule.every_n_steps, max(1, self.steps // 4))
         if not (0 < task < math.inf and 0 < penalty < math.inf):
             return
         now = math.log(penalty / task)
@@ -102,9 +112,16 @@ class ShareControl:
         self.strength = wanted
         self.measured += 1
 
+    def see(self, value: float, trainer: Trainer) -> None:
+        """The penalty's value does not matter."""
+
+    def acted(self) -> None:
+        """Count a step on which the penalty acted."""
+        self.steps += 1
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in ("strength", "acted", "log_ratio", "measured", "next_at")}
+        return {name: getattr(self, name) for name in ("strength", "steps", "log_ratio", "measured", "next_at")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; an empty one starts anew."""
