@@ -42,7 +42,7 @@ class CurvatureBudget:
     trace of a smoothed loss.)
 
     **If the target cannot be met**, the share stays at its bound. At 10 the curvature stays above the target, and the
-    penalty's gradient outweighs the task loss's: choose a higher target. At 0.01 the curvature is below it without help.
+    penalty's gradient outweighs the task loss's: choose a higher target. At 0.01 it is below it without help.
 
     Args:
         trace: the target for tr(H), positive; for :class:`HessianTrace` (with ``method="gauss_newton"`` tr(G)).
