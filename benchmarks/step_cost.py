@@ -15,10 +15,12 @@ Every round runs all methods, so that drifts of the machine's speed affect them 
 - taylor, 4 probes: the same with `probes=4`;
 - two_pass / 4: the same with `every_n_steps=4`, mean of four steps;
 - keep 0.5, keep 0.1: autograd with tensor dropout;
-- norm; norm, autograd; norm, central_difference: `HessianNorm()`, and with these methods, after the first step.
+- norm; norm, autograd; norm, central_difference: `HessianNorm()`, and with these methods, after the first step;
+- taylor, share; two_pass, share: with `strength=GradientShare(0.1)`, on a step on which the share is measured (by
+  default every 50th).
 
 Time is the median over rounds. Memory is a step's peak beyond the memory in use before it (on Linux or CUDA), the
-median of five steps. The last column of the second table is the callback's overhead on a step without a penalty. gpt is
+median of three steps. The last column of the second table is the callback's overhead on a step without a penalty. gpt is
 a small decoder with fused causal attention. --compile compiles the network (taylor keeps it compiled, autograd and
 gauss_newton run it eagerly); --bf16 uses autocast.
 """
@@ -67,7 +69,7 @@ CASES = {  # input shape, batch size
 }
 METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "hand-written", "taylor", "taylor, 4 probes", "autograd",
            "keep 0.5", "keep 0.1", "gauss_newton", "central_difference", "two_pass", "two_pass / 4", "norm",
-           "norm, autograd", "norm, central_difference"]  # fmt: skip
+           "norm, autograd", "norm, central_difference", "taylor, share", "two_pass, share"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -137,6 +139,8 @@ class Case(L.LightningModule):
             "norm": self.penalized(lh.HessianNorm()),
             "norm, autograd": self.penalized(lh.HessianNorm(method="autograd")),
             "norm, central_difference": self.penalized(lh.HessianNorm(method="central_difference")),
+            "taylor, share": self.penalized(lh.HessianTrace(method="taylor"), lh.GradientShare(0.1, every_n_steps=1)),
+            "two_pass, share": self.penalized(lh.HessianTrace(method="two_pass"), lh.GradientShare(0.1, 1)),
         }
         self.methods = {label: step for label, step in every.items() if label in arguments.methods}
 
@@ -163,7 +167,7 @@ class Case(L.LightningModule):
             for label, method in self.methods.items():
                 times[label].append(timed(method) / (4 if "/ 4" in label else 1))
         for label, method in self.methods.items():
-            peaks = [peak for _ in range(5) if (peak := peak_memory(method)) is not None]
+            peaks = [peak for _ in range(3) if (peak := peak_memory(method)) is not None]
             self.results[label] = statistics.median(times[label]), statistics.median(peaks) if peaks else None
 
     def loss(self) -> torch.Tensor:
@@ -199,7 +203,7 @@ class Case(L.LightningModule):
         hv = torch.autograd.grad(product, self.all, create_graph=True)
         self.update(loss + STRENGTH * sum((h * u).sum() for h, u in zip(hv, v, strict=True)))
 
-    def penalized(self, penalty: lh.Penalty, strength: float = STRENGTH) -> Callable[[], None]:
+    def penalized(self, penalty: lh.Penalty, strength: float | lh.GradientShare = STRENGTH) -> Callable[[], None]:
         regularizer, fits = lh.HessianRegularizer(penalty, strength), []
 
         def step() -> None:
