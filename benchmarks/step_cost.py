@@ -20,8 +20,8 @@ Every round runs all methods, so that drifts of the machine's speed affect them 
   default every 50th).
 
 Time is the median over rounds. Memory is a step's peak beyond the memory in use before it (on Linux or CUDA), the
-median of three steps. The last column of the second table is the callback's overhead on a step without a penalty. gpt is
-a small decoder with fused causal attention. --compile compiles the network (taylor keeps it compiled, autograd and
+median of three steps. The last column of the second table is the callback's overhead on a step without a penalty. gpt
+is a small decoder with fused causal attention. --compile compiles the network (taylor keeps it compiled, autograd and
 gauss_newton run it eagerly); --bf16 uses autocast.
 """
 
