@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.penalties import Penalty
-from lightning_hessian.regularization.adaptive import Adaptive, Control
+from lightning_hessian.regularization.adaptive import Adaptive, BudgetControl, Control
 from lightning_hessian.regularization.ranks import mean_over_ranks
 
 OnNonfinite = Literal["skip", "raise"]
@@ -124,7 +124,7 @@ class ActivePenalty:
 
     def see(self, value: Tensor, trainer: Trainer) -> None:
         """Adapt its strength to its value on this rank's batch; all ranks call this."""
-        if self.in_fit.control is not None:
+        if isinstance(self.in_fit.control, BudgetControl):
             self.in_fit.control.see(mean_over_ranks(trainer, value.detach()).item(), trainer)
 
 

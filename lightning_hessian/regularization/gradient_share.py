@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_hessian.arguments import is_number, whole_number
 from lightning_hessian.penalties import Penalty
 
@@ -111,9 +109,6 @@ class ShareControl:
             wanted = min(max(wanted, self.strength / _MOST), self.strength * _MOST)
         self.strength = wanted
         self.measured += 1
-
-    def see(self, value: float, trainer: Trainer) -> None:
-        """The penalty's value does not matter."""
 
     def acted(self) -> None:
         """Count a step on which the penalty acted."""
