@@ -207,14 +207,72 @@ def test_writes_in_place_are_right_or_refused():
             by_taylor_mode(net, writes(name), list(net.parameters()), directions(list(net.parameters()), 1))
 
 
-class Double(torch.autograd.Function):
+class Exponential(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.exp(), x > 0
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient * ctx.saved_tensors[0].exp()
+
+    @staticmethod
+    def jvp(ctx, tangent):  # is not used: nested, it would be a constant
+        return tangent * ctx.saved_tensors[0].exp(), None
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, power):
+        ctx.power = power
+        ctx.save_for_backward(a, b)
+        return a * b**power
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b = ctx.saved_tensors
+        return gradient * b**ctx.power, gradient * ctx.power * a * b ** (ctx.power - 1), None
+
+
+class Once(Exponential):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        return gradient
+
+
+class Opaque(Exponential):
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient.detach()
+
+
+class Doubling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return 2 * x
+        ctx.mark_dirty(x)
+        return x.mul_(2)
 
     @staticmethod
     def backward(ctx, gradient):
         return 2 * gradient
+
+
+def test_custom_functions_are_carried_by_their_backward():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    net[1].register_full_backward_hook(lambda module, inputs, outputs: None)
+    x = torch.ones(2, 3)
+
+    def loss(net):
+        y, positive = Exponential.apply(net(x))
+        return (Product.apply(y, y * y, 3) * positive).mean()
+
+    assert_equal(net, loss, count=2)
 
 
 def test_what_cannot_be_carried_is_refused_by_name():
@@ -222,7 +280,9 @@ def test_what_cannot_be_carried_is_refused_by_name():
     x = torch.ones(2, 3)
     tensors = list(net.parameters())
     for function, match in {
-        lambda y: Double.apply(y): r"custom function Double \(called in .*\) has no `jvp`",
+        lambda y: Once.apply(y)[0]: "passes through Once, whose backward is marked @once_differentiable",
+        lambda y: Opaque.apply(y)[0]: r"function Opaque \(called in .*\) has a backward that cannot be differentiated",
+        lambda y: Doubling.apply(y * 1): "Doubling .* writes into its arguments",
         lambda y: torch.cdist(y, y): "cdist.* has no Taylor rule",
         lambda y: torch.native_layer_norm(y, [3], None, None, 1e-5)[0]: "native_layer_norm",
     }.items():

@@ -108,7 +108,7 @@ def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3
         if function is None:
             _refuse_node(node, derivatives)
         elif not function.__module__.startswith("lightning_hessian."):
-            _refuse_function(function)
+            refuse_function(function)
             custom.append(node)
     return custom
 
@@ -170,7 +170,8 @@ def _refuse_node(node: Any, derivatives: int) -> None:
         )
 
 
-def _refuse_function(function: Any) -> None:
+def refuse_function(function: Any) -> None:
+    """Refuse a custom ``torch.autograd.Function`` whose backward cannot be differentiated."""
     name: str = function.__qualname__
     if "linear_cross_entropy" in name:
         raise HigherOrderError(

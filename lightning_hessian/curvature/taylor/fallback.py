@@ -157,20 +157,6 @@ def _collected(results: list[Any]) -> Any:
     return filled(template)
 
 
-def custom_function(call: Call, cls: Any) -> Any:
-    """The coefficients of what a custom ``torch.autograd.Function`` returns, by its ``jvp``.
-
-    Raises:
-        HigherOrderError: it has none.
-    """
-    if cls.jvp is torch.autograd.Function.jvp:
-        raise HigherOrderError(
-            f"The custom function {cls.__name__} (called in {call.layer()}) has no `jvp`, so Taylor coefficients "
-            f"cannot pass it. Define its `jvp` (and `setup_context`). {OTHERWISE}"
-        )
-    return by_forward_mode(call, f"{cls.__name__}.apply")
-
-
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
 

@@ -28,7 +28,8 @@ from lightning_hessian.curvature.taylor.coefficients import (
     has_coefficients,
     written_without_gradient,
 )
-from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
+from lightning_hessian.curvature.taylor.custom_functions import custom_function
+from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
 from lightning_hessian.curvature.taylor.sharded import ShardedParameters, passed_through
