@@ -145,6 +145,34 @@ def test_losses(name):
     assert_equal(net, lambda net: LOSSES[name](net(x)))
 
 
+SATURATED = torch.tensor([1.0, 1.0, 1e3, -1e3])
+SPECIAL = {
+    "BCE": lambda z: F.binary_cross_entropy((z * SATURATED).sigmoid(), torch.tensor([1.0, 0.0, 1.0, 0.0])),
+    "BCE, wrong": lambda z: F.binary_cross_entropy((z * SATURATED).sigmoid(), torch.tensor([1.0, 0.0, 0.0, 1.0])),
+    "BCE at 0 and 1": lambda z: F.binary_cross_entropy((10 * z).clamp(0, 1), torch.tensor([1.0, 0.0, 0.0, 1.0])),
+    "std of constants": lambda z: (0 * z).std() + z.std() + torch.std_mean(z - 9, 0)[0],
+    "std of a dead unit": lambda z: (z - 9).relu().std(),
+    "root": lambda z: (z - 9).relu().sqrt().sum() + (z - 9).relu().pow(0.5).sum(),
+    "power": lambda z: (z - 9).relu().pow(1.5).sum() + (z - 9).relu().pow(2.5).sum(),
+    "logarithm": lambda z: torch.xlogy((z - 9).relu(), (z - 9).relu()).sum() + torch.xlogy(z.exp(), z.exp()).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_where_derivatives_are_infinite_it_has_what_autograd_has(name):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4)
+
+    def loss(net):
+        z = net(torch.ones(3)) + 1
+        return SPECIAL[name](z) + z.exp().sum()
+
+    plain = gradient_of(loss(net), net.parameters())
+    found, _ = by_taylor_mode(net, loss, list(net.parameters()), directions(list(net.parameters()), 1))
+    torch.testing.assert_close(gradient_of(found, net.parameters()), plain)
+    assert_equal(net, loss, count=2)
+
+
 def test_some_parameters_only_shared_ones_and_checkpoints():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Dropout(0.2)).double()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, bilinear, linear, total
+from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, attach, bilinear, linear, total
+from lightning_hessian.curvature.taylor.elementwise import bounded_log, bounded_log_of_rest, elementwise
 from lightning_hessian.curvature.taylor.softmax import log_softmax
 
 CROSS_ENTROPY = (
@@ -87,3 +88,24 @@ def mse_loss(call: Call) -> Any:
         if reduction == "mean":
             reduced = reduced / (squares.numel() if weight is None else weight.expand_as(squares).sum())
         return call.of(reduced)
+
+
+def binary_cross_entropy(call: Call) -> Any:
+    """- t log p - (1 - t) log(1 - p), whose derivatives are bounded as in PyTorch's backward pass."""
+    names = ("input", "target", "weight", "size_average", "reduce", "reduction")
+    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+    reduction, target, weight = given.get("reduction", "mean"), given["target"], given.get("weight")
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        reduction = torch.nn._reduction.legacy_get_string(
+            given.get("size_average"), given.get("reduce"), emit_warning=False
+        )
+    p = call.of(given["input"])
+    log_p, log_rest = (attach(elementwise(log, p)) for log in (bounded_log, bounded_log_of_rest))
+    with call.inside():
+        each = -(target * log_p + (1 - target) * log_rest)
+        return reduced(each if weight is None else each * weight, reduction)
+
+
+def reduced(each: Tensor, reduction: str) -> Tensor:
+    """A loss of each sample, reduced."""
+    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()

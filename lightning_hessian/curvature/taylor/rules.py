@@ -23,7 +23,16 @@ from lightning_hessian.curvature.taylor.coefficients import (
     stacked,
     total,
 )
-from lightning_hessian.curvature.taylor.elementwise import FORMULAS, elementwise, gelu, power, safe_sqrt, softplus
+from lightning_hessian.curvature.taylor.elementwise import (
+    FORMULAS,
+    POLES,
+    elementwise,
+    gelu,
+    power,
+    safe_sqrt,
+    softplus,
+    with_pole,
+)
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -158,7 +167,7 @@ def div_rule(call: Call) -> Any:
         return NotImplemented
     if not has_coefficients(b):
         return linear(lambda t: t / b, call.of(a))
-    inverse = elementwise(FORMULAS["reciprocal"], call.of(b))
+    inverse = with_pole(FORMULAS["reciprocal"], call.of(b))
     quotient = bilinear(torch.mul, call.of(a), inverse)
     return Coefficients(a / b, *quotient[1:])
 
@@ -169,14 +178,16 @@ def pow_rule(call: Call) -> Any:
         return NotImplemented
     if exponent == 2:
         return elementwise(FORMULAS["square"], call.of(x))
-    return elementwise(power(float(exponent)), call.of(x))
+    apply = elementwise if exponent in (0, 1) or exponent >= 3 else with_pole
+    return apply(power(float(exponent)), call.of(x))
 
 
 def elementwise_rule(name: str) -> Rule:
     def rule(call: Call) -> Any:
         x = call.of(call.argument(0, "input"))
-        return NotImplemented if x.value.is_complex() else elementwise(FORMULAS[name], x)
+        return NotImplemented if x.value.is_complex() else apply(FORMULAS[name], x)
 
+    apply = with_pole if name in POLES else elementwise
     return rule
 
 
@@ -329,13 +340,23 @@ def composed(body: Callable[..., Any]) -> Rule:
     return rule
 
 
-def _std(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.sqrt(torch.var(*args, **kwargs))
+def std_rule(call: Call) -> Coefficients:
+    with call.inside():
+        return elementwise(safe_sqrt, call.of(torch.var(*call.args, **call.kwargs)))
 
 
-def _std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(*args, **kwargs)
-    return torch.sqrt(variance), mean
+def std_mean_rule(call: Call) -> tuple[Coefficients, Coefficients]:
+    with call.inside():
+        variance, mean = map(call.of, torch.var_mean(*call.args, **call.kwargs))
+    return elementwise(safe_sqrt, variance), mean
+
+
+def xlogy_rule(call: Call) -> Any:
+    x, y = call.args[0], call.argument(1, "other")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return NotImplemented
+    with call.inside():
+        return x * torch.where((x == 0) & (y <= 0), 1, y).log()
 
 
 def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -358,16 +379,9 @@ def _huber(input: Tensor, target: Tensor, delta: float) -> Tensor:
     return torch.where(size <= delta, 0.5 * difference * difference, delta * (size - 0.5 * delta))
 
 
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
-
-
 def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None) -> Any:
     each = _huber(input, target, delta)
-    if weight is None:
-        return _reduced(each, reduction)
-    weighted = each * weight
-    return weighted.sum() / weight.expand_as(each).sum() if reduction == "mean" else _reduced(weighted, reduction)
+    return losses.reduced(each if weight is None else each * weight, reduction)
 
 
 def _smooth_l1_loss(
@@ -381,22 +395,7 @@ def _smooth_l1_loss(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
     each = (input - target).abs() if beta == 0 else _huber(input, target, beta) / beta
-    return _reduced(each, reduction)
-
-
-def _binary_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Any = None,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    # PyTorch bounds the logarithms likewise.
-    each = -(target * input.log().clamp_min(-100) + (1 - target) * (1 - input).log().clamp_min(-100))
-    return _reduced(each if weight is None else each * weight, reduction)
+    return losses.reduced(each, reduction)
 
 
 def _soft_margin_loss(
@@ -404,7 +403,7 @@ def _soft_margin_loss(
 ) -> Tensor:
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    return _reduced(F.softplus(-target * input), reduction)
+    return losses.reduced(F.softplus(-target * input), reduction)
 
 
 def einsum_rule(call: Call) -> Any:
@@ -518,12 +517,13 @@ _register(
 
 _register("norm", norm_rule)
 RULES[torch.linalg.vector_norm] = RULES[torch.linalg.norm] = RULES[torch.norm] = norm_rule
-_register("std", composed(_std))
-_register("std_mean", composed(_std_mean))
+_register("std", std_rule)
+_register("std_mean", std_mean_rule)
+_register("xlogy", xlogy_rule)
 RULES[F.glu] = composed(_glu)
 _register("cosine_similarity", composed(_cosine_similarity))
 _register("pairwise_distance", composed(_pairwise_distance))
-RULES[F.binary_cross_entropy] = composed(_binary_cross_entropy)
+RULES[F.binary_cross_entropy] = losses.binary_cross_entropy
 RULES[F.huber_loss] = composed(_huber_loss)
 RULES[F.smooth_l1_loss] = composed(_smooth_l1_loss)
 RULES[F.soft_margin_loss] = composed(_soft_margin_loss)
