@@ -173,6 +173,41 @@ def test_where_derivatives_are_infinite_it_has_what_autograd_has(name):
     assert_equal(net, loss, count=2)
 
 
+TABLE, ADJACENT = torch.tensor([0, 2, 1]), torch.eye(6).double().roll(1, 0)
+CALLS = {
+    "cast to integers": lambda z: (z * (3 * z).to(torch.long) + z * (3 * z).type(torch.long) + z * (2 * z).int()).exp(),
+    "cast to truth values": lambda z: z.square() * z.to(torch.bool) + z.long().bool() * z,
+    "rsub with alpha": lambda z: torch.rsub(z, 3, alpha=2).exp(),
+    "Huber, weighted": lambda z: F.huber_loss(z, SOFT, delta=0.7, weight=WEIGHT.expand(6, 4)),
+    "smoothed targets that move": lambda z: F.cross_entropy(z, z.square().softmax(1), label_smoothing=0.2),
+    "smoothed targets alone": lambda z: F.cross_entropy(SOFT, z.softmax(1), label_smoothing=0.2).exp(),
+    "weights that move": lambda z: F.cross_entropy(z, SOFT, weight=z[0].exp(), label_smoothing=0.1),
+    "random fills": lambda z: z * z.clone().normal_() + z.exp() * z.clone().bernoulli_(0.5) + z * z.clone().zero_(),
+    "torch.embedding": lambda z: torch.embedding(z, TABLE, 2).exp().sum() + torch.embedding(z, TABLE).square().sum(),
+    "aten.embedding": lambda z: torch.ops.aten.embedding(z, TABLE, 2).exp(),
+    "complex": lambda z: (torch.complex(z, 2 * z).exp() + torch.polar(z.exp(), z) ** 2).abs(),
+    "STFT": lambda z: torch.stft(z.flatten(), 8, return_complex=True, window=torch.ones(8)).abs(),
+    "sums by name": lambda z: torch.add(input=z, other=z) * torch.sub(input=z, other=z.exp(), alpha=2),
+    "quotients by name": lambda z: torch.div(input=z, other=z + 5) * torch.pow(input=z, exponent=3),
+    "bounds by name": lambda z: torch.clamp_min(input=z, min=0.1) * torch.clamp_max(input=z, max=0.2),
+    "maxima by name": lambda z: torch.amax(input=z, dim=1).exp() + torch.max(input=z, dim=1)[0].square(),
+    "maxima of two by name": lambda z: torch.maximum(input=z, other=z * z).exp(),
+    "masks by name": lambda z: torch.masked_fill(input=z, mask=z > 0, value=0.3).exp(),
+    "choice by name": lambda z: torch.where(condition=z > 0, input=z, other=z * z).exp(),
+    "sparse matrices": lambda z: (ADJACENT.to_sparse() @ z) * torch.mm(ADJACENT.to_sparse_csr(), z.exp()),
+    "sparse.mm": lambda z: torch.sparse.mm(ADJACENT.to_sparse(), z).exp(),
+    "sparse input": lambda z: F.linear(ADJACENT.to_sparse(), z.T @ z.new_ones(6, 6), z.sum(1)[:4]).exp(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+    x = torch.randn(6, 3)
+    assert_equal(net, lambda net: CALLS[name](net(x)).mean(), count=2)
+
+
 def test_some_parameters_only_shared_ones_and_checkpoints():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Dropout(0.2)).double()
@@ -312,6 +347,8 @@ def test_what_cannot_be_carried_is_refused_by_name():
         lambda y: Opaque.apply(y)[0]: r"function Opaque \(called in .*\) has a backward that cannot be differentiated",
         lambda y: Doubling.apply(y * 1): "Doubling .* writes into its arguments",
         lambda y: torch.cdist(y, y): "cdist.* has no Taylor rule",
+        lambda y: F.embedding(torch.arange(2), y, scale_grad_by_freq=True): "scale_grad_by_freq=True",
+        lambda y: F.embedding(torch.arange(2), y, max_norm=1.0): "max_norm=1",
         lambda y: torch.native_layer_norm(y, [3], None, None, 1e-5)[0]: "native_layer_norm",
     }.items():
         with pytest.raises(lh.HigherOrderError, match=match):

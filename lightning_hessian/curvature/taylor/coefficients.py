@@ -86,6 +86,11 @@ def coefficients_of(value: Any, directions: int) -> Coefficients:
     return Coefficients(value, first, second)
 
 
+def is_real_or_complex(x: Tensor) -> bool:
+    """Whether a tensor has a dtype with derivatives."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def add(*terms: Tensor | None) -> Tensor | None:
     """The sum of the terms; None is zero."""
     present = [term for term in terms if term is not None]
@@ -173,6 +178,9 @@ class Call:
         inside: Callable[[], AbstractContextManager[Any]],
         layer: Callable[[], str],
     ) -> None:
+        if not args and "input" in kwargs and "condition" not in kwargs:  # the first argument, but for torch.where
+            args = (kwargs["input"],)
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         self.function = function
         self.args = args
         self.kwargs = kwargs

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.func import jvp
 
 from lightning_hessian.curvature.errors import HigherOrderError
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, has_coefficients, nonzero
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    add,
+    has_coefficients,
+    is_real_or_complex,
+    nonzero,
+)
 
 OTHERWISE = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
 
@@ -112,8 +119,7 @@ def _along(call: Call, moving: list[Tensor], p: int, name: str) -> Any:
             return value
 
         result = call.function(*moved(tuple(call.args)), **{key: moved(value) for key, value in call.kwargs.items()})
-        # What is no floating-point tensor is constant.
-        flat = [y for y in _leaves(result) if isinstance(y, Tensor) and y.is_floating_point()]
+        flat = [y for y in _leaves(result) if isinstance(y, Tensor) and is_real_or_complex(y)]  # others are constant
         return tuple(flat), result
 
     zero = torch.zeros((), dtype=_real(moving[0]), device=moving[0].device)
@@ -147,7 +153,7 @@ def _collected(results: list[Any]) -> Any:
     )
 
     def filled(part: Any) -> Any:
-        if isinstance(part, Tensor) and part.is_floating_point():
+        if isinstance(part, Tensor) and is_real_or_complex(part):
             return next(found)
         if isinstance(part, list | tuple):
             parts = [filled(one) for one in part]

@@ -20,6 +20,9 @@ _RESHAPES = {
     "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_", "resize_as_",
     "set_",
 }  # fmt: skip
+_RANDOM_FILLS = {
+    "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
+}  # fmt: skip
 _CONSTANT_MARK = "_taylor_constant"
 
 
@@ -70,12 +73,14 @@ class Writes:
         target = call.args[0]
         if call.kwargs.get("out") is not None or not isinstance(target, Tensor):
             raise _unknown(call)
-        name = getattr(call.function, "__name__", "")
+        name, none = getattr(call.function, "__name__", ""), (None,) * call.directions
         if name in _RESHAPES:
             raise _unknown(call)
-        if name in ("zero_", "fill_") and not has_coefficients((*call.args[1:], *call.kwargs.values())):
+        if name in _RANDOM_FILLS:
+            result = Coefficients(call.function(target.detach().clone(), *call.args[1:], **call.kwargs), none, None)
+        elif name in ("zero_", "fill_") and not has_coefficients((*call.args[1:], *call.kwargs.values())):
             filled = call.function(target.clone(), *call.args[1:], **call.kwargs)
-            result = Coefficients(filled, (None,) * call.directions, None)
+            result = Coefficients(filled, none, None)
         elif name == "__setitem__":
             result = _with_item(call)
         else:
@@ -95,6 +100,8 @@ class Writes:
         if not torch.compiler.is_compiling():
             storage = target.untyped_storage()
             self._written[storage._cdata] = storage
+            if result.is_constant:
+                self.mark_constant(target)
         return None if name == "__setitem__" else target
 
 

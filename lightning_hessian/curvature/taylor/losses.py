@@ -28,9 +28,7 @@ def cross_entropy_rule(call: Call) -> Any:
     wide = x.value.dtype in (torch.float16, torch.bfloat16)
     log_p = log_softmax(linear(lambda t: t.float(), x) if wide else x, classes)
     if target.is_floating_point():
-        if smoothing:
-            target = target * (1 - smoothing) + smoothing / x.value.size(classes)
-        return _soft(call, log_p, target, weight, classes, reduction)
+        return _soft(call, log_p, target, weight, classes, reduction, smoothing)
 
     def negative_log_likelihood(t: Tensor) -> Tensor:
         return F.nll_loss(t, target, weight, ignore_index=ignored, reduction=reduction)
@@ -55,21 +53,26 @@ def cross_entropy_rule(call: Call) -> Any:
     return total(linear(lambda t: (1 - smoothing) * t, hard), linear(lambda t: share * smooth(t), log_p))
 
 
-def _soft(call: Call, log_p: Coefficients, target: Tensor, weight: Any, classes: int, reduction: str) -> Coefficients:
-    """- sum_c weight_c target_c log p_c; targets may have coefficients of their own."""
+def _soft(
+    call: Call, log_p: Coefficients, target: Tensor, weight: Any, classes: int, reduction: str, smoothing: float
+) -> Coefficients:
+    """- sum_c weight_c target_c log p_c; targets and weights may have coefficients of their own."""
     shape = [1] * log_p.value.dim()
     shape[classes] = -1
     q = call.of(target)
+    if smoothing:
+        q = linear(lambda t: t * (1 - smoothing), q)
+        q = q._replace(value=q.value + smoothing / log_p.value.size(classes))
     if weight is not None:
-        q = linear(lambda t: t * weight.view(shape), q)
+        q = bilinear(torch.mul, q, linear(lambda t: t.view(shape), call.of(weight)))
 
-    def reduced(t: Tensor) -> Tensor:
+    def loss(t: Tensor) -> Tensor:
         each = -t.sum(classes)
         if reduction == "none":
             return each
         return each.sum() / (each.numel() if reduction == "mean" else 1)
 
-    return linear(reduced, bilinear(torch.mul, q, log_p))
+    return linear(loss, bilinear(torch.mul, q, log_p))
 
 
 def mse_loss(call: Call) -> Any:

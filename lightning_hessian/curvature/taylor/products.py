@@ -16,6 +16,8 @@ def matmul(a: Coefficients, b: Coefficients) -> Coefficients:
     a, b = _in_autocast_dtype(a), _in_autocast_dtype(b)
     shape, other = a.value.shape, b.value.shape
     is_stack = len(shape) >= 3 and shape[:-2] == other[:-2]
+    if a.value.layout != torch.strided or b.value.layout != torch.strided:
+        return bilinear(torch.matmul, a, b)
     if torch.compiler.is_compiling() or a.value.is_complex() or b.value.is_complex() or a.value.dtype != b.value.dtype:
         return bilinear(torch.matmul, a, b)
     if is_stack:
@@ -31,7 +33,12 @@ def matmul(a: Coefficients, b: Coefficients) -> Coefficients:
 def linear_layer(x: Coefficients, weight: Coefficients, bias: Coefficients | None) -> Coefficients:
     """x W' + b."""
     transposed = linear(lambda t: t.t(), weight)
-    fits = x.value.dim() >= 2 and weight.value.dim() == 2 and x.value.dtype == weight.value.dtype
+    fits = (
+        x.value.layout == torch.strided
+        and x.value.dim() >= 2
+        and weight.value.dim() == 2
+        and x.value.dtype == weight.value.dtype
+    )
     if bias is None or bias.second is not None or not fits or x.value.is_complex() or torch.compiler.is_compiling():
         product = matmul(x, transposed)
         return product if bias is None else total(product, bias)

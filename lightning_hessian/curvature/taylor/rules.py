@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_hessian.curvature import refusals
+from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.taylor import gathers, losses, norms, products
 from lightning_hessian.curvature.taylor import softmax as softmax_rules
 from lightning_hessian.curvature.taylor.coefficients import (
@@ -18,6 +20,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
     add,
     bilinear,
     has_coefficients,
+    is_real_or_complex,
     linear,
     scaled,
     stacked,
@@ -74,15 +77,19 @@ def view_rule(call: Call) -> Any:
 
 
 def several(f: Callable[[Tensor], Any], x: Coefficients) -> Any:
-    """The coefficients of a linear f that may return several tensors."""
+    """The coefficients of a linear f that may return several tensors; integers among them are constants."""
     values = f(x.value)
     if isinstance(values, Tensor):
+        if not is_real_or_complex(values):
+            return Coefficients(values, (None,) * len(x.first), None)
         first_parts = tuple(None if x1 is None else f(x1) for x1 in x.first)
         return Coefficients(values, first_parts, None if x.second is None else f(x.second))
     first = [None if x1 is None else f(x1) for x1 in x.first]
     second = None if x.second is None else f(x.second)
     return type(values)(
         Coefficients(value, tuple(None if y is None else y[i] for y in first), None if second is None else second[i])
+        if is_real_or_complex(value)
+        else value
         for i, value in enumerate(values)
     )
 
@@ -94,7 +101,7 @@ def jointly_linear_rule(call: Call) -> Any:
         """The k-th x1, or x2 (None), in the place of every tensor."""
         if isinstance(value, list | tuple):
             return type(value)(at(k, part) for part in value)
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not isinstance(value, Tensor) or not is_real_or_complex(value):
             return value
         x = call.of(value)
         part = x.second if k is None else x.first[k]
@@ -144,6 +151,12 @@ def add_rule(call: Call) -> Coefficients:
 
 def sub_rule(call: Call) -> Coefficients:
     return _sum(call, -1)
+
+
+def rsub_rule(call: Call) -> Coefficients:
+    """other - alpha x."""
+    kwargs = {name: value for name, value in call.kwargs.items() if name == "alpha"}
+    return sub_rule(call.other(torch.sub, (call.argument(1, "other"), call.args[0]), kwargs))
 
 
 def _sum(call: Call, sign: int) -> Coefficients:
@@ -249,6 +262,8 @@ def _through(
 
 def embedding_rule(call: Call) -> Any:
     """Linear in the table; the row of ``padding_idx`` is a constant."""
+    if (wrong := refusals.CALLS[F.embedding](*call.args, **call.kwargs)) is not None:
+        raise HigherOrderError(f"{call.layer()} {wrong}")
     indices, weight = call.argument(0, "input"), call.argument(1, "weight")
     padding = call.argument(2, "padding_idx")
     value = call.function(*call.args, **call.kwargs)
@@ -262,6 +277,17 @@ def embedding_rule(call: Call) -> Any:
 
     x = call.of(weight)
     return Coefficients(value, tuple(map(looked_up, x.first)), looked_up(x.second))
+
+
+def low_level_embedding_rule(call: Call) -> Any:
+    """torch.embedding, whose arguments have another order, and a ``padding_idx`` of -1 for none."""
+    padding = call.argument(2, "padding_idx", -1)
+    kwargs = {
+        "padding_idx": None if padding < 0 else padding,
+        "scale_grad_by_freq": call.argument(3, "scale_grad_by_freq", False),
+        "sparse": call.argument(4, "sparse", False),
+    }
+    return embedding_rule(call.other(F.embedding, (call.argument(1, "indices"), call.argument(0, "weight")), kwargs))
 
 
 def where_rule(call: Call) -> Any:
@@ -436,11 +462,12 @@ _register(
     jointly_linear_rule,
 )
 _register("mul multiply mv dot vdot outer ger inner kron __mul__ __rmul__", bilinear_rule)
-_register("matmul bmm mm __matmul__", matmul_rule)
+_register("matmul bmm mm spmm __matmul__", matmul_rule)
+RULES[torch.sparse.mm] = matmul_rule
 _register("add __add__ __radd__", add_rule)
 _register("sub subtract __sub__", sub_rule)
 RULES[Tensor.__rsub__] = reflected(torch.sub)
-_register("rsub", lambda call: sub_rule(call.other(torch.sub, (call.args[1], call.args[0]), {})))
+_register("rsub", rsub_rule)
 RULES[Tensor.__rmatmul__] = reflected(torch.matmul)
 _register("div divide true_divide __truediv__ __div__", div_rule)
 RULES[Tensor.__rtruediv__] = RULES[Tensor.__rdiv__] = reflected(torch.div)
@@ -454,6 +481,8 @@ _register("linear", linear_layer_rule)
 for _spatial in (1, 2, 3):
     _register(f"conv{_spatial}d conv_transpose{_spatial}d", convolution_rule(_spatial))
 RULES[F.embedding] = embedding_rule
+for _function in (torch.embedding, torch.ops.aten.embedding, torch.ops.aten.embedding.default):
+    RULES[_function] = low_level_embedding_rule
 RULES[torch.where] = where_rule
 RULES[Tensor.where] = tensor_where_rule
 _register("masked_fill", masked_fill_rule)
@@ -545,7 +574,8 @@ CONSTANT |= set(
         "argmax argmin argsort argwhere nonzero count_nonzero unique bincount histc bucketize searchsorted sign "
         "signbit round floor ceil trunc fix floor_divide __floordiv__ logical_and logical_or logical_not any all "
         "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
-        "new_empty new_tensor is_inference is_shared untyped_storage result_type can_cast is_tensor backward heaviside"
+        "new_empty new_tensor long int short char byte bool is_inference "
+        "is_shared untyped_storage result_type can_cast is_tensor backward heaviside"
     )
 )
 
