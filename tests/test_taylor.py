@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import lightning_hessian as lh
 from lightning_hessian.cli import models
-from lightning_hessian.curvature.taylor import rules
+from lightning_hessian.curvature.taylor import rules, taylor_mode
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -416,6 +416,64 @@ def test_in_bfloat16_it_is_near_float32():
 
     for a, b in zip(values("bf16-mixed"), values("32-true"), strict=True):
         assert a == pytest.approx(b, rel=0.1, abs=0.1)
+
+
+WEIGHTS = torch.randn(8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+MAPS = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(3))
+ROWS = MAPS[0, :, :4, 0].T
+UNDER_AUTOCAST = {
+    "unbatched linear": (nn.Linear(8, 8), ROWS[0]), "convolution": (nn.Conv2d(8, 8, 3), MAPS),
+    "transposed convolution": (nn.ConvTranspose2d(8, 8, 3), MAPS),
+    **{type(norm).__name__: (nn.Sequential(nn.Conv2d(8, 8, 3), norm), MAPS) for norm in [
+        nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
+    ]},
+    "attention": (nn.MultiheadAttention(8, 2), ROWS), "LSTM": (nn.LSTM(8, 4), ROWS), "GRU": (nn.GRU(8, 4), ROWS),
+    "addmm": (nn.ParameterList([WEIGHTS]), lambda net: torch.addmm(ROWS[0], ROWS, net[0], beta=0.5)),
+    "baddbmm": (nn.ParameterList([WEIGHTS]), lambda net: torch.baddbmm(ROWS, ROWS[None], net[0][None])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDER_AUTOCAST)
+def test_under_autocast_dtypes_are_those_of_a_plain_step(name):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    net, x = copy.deepcopy(UNDER_AUTOCAST[name])
+    parameters = list(net.parameters())
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.3)
+    v = directions(parameters, 1)
+
+    def output():
+        if callable(x):
+            return x(net)
+        y = net(x, x, x) if name == "attention" else net(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    def with_coefficients():
+        with taylor_mode(parameters, v, net) as mode:
+            y = output()
+            second = mode.second(y.float().sigmoid().square().sum())
+        return y, second
+
+    exact = with_coefficients()[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, (y, second) = output(), with_coefficients()
+    assert y.dtype == plain.dtype
+    torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
+    assert second.item() == pytest.approx(exact.item(), rel=0.1, abs=0.2)
+
+
+EMPTY = {
+    "layer norm": lambda z: F.layer_norm(z, (4,)), "RMS norm": lambda z: F.rms_norm(z, (4,)),
+    "group norm": lambda z: F.group_norm(z, 2), "attention": lambda z: F.scaled_dot_product_attention(z, z, z),
+    "product": lambda z: z.T @ z, "softmax": lambda z: z.softmax(1), "linear": lambda z: F.linear(z, z),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_part_without_samples(name):
+    net, x = nn.Linear(4, 4), torch.ones(6, 4)
+    assert_equal(net, lambda net: EMPTY[name](net(x[:0])).sum() + net(x).exp().sum())
 
 
 def test_memory_is_flat():

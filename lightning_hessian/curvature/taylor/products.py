@@ -25,7 +25,7 @@ def matmul(a: Coefficients, b: Coefficients) -> Coefficients:
         a, b = (linear(lambda t: t.reshape(count, *t.shape[-2:]), x) for x in (a, b))
         return linear(lambda t: t.view(*shape[:-1], other[-1]), _product(a, b, None))
     if len(shape) >= 2 and len(other) == 2:
-        rows = linear(lambda t: t.reshape(-1, shape[-1]), a)
+        rows = linear(_rows, a)
         return linear(lambda t: t.view(*shape[:-1], other[-1]), _product(rows, b, None))
     return bilinear(torch.matmul, a, b)
 
@@ -41,12 +41,17 @@ def linear_layer(x: Coefficients, weight: Coefficients, bias: Coefficients | Non
     )
     if bias is None or bias.second is not None or not fits or x.value.is_complex() or torch.compiler.is_compiling():
         product = matmul(x, transposed)
-        return product if bias is None else total(product, bias)
+        dtype = product.value.dtype  # as autocast has it
+        return product if bias is None else total(product, linear(lambda t: t.to(dtype), bias))
     shape = x.value.shape
-    rows = linear(lambda t: t.reshape(-1, shape[-1]), x)
+    rows = linear(_rows, x)
     rows, transposed, bias = map(_in_autocast_dtype, (rows, transposed, bias))
     y = _product(rows, transposed, bias)
     return linear(lambda t: t.view(*shape[:-1], t.shape[-1]), y)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a dimension is 0
 
 
 def _in_autocast_dtype(x: Coefficients) -> Coefficients:

@@ -36,6 +36,7 @@ from lightning_hessian.curvature.taylor.elementwise import (
     softplus,
     with_pole,
 )
+from lightning_hessian.curvature.taylor.fallback import by_forward_mode
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -230,7 +231,8 @@ def convolution_rule(spatial: int) -> Rule:
         )
         if bias.value is None:
             return product
-        return total(product, linear(lambda t: t.view(-1, *[1] * spatial), bias))
+        dtype = product.value.dtype  # as autocast has it
+        return total(product, linear(lambda t: t.to(dtype).view(-1, *[1] * spatial), bias))
 
     return rule
 
@@ -335,7 +337,9 @@ def addmm_rule(call: Call) -> Any:
     c, a, b = map(call.of, call.args)
     beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
     product = products.matmul(a, b)
-    return total(linear(lambda t: beta * t, c), product if alpha == 1 else linear(lambda t: alpha * t, product))
+    dtype = product.value.dtype  # as autocast has it
+    start = linear(lambda t: beta * t.to(dtype), c)
+    return total(start, product if alpha == 1 else linear(lambda t: alpha * t, product))
 
 
 def norm_rule(call: Call) -> Any:
@@ -432,6 +436,21 @@ def _soft_margin_loss(
     return losses.reduced(F.softplus(-target * input), reduction)
 
 
+def recurrent_rule(call: Call) -> Any:
+    """By forward mode through PyTorch's native cells: the fused kernels (oneDNN, cuDNN) have no such derivatives."""
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns about Intel GPUs
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            found = by_forward_mode(call)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    if call.function is not torch.lstm or not torch.is_autocast_enabled("cpu") or found[0].value.dtype == torch.float64:
+        return found
+    dtype = torch.get_autocast_dtype("cpu")  # oneDNN's kernel returns it
+    return tuple(linear(lambda t: t.to(dtype), part) for part in found)
+
+
 def einsum_rule(call: Call) -> Any:
     equation, *operands = call.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
@@ -489,6 +508,7 @@ _register("masked_fill", masked_fill_rule)
 RULES[F.pad] = pad_rule
 _register("addmm addmv baddbmm", addmm_rule)
 RULES[torch.einsum] = einsum_rule
+_register("lstm gru rnn_tanh rnn_relu", recurrent_rule)
 
 _register("softmax", softmax_rules.softmax_rule)
 _register("log_softmax", softmax_rules.log_softmax_rule)
