@@ -1,6 +1,7 @@
 """Taylor mode: values and gradients against reverse over reverse over reverse, and what is refused by name."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -173,6 +174,11 @@ def test_where_derivatives_are_infinite_it_has_what_autograd_has(name):
     assert_equal(net, loss, count=2)
 
 
+def packed(z):
+    together = nn.utils.rnn.pack_padded_sequence(z, torch.tensor([3, 2]), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(together, batch_first=True, padding_value=0.5)[0]
+
+
 TABLE, ADJACENT = torch.tensor([0, 2, 1]), torch.eye(6).double().roll(1, 0)
 CALLS = {
     "cast to integers": lambda z: (z * (3 * z).to(torch.long) + z * (3 * z).type(torch.long) + z * (2 * z).int()).exp(),
@@ -194,6 +200,14 @@ CALLS = {
     "maxima of two by name": lambda z: torch.maximum(input=z, other=z * z).exp(),
     "masks by name": lambda z: torch.masked_fill(input=z, mask=z > 0, value=0.3).exp(),
     "choice by name": lambda z: torch.where(condition=z > 0, input=z, other=z * z).exp(),
+    "p-norms": lambda z: z.norm(1) * z.norm(math.inf) * z.norm(3, dim=1) + torch.linalg.norm(z[0], 1),
+    "p-norms of zeros": lambda z: F.normalize(z, p=1).exp() + z.sub(9).relu().norm(3) + z.exp(),
+    "distances": lambda z: F.pairwise_distance(z, z.exp(), p=1) * F.pairwise_distance(z, z.exp(), keepdim=True),
+    "triplets": lambda z: F.triplet_margin_loss(z[:2], z[2:4], z[4:], swap=True, reduction="none").square(),
+    "triplets, p = 1": lambda z: F.triplet_margin_loss(z[:2], z[2:4], z[4:], p=1, margin=2.0).square(),
+    "cosine embedding": lambda z: F.cosine_embedding_loss(z, SOFT, SIGNS[0].repeat(3)[:6], margin=-0.9),
+    "packed sequences": lambda z: packed(z.view(2, 3, 4)).exp(),
+    "gradients as constants": lambda z: z * torch.autograd.grad(z.exp().sum(), z, retain_graph=True)[0],
     "sparse matrices": lambda z: (ADJACENT.to_sparse() @ z) * torch.mm(ADJACENT.to_sparse_csr(), z.exp()),
     "sparse.mm": lambda z: torch.sparse.mm(ADJACENT.to_sparse(), z).exp(),
     "sparse input": lambda z: F.linear(ADJACENT.to_sparse(), z.T @ z.new_ones(6, 6), z.sum(1)[:4]).exp(),
@@ -243,6 +257,18 @@ def writes(name):
             row = z[0]
             z[0] = y[0]
             return row.square().sum()
+        if name == "elsewhere":
+            z = y.clone()
+            row = z[0]
+            row += 1
+            z[1] = row
+            return z.square().sum()
+        if name == "under no_grad":
+            z = y.clone()
+            z[0].mul_(y[1])
+            with torch.no_grad():
+                z.mean()
+            return z.square().sum()
         if name == "through a view":
             z = y.clone()
             z[0].mul_(2)
@@ -252,7 +278,12 @@ def writes(name):
         z += y
         z.mul_(y).clamp_(min=-5)
         z[0].sum()
-        return z.square().sum()
+        z[0] += y[0]
+        z[:, :2] *= y[:, 2:]
+        with torch.no_grad():
+            z[1].zero_()
+        w = y.exp().detach_()
+        return (w * z.square()).sum()
 
     return loss
 
@@ -264,7 +295,9 @@ def test_writes_in_place_are_right_or_refused():
     for name, match in {
         "out": "writes into `out`",
         "view first": "shares its memory with a tensor that was written in place",
-        "through a view": "was written in place through another view",
+        "through a view": r"\(used in .*\) was written in place through another view",
+        "elsewhere": "was written in place through another view",
+        "under no_grad": "was written in place through another view",
     }.items():
         with pytest.raises(lh.HigherOrderError, match=match):
             by_taylor_mode(net, writes(name), list(net.parameters()), directions(list(net.parameters()), 1))
@@ -347,6 +380,9 @@ def test_what_cannot_be_carried_is_refused_by_name():
         lambda y: Opaque.apply(y)[0]: r"function Opaque \(called in .*\) has a backward that cannot be differentiated",
         lambda y: Doubling.apply(y * 1): "Doubling .* writes into its arguments",
         lambda y: torch.cdist(y, y): "cdist.* has no Taylor rule",
+        lambda y: torch.autograd.grad(y.sum(), y, create_graph=True)[0]: "A gradient is taken inside the step",
+        lambda y: nn.LSTM(3, 2)(nn.utils.rnn.pack_sequence([y, y]))[0].data: "gets a packed sequence",
+        lambda y: (y * 1).t_(): r"t_ \(called in .*\) writes in place",
         lambda y: F.embedding(torch.arange(2), y, scale_grad_by_freq=True): "scale_grad_by_freq=True",
         lambda y: F.embedding(torch.arange(2), y, max_norm=1.0): "max_norm=1",
         lambda y: torch.native_layer_norm(y, [3], None, None, 1e-5)[0]: "native_layer_norm",

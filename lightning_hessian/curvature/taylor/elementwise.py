@@ -210,10 +210,18 @@ def _rsqrt(x: Tensor) -> Iterator[Tensor]:
     yield -2.5 * f2 * r
 
 
-def safe_sqrt(x: Tensor) -> Any:
-    """The root of a sum of squares: where that is zero the derivatives are zero, as autograd has it for a norm."""
-    is_zero = x == 0
-    return tuple(torch.where(is_zero, 0, part) for part in _sqrt(torch.where(is_zero, 1, x)))
+def without_pole(root: Derivatives) -> Derivatives:
+    """A root of a sum of powers: where that is zero the derivatives are zero, as autograd has it for a norm."""
+
+    def derivatives(x: Tensor) -> Iterator[Tensor]:
+        is_zero = x == 0
+        for part in root(torch.where(is_zero, 1, x)):
+            yield torch.where(is_zero, 0, part)
+
+    return derivatives
+
+
+safe_sqrt = without_pole(_sqrt)
 
 
 def bounded_log(x: Tensor) -> Any:

@@ -97,16 +97,20 @@ def binary_cross_entropy(call: Call) -> Any:
     """- t log p - (1 - t) log(1 - p), whose derivatives are bounded as in PyTorch's backward pass."""
     names = ("input", "target", "weight", "size_average", "reduce", "reduction")
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
-    reduction, target, weight = given.get("reduction", "mean"), given["target"], given.get("weight")
-    if given.get("size_average") is not None or given.get("reduce") is not None:
-        reduction = torch.nn._reduction.legacy_get_string(
-            given.get("size_average"), given.get("reduce"), emit_warning=False
-        )
+    reduction = reduction_of(given.get("size_average"), given.get("reduce"), given.get("reduction", "mean"))
+    target, weight = given["target"], given.get("weight")
     p = call.of(given["input"])
     log_p, log_rest = (attach(elementwise(log, p)) for log in (bounded_log, bounded_log_of_rest))
     with call.inside():
         each = -(target * log_p + (1 - target) * log_rest)
         return reduced(each if weight is None else each * weight, reduction)
+
+
+def reduction_of(size_average: Any, reduce: Any, reduction: str) -> str:
+    """The reduction, which old arguments overrule."""
+    if size_average is None and reduce is None:
+        return reduction
+    return torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
 
 
 def reduced(each: Tensor, reduction: str) -> Tensor:

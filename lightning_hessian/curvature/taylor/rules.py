@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,9 @@ from lightning_hessian.curvature.taylor.elementwise import (
     safe_sqrt,
     softplus,
     with_pole,
+    without_pole,
 )
-from lightning_hessian.curvature.taylor.fallback import by_forward_mode
+from lightning_hessian.curvature.taylor.fallback import OTHERWISE, by_forward_mode
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -343,18 +345,29 @@ def addmm_rule(call: Call) -> Any:
 
 
 def norm_rule(call: Call) -> Any:
-    """The L2 norm, over all or some dimensions."""
+    """The p-norm, over all or some dimensions, for p = 1, infinity, or at least 2."""
     name = call.function.__name__
     order = call.argument(1, "p" if name == "norm" else "ord", 2)
-    if order not in (2, 2.0, None, "fro") or call.kwargs.get("dtype") is not None:
+    order = 2 if order is None or order == "fro" else order
+    known = isinstance(order, int | float) and (order == 1 or order >= 2)  # others are not smooth at 0
+    if not known or call.kwargs.get("dtype") is not None:
         return NotImplemented
     x = call.of(call.argument(0, "x" if name == "linalg_vector_norm" else "input"))
     dim, keepdim = call.argument(2, "dim"), call.argument(3, "keepdim", False)
     is_matrix = x.value.dim() == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
-    if name == "linalg_norm" and order in (2, 2.0) and is_matrix:
-        return NotImplemented  # the largest singular value
+    if name == "linalg_norm" and is_matrix and call.argument(1, "ord") not in (None, "fro"):
+        return NotImplemented  # the norm of an operator
     if x.value.is_complex() or (dim is None and keepdim):
         return NotImplemented
+    if order != 2:
+        across = {} if dim is None else {"dim": dim, "keepdim": keepdim}
+        with call.inside():
+            size = call.argument(0, "x").abs()
+            if order == 1:
+                return size.sum(**across)
+            if order == math.inf:
+                return size.amax(**across)
+            return elementwise(without_pole(power(1 / order)), call.of(size.pow(order).sum(**across)))
     squares = elementwise(FORMULAS["square"], x)
     summed = linear(lambda t: t.sum() if dim is None else t.sum(dim, keepdim=keepdim), squares)
     return elementwise(safe_sqrt, summed)
@@ -398,6 +411,41 @@ def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6
     return torch.linalg.vector_norm(x1 - x2 + eps, p, dim=-1, keepdim=keepdim)
 
 
+def _triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    near, far = F.pairwise_distance(anchor, positive, p, eps), F.pairwise_distance(anchor, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
+    return losses.reduced((margin + near - far).clamp_min(0), losses.reduction_of(size_average, reduce, reduction))
+
+
+def _cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    dim, eps = target.dim(), 1e-12
+    lengths = (input1.square().sum(dim) + eps) * (input2.square().sum(dim) + eps)
+    cosine = (input1 * input2).sum(dim) / lengths.sqrt()
+    zero = torch.zeros_like(cosine)
+    each = torch.where(target == 1, 1 - cosine, zero) + torch.where(target == -1, (cosine - margin).clamp_min(0), zero)
+    return losses.reduced(each, losses.reduction_of(size_average, reduce, reduction))
+
+
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
     a, b = input.chunk(2, dim)
     return a * torch.sigmoid(b)
@@ -422,8 +470,7 @@ def _smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    reduction = losses.reduction_of(size_average, reduce, reduction)
     each = (input - target).abs() if beta == 0 else _huber(input, target, beta) / beta
     return losses.reduced(each, reduction)
 
@@ -431,13 +478,35 @@ def _smooth_l1_loss(
 def _soft_margin_loss(
     input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    return losses.reduced(F.softplus(-target * input), reduction)
+    return losses.reduced(F.softplus(-target * input), losses.reduction_of(size_average, reduce, reduction))
+
+
+def padded_sequence_rule(call: Call) -> Any:
+    """Packed sequences, padded: linear up to the value of the padding."""
+    data, batch_sizes, batch_first, _, *length = call.args
+    value, lengths = call.function(*call.args)
+    moved = linear(lambda t: call.function(t, batch_sizes, batch_first, 0.0, *length)[0], call.of(data))
+    return moved._replace(value=value), lengths
+
+
+def gradient_rule(call: Call) -> Any:
+    """Gradients inside the step: constants if they have no graph."""
+    if call.argument(4, "create_graph", False):
+        raise HigherOrderError(
+            f"A gradient is taken inside the step (torch.autograd.grad in {call.layer()}), as in a gradient penalty, a "
+            "physics-informed loss or meta-learning. Taylor coefficients cannot pass it. Use method='autograd', which "
+            "differentiates the step's own gradients too."
+        )
+    return call.function(*call.args, **call.kwargs)
 
 
 def recurrent_rule(call: Call) -> Any:
     """By forward mode through PyTorch's native cells: the fused kernels (oneDNN, cuDNN) have no such derivatives."""
+    if isinstance(call.args[3], list | tuple):  # (data, batch sizes, states, weights, ...)
+        raise HigherOrderError(
+            f"The operation {call.function.__name__} (called in {call.layer()}) gets a packed sequence, which PyTorch "
+            f"cannot differentiate in forward mode. Pad the sequences, and mask what follows their ends. {OTHERWISE}"
+        )
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns about Intel GPUs
     try:
@@ -508,6 +577,9 @@ _register("masked_fill", masked_fill_rule)
 RULES[F.pad] = pad_rule
 _register("addmm addmv baddbmm", addmm_rule)
 RULES[torch.einsum] = einsum_rule
+_register("_pack_padded_sequence", linear_rule)
+_register("_pad_packed_sequence", padded_sequence_rule)
+RULES[torch.autograd.grad] = gradient_rule
 _register("lstm gru rnn_tanh rnn_relu", recurrent_rule)
 
 _register("softmax", softmax_rules.softmax_rule)
@@ -575,6 +647,8 @@ _register("pairwise_distance", composed(_pairwise_distance))
 RULES[F.binary_cross_entropy] = losses.binary_cross_entropy
 RULES[F.huber_loss] = composed(_huber_loss)
 RULES[F.smooth_l1_loss] = composed(_smooth_l1_loss)
+RULES[F.triplet_margin_loss] = composed(_triplet_margin_loss)
+RULES[F.cosine_embedding_loss] = composed(_cosine_embedding_loss)
 RULES[F.soft_margin_loss] = composed(_soft_margin_loss)
 for _name in dir(torch.fft):
     if "fft" in _name and not _name.endswith("freq") and "shift" not in _name:
