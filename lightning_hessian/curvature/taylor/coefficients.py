@@ -54,8 +54,8 @@ def current(tensors: Iterable[Any]) -> list[Tensor]:
     """
     if torch.compiler.is_compiling():  # which does not count writes
         return []
-    wholes = [whole for x in tensors if isinstance(x, Tensor) for whole in (x, x._base) if has_coefficients(whole)]
-    return [x for x in wholes if is_current(x, _version(x))]
+    wholes = [whole for x in tensors if isinstance(x, Tensor) for whole in (x, x._base) if whole is not None]
+    return [x for x in wholes if has_coefficients(x) and is_current(x, _version(x))]
 
 
 def is_current(tensor: Tensor, version: int) -> bool:

@@ -54,13 +54,13 @@ def _carried(call: Call, cls: Any, y: Any, inputs: Sequence[Tensor], x: Sequence
             return None
         u = torch.zeros_like(output, requires_grad=True)
         rows = torch.autograd.grad(output, inputs, u, create_graph=True, allow_unused=True)
-        products = [(row * part).sum() for row, part in zip(rows, parts, strict=True) if None not in (row, part)]
-        product = add(*products)
+        pairs = zip(rows, parts, strict=True)
+        product = add(*((a.conj() * b).real.sum() for a, b in pairs if a is not None and b is not None))
         if product is None:
             return None
-        found = (
-            torch.autograd.grad(product, u, create_graph=True, allow_unused=True)[0] if product.requires_grad else None
-        )
+        found = None
+        if product.requires_grad:
+            found = torch.autograd.grad(product, u, create_graph=True, allow_unused=True)[0]
         if found is None and is_first:
             raise HigherOrderError(
                 f"The custom function {cls.__name__} (called in {call.layer()}) has a backward that cannot be "

@@ -63,7 +63,8 @@ def body_number(function: Any) -> int:
 WRONG = {
     "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm", "native_layer_norm",
     "native_group_norm", "linalg_householder_product", "scatter_reduce", "scatter_reduce_", "linalg_eigh",
-    "linalg_eigvalsh", "_safe_softmax.default", "renorm", "dist", "linalg_matrix_norm", "linalg_vector_norm", "norm",
+    "linalg_eigvalsh", "linalg_eig", "linalg_eigvals",
+    "_safe_softmax.default", "renorm", "dist", "linalg_matrix_norm", "linalg_vector_norm", "norm",
     "linalg_norm", "triplet_margin_loss", "cosine_embedding_loss", "linalg_svd", "svd",
     "as_strided", "as_strided_copy", "as_strided_", "linalg_polar", "linalg_matrix_sqrth",
     "linalg_lstsq",
@@ -71,7 +72,7 @@ WRONG = {
 """Functions whose forward-mode derivatives are wrong at second order, not finite, or cannot be differentiated again
 (pytorch#196700, #196699, and the walk through PyTorch's operators in the tests)."""
 
-WRONG_FOR_COMPLEX = {"linalg_slogdet", "slogdet", "logdet", "std", "std_mean", "pairwise_distance"}
+WRONG_FOR_COMPLEX = {"linalg_slogdet", "slogdet", "logdet", "std", "std_mean", "pairwise_distance", "sgn"}
 
 
 def by_forward_mode(call: Call, name: str | None = None) -> Any:
