@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -47,8 +47,25 @@ def _version(tensor: Tensor) -> int:
     return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def written_without_gradient(tensor: Tensor) -> None:
-    """Keep the coefficients of a tensor that was written under ``torch.no_grad()``, as autograd keeps its graph."""
+def current(tensors: Iterable[Any]) -> list[Tensor]:
+    """Those tensors, and those that they are views of, that have coefficients which no write has passed by.
+
+    Under ``torch.no_grad()`` they keep them through a write, as autograd keeps its graph: :func:`renew`.
+    """
+    if torch.compiler.is_compiling():  # which does not count writes
+        return []
+    wholes = [whole for x in tensors if isinstance(x, Tensor) for whole in (x, x._base) if whole is not None]
+    return [x for x in wholes if has_coefficients(x) and is_current(x, _version(x))]
+
+
+def is_current(tensor: Tensor, version: int) -> bool:
+    """Whether the coefficients, if any, are those of this version of the tensor."""
+    found = getattr(tensor, _ATTRIBUTE, None)
+    return found is None or found[2] in (-1, version)
+
+
+def renew(tensor: Tensor) -> None:
+    """Take the coefficients for those of the tensor as it is."""
     found = getattr(tensor, _ATTRIBUTE, None)
     if found is not None:
         setattr(tensor, _ATTRIBUTE, (*found[:2], _version(tensor)))
@@ -67,7 +84,7 @@ def has_coefficients(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(has_coefficients, value))
 
 
-def coefficients_of(value: Any, directions: int) -> Coefficients:
+def coefficients_of(value: Any, directions: int, layer: Callable[[], str] | None = None) -> Coefficients:
     """The coefficients of a tensor; zeros for a constant one.
 
     Raises:
@@ -79,11 +96,17 @@ def coefficients_of(value: Any, directions: int) -> Coefficients:
     first, second, version = found
     # The compiler must not see the count, which it would expect to be the same in the next step.
     if (now := _version(value)) != -1 and version not in (-1, now):
+        where = "" if layer is None else f" (used in {layer()})"
         raise HigherOrderError(
-            f"A tensor of shape {tuple(value.shape)} was written in place through another view of its memory, so its "
-            "Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."
+            f"A tensor of shape {tuple(value.shape)}{where} was written in place through another view of its memory, "
+            "so its Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."
         )
     return Coefficients(value, first, second)
+
+
+def is_real_or_complex(x: Tensor) -> bool:
+    """Whether a tensor has a dtype with derivatives."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def add(*terms: Tensor | None) -> Tensor | None:
@@ -173,6 +196,9 @@ class Call:
         inside: Callable[[], AbstractContextManager[Any]],
         layer: Callable[[], str],
     ) -> None:
+        if not args and "input" in kwargs and "condition" not in kwargs:  # the first argument, but for torch.where
+            args = (kwargs["input"],)
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         self.function = function
         self.args = args
         self.kwargs = kwargs
@@ -182,7 +208,7 @@ class Call:
 
     def of(self, value: Any) -> Coefficients:
         """The coefficients of an argument."""
-        return coefficients_of(value, self.directions)
+        return coefficients_of(value, self.directions, self.layer)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by its position or its name."""

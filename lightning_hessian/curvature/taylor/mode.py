@@ -24,11 +24,13 @@ from lightning_hessian.curvature.taylor.coefficients import (
     RuleFunction,
     attach,
     coefficients_of,
+    current,
     detach,
     has_coefficients,
-    written_without_gradient,
+    renew,
 )
-from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
+from lightning_hessian.curvature.taylor.custom_functions import custom_function
+from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
 from lightning_hessian.curvature.taylor.sharded import ShardedParameters, passed_through
@@ -141,16 +143,19 @@ class taylor_mode(TorchFunctionMode):
             return args[0]
         number = rule_number(func)
         if number == IS_CONSTANT or not (has_coefficients(args) or has_coefficients(tuple(kwargs.values()))):
-            self._writes.check((args, kwargs))
+            self._writes.check((args, kwargs), self._layer)
+            kept = [] if torch.is_grad_enabled() else current(args)
             result = func(*args, **kwargs)
+            for x in kept:
+                renew(x)
             if func is Tensor.detach:
                 self._writes.mark_constant(result)
             return result
         if not torch.is_grad_enabled():
+            kept = current((*args, *kwargs.values()))
             result = func(*args, **kwargs)
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor):
-                    written_without_gradient(value)
+            for x in kept:
+                renew(x)
             if not has_coefficients(result):
                 self._writes.mark_constant(result)
             return result
@@ -160,7 +165,7 @@ class taylor_mode(TorchFunctionMode):
         call = Call(func, args, kwargs, self.directions, self._again, self._layer)
         if name == "__get__":
             return func(*args) if number == NO_RULE else self._attached(RULE_LIST[number](call))
-        self._writes.check((args, kwargs))
+        self._writes.check((args, kwargs), self._layer)
         if number == NO_RULE and (wrong := _what_is_wrong(call)) is not None:
             raise HigherOrderError(f"{self._layer()} {wrong}")
         if is_in_place(call):
