@@ -339,6 +339,89 @@ def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(name):
     assert len(runs) == 8
 
 
+class Broken(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 6), middle, nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        return self.last(self.middle(self, self.first(x)))
+
+
+def by_item(net, y):
+    return y.tanh() * y.detach().max().item()
+
+
+def by_nonzero(net, y):
+    return F.silu(y) * len((y.detach() > 0).nonzero()) / 100
+
+
+def by_print(net, y):
+    print(end="")
+    return y.sigmoid()
+
+
+def by_branch(net, y):
+    return y.exp() if y.sum() > 0 else y.tanh()
+
+
+def by_mask(net, y):
+    return F.gelu(y) * y.detach()[y.detach() > 0].mean()
+
+
+def at_the_limit(net, y):
+    net.calls += 1
+    return y.tanh() * net.calls + (y.detach().max().item() if net.calls % 2 else y.sin())
+
+
+class Masked(nn.Module):
+    def __init__(self, inner, **settings):
+        super().__init__()
+        self.inner, self.settings = inner, settings
+
+    def forward(self, x):
+        y = self.inner(*[x] * (3 if isinstance(self.inner, nn.MultiheadAttention) else 1), **self.settings)
+        return y[0] if isinstance(y, tuple) else y
+
+
+PADDING = torch.tensor([[False] * 7 + [True], [False] * 8, [False] * 8, [True] + [False] * 7])
+BREAKS = {
+    **{part.__name__: lambda part=part: Broken(part) for part in (by_item, by_nonzero, by_print, by_branch, by_mask)},
+    "recompile limit": lambda: Broken(at_the_limit),
+    "attention": lambda: Masked(nn.MultiheadAttention(8, 2, batch_first=True), key_padding_mask=PADDING),
+    "attention, no weights": lambda: Masked(
+        nn.MultiheadAttention(8, 2, batch_first=True), key_padding_mask=PADDING, need_weights=False
+    ),
+    "encoder": lambda: Masked(
+        nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True), src_key_padding_mask=PADDING
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_a_compiled_network_leaves_to_python(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = BREAKS[name]().double()
+    compiled = copy.deepcopy(net)
+    compiled.compile(backend="aot_eager")
+
+    def loss(one):
+        return one(IMAGES.double()[:, 0]).square().mean().exp()
+
+    for step in range(20 if name == "recompile limit" else 3):
+        v, found, gradient = directions(list(net.parameters()), 2), [], []
+        for one in (net, compiled):
+            task, second = by_taylor_mode(one, loss, list(one.parameters()), v)
+            found.append([task.item(), second.item()])
+            gradient.append(gradient_of(second, one.parameters()))
+            with torch.no_grad():
+                torch._foreach_mul_(list(one.parameters()), 0.99)
+        assert found[0] == pytest.approx(found[1], rel=1e-10), step
+        assert relative_error(*gradient) < 1e-10
+
+
 def test_manual_optimization_and_a_gradient_penalty():
     class Manual(lh.HessianRegularizationMixin, Classifier):
         def __init__(self, method):

@@ -28,6 +28,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
     has_coefficients,
     written_without_gradient,
 )
+from lightning_hessian.curvature.taylor.compiler import never_compile_alone
 from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
@@ -208,6 +209,9 @@ class taylor_mode(TorchFunctionMode):
         return result
 
 
+never_compile_alone(taylor_mode.__torch_function__.__code__)
+
+
 def _what_is_wrong(call: Call) -> str | None:
     check = refusals.CALLS.get(call.function)
     return None if check is None else check(*call.args, **call.kwargs)
@@ -234,6 +238,7 @@ def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
             return passed_through(run, args, mode.directions)
         return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again, mode._layer), cls))
 
+    never_compile_alone(apply.__code__)
     torch.autograd.Function.apply = classmethod(apply)
     try:
         yield
