@@ -300,16 +300,76 @@ def test_memory_is_flat():
     assert alive.counts[1] <= alive.counts[0] + 2
 
 
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Written(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.first, self.write, self.last = nn.Linear(64, 6), write, nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.first(x.flatten(1)).tanh()
+        return self.last(self.write(y.clone(), y))
+
+
+def items(z, y):
+    z[1:, 2] = 3.0
+    z[:, 0] = y[:, 1] * y[:, 3]
+    return z
+
+
+def by_mask(z, y):
+    z[y > 0] = 0
+    return z * y
+
+
+def added(z, y):
+    z = torch.zeros_like(y)
+    z += y
+    z[1:] = y[:-1]
+    z *= y
+    return z
+
+
+def all_of_it(z, y):
+    z = torch.empty_like(y)
+    z.copy_(y)
+    z.index_add_(0, torch.arange(2), y[2:])
+    z.fill_(1.0)
+    return z * y
+
+
+def frozen_rows(z, y):
+    with torch.no_grad():
+        z[0] = 0.5
+    return z
+
+
 COMPILED = {
     "mlp": lambda: models.mlp((1, 8, 8), 4, width=8),
     "cnn": lambda: models.cnn((1, 8, 8), 4, width=8),
     "vit": lambda: models.vit((1, 8, 8), 4),
     "in place": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.LayerNorm(6), nn.ReLU(inplace=True)),
-}
+    "weight norm": lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, 4))),
+    **{write.__name__: lambda write=write: Written(write) for write in (items, by_mask, added, all_of_it, frozen_rows)},
+    **{name: lambda layer=layer: nn.Sequential(nn.Flatten(), nn.Linear(64, 6), layer) for name, layer in {
+        "F.tanh": Calls(F.tanh), "F.sigmoid": Calls(F.sigmoid), "Hardsigmoid": nn.Hardsigmoid(),
+        "std": Calls(lambda x: x / x.std(1, keepdim=True)), "softsign": nn.Softsign(), "logsumexp": Calls(
+            lambda x: x - x.logsumexp(1, keepdim=True)), "erf": Calls(torch.erf), "ReLU6": nn.ReLU6(),
+    }.items()},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(name):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     net = COMPILED[name]()
     compiled, graphs, runs = copy.deepcopy(net), [], []
@@ -366,7 +426,7 @@ def by_branch(net, y):
     return y.exp() if y.sum() > 0 else y.tanh()
 
 
-def by_mask(net, y):
+def by_selection(net, y):
     return F.gelu(y) * y.detach()[y.detach() > 0].mean()
 
 
@@ -387,7 +447,10 @@ class Masked(nn.Module):
 
 PADDING = torch.tensor([[False] * 7 + [True], [False] * 8, [False] * 8, [True] + [False] * 7])
 BREAKS = {
-    **{part.__name__: lambda part=part: Broken(part) for part in (by_item, by_nonzero, by_print, by_branch, by_mask)},
+    **{
+        part.__name__: lambda part=part: Broken(part)
+        for part in (by_item, by_nonzero, by_print, by_branch, by_selection)
+    },
     "recompile limit": lambda: Broken(at_the_limit),
     "attention": lambda: Masked(nn.MultiheadAttention(8, 2, batch_first=True), key_padding_mask=PADDING),
     "attention, no weights": lambda: Masked(
@@ -420,6 +483,41 @@ def test_what_a_compiled_network_leaves_to_python(name):
                 torch._foreach_mul_(list(one.parameters()), 0.99)
         assert found[0] == pytest.approx(found[1], rel=1e-10), step
         assert relative_error(*gradient) < 1e-10
+
+
+def through_a_view(z, y):
+    z[0] += y[1]
+    return z
+
+
+def under_a_view(z, y):
+    part = z[1:]
+    z[0] = 1.0
+    return z + part.sum()
+
+
+def into_a_part(z, y):
+    z = torch.zeros_like(y)
+    z[1:].copy_(y[1:])
+    return z
+
+
+def after_a_break(z, y):
+    part = z[1:]
+    print(end="")
+    part.mul_(y[1:])
+    return z
+
+
+@pytest.mark.parametrize("write", [through_a_view, under_a_view, into_a_part, after_a_break])
+def test_a_write_that_another_view_would_miss_is_refused_in_a_compiled_network(write):
+    torch._dynamo.reset()
+    net = Written(write).double()
+    with pytest.raises(lh.HigherOrderError, match="was written in place"):
+        by_taylor_mode(net, image_loss, list(net.parameters()), directions(list(net.parameters()), 1))
+    net.compile(backend="aot_eager")
+    with pytest.raises(lh.HigherOrderError, match="was written in place"):
+        by_taylor_mode(net, image_loss, list(net.parameters()), directions(list(net.parameters()), 1))
 
 
 def test_manual_optimization_and_a_gradient_penalty():

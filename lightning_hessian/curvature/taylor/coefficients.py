@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.taylor.compiler import note_coefficients, stale
 
 _ATTRIBUTE = "_taylor_coefficients"
 
@@ -39,6 +39,8 @@ def attach(x: Coefficients) -> Tensor:
     """The value, with its coefficients as an attribute."""
     if not x.is_constant:
         setattr(x.value, _ATTRIBUTE, (x.first, x.second, _version(x.value)))
+        if torch.compiler.is_compiling():
+            note_coefficients(x.value)
     return x.value
 
 
@@ -52,19 +54,29 @@ def written_without_gradient(tensor: Tensor) -> None:
     found = getattr(tensor, _ATTRIBUTE, None)
     if found is not None:
         setattr(tensor, _ATTRIBUTE, (*found[:2], _version(tensor)))
+        if torch.compiler.is_compiling():
+            note_coefficients(tensor)
 
 
 def detach(tensor: Tensor) -> None:
     """Take the coefficients off a tensor."""
-    if hasattr(tensor, _ATTRIBUTE):
+    if torch.compiler.is_compiling():  # which can set an attribute, not delete it
+        setattr(tensor, _ATTRIBUTE, None)
+    elif hasattr(tensor, _ATTRIBUTE):
         delattr(tensor, _ATTRIBUTE)
 
 
 def has_coefficients(value: Any) -> bool:
     """Whether a value is a tensor with coefficients, or a list or tuple with such a tensor in it."""
     if isinstance(value, Tensor):
-        return hasattr(value, _ATTRIBUTE)
+        return getattr(value, _ATTRIBUTE, None) is not None
     return isinstance(value, list | tuple) and any(map(has_coefficients, value))
+
+
+def counts_writes(tensor: Tensor) -> bool:
+    """Whether a tensor has coefficients that know when they are stale. In a compiled graph they do not."""
+    found = getattr(tensor, _ATTRIBUTE, None)
+    return found is not None and found[2] != -1
 
 
 def coefficients_of(value: Any, directions: int) -> Coefficients:
@@ -79,10 +91,7 @@ def coefficients_of(value: Any, directions: int) -> Coefficients:
     first, second, version = found
     # The compiler must not see the count, which it would expect to be the same in the next step.
     if (now := _version(value)) != -1 and version not in (-1, now):
-        raise HigherOrderError(
-            f"A tensor of shape {tuple(value.shape)} was written in place through another view of its memory, so its "
-            "Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."
-        )
+        raise stale(value)
     return Coefficients(value, first, second)
 
 

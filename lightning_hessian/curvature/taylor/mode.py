@@ -28,7 +28,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
     has_coefficients,
     written_without_gradient,
 )
-from lightning_hessian.curvature.taylor.compiler import never_compile_alone
+from lightning_hessian.curvature.taylor.compiler import never_compile_alone, show_all_operations
 from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
@@ -93,6 +93,7 @@ class taylor_mode(TorchFunctionMode):
     def __enter__(self) -> taylor_mode:
         if self._module is not None:
             refusals.refuse_layers(self._module)
+        show_all_operations()
         with ExitStack() as stack:
             stack.enter_context(checkpoints_recomputed_in(self._module, self._recomputing))
             stack.enter_context(self._active())
