@@ -350,11 +350,11 @@ def composed(body: Callable[..., Any]) -> Rule:
     return rule
 
 
-def _mish(input: Tensor) -> Tensor:
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
     return input * torch.tanh(F.softplus(input))
 
 
-def _hardswish(input: Tensor) -> Tensor:
+def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return input * (input + 3).clamp(0, 6) / 6
 
 
