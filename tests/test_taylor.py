@@ -53,7 +53,8 @@ LAYERS = {
     "GLU": nn.Sequential(nn.Linear(6, 12), nn.GLU()),
     "dropout": nn.Dropout(0.4), "GELU": nn.GELU(), "GELU, tanh": nn.GELU("tanh"), "Mish": nn.Mish(), "ELU": nn.ELU(),
     "SELU": nn.SELU(), "CELU": nn.CELU(0.5),
-    "ELU in place": nn.ELU(0.7, inplace=True), "LogSigmoid": nn.LogSigmoid(), "Hardswish": nn.Hardswish(), "Hardsigmoid": nn.Hardsigmoid(),
+    "ELU in place": nn.ELU(0.7, inplace=True), "LogSigmoid": nn.LogSigmoid(),
+    "Hardswish": nn.Hardswish(), "Hardsigmoid": nn.Hardsigmoid(),
     "Hardsigmoid in place": nn.Hardsigmoid(inplace=True), "LeakyReLU": nn.LeakyReLU(), "PReLU": nn.PReLU(),
     "ReLU6": nn.ReLU6(),
     "SiLU in place": nn.SiLU(inplace=True), "ReLU in place": nn.ReLU(inplace=True), "log-softmax": nn.LogSoftmax(1),
@@ -400,6 +401,27 @@ def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(name):
         assert relative_error(*gradient) < 1e-10
     assert len(graphs) == 2  # forward and backward
     assert len(runs) == 8
+
+
+def test_dropped_parts_of_a_probe_are_not_compiled_in():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net, graphs = models.mlp((1, 8, 8), 4, width=8).double(), []
+    compiled = copy.deepcopy(net)
+
+    def counts(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled.compile(backend=aot_autograd(fw_compiler=counts))
+    for dropped in range(4):
+        v = directions(list(net.parameters()), 2)
+        v = [[None if i % 4 == dropped else part for i, part in enumerate(each)] for each in v]
+        expected, found = (by_taylor_mode(one, image_loss, list(one.parameters()), v)[1] for one in (net, compiled))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+        gradients = [gradient_of(expected, net.parameters()), gradient_of(found, compiled.parameters())]
+        assert relative_error(*gradients) < 1e-10
+    assert len(graphs) == 2
 
 
 class Broken(nn.Module):
