@@ -64,7 +64,7 @@ def _show_all_operations() -> None:
             return self.call_method(tx, "__setitem__", [key, value], {})
         return original(self, *args)
 
-    TensorVariable.method___setitem__ = setitem
+    TensorVariable.method___setitem__ = setitem  # type: ignore[method-assign, assignment]
     _comptime = comptime
 
 
