@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.taylor.compiler import note_coefficients, stale
 
 _ATTRIBUTE = "_taylor_coefficients"
 
@@ -39,6 +39,8 @@ def attach(x: Coefficients) -> Tensor:
     """The value, with its coefficients as an attribute."""
     if not x.is_constant:
         setattr(x.value, _ATTRIBUTE, (x.first, x.second, _version(x.value)))
+        if torch.compiler.is_compiling():
+            note_coefficients(x.value)
     return x.value
 
 
@@ -53,7 +55,7 @@ def current(tensors: Iterable[Any]) -> list[Tensor]:
     Under ``torch.no_grad()`` they keep them through a write, as autograd keeps its graph: :func:`renew`.
     """
     if torch.compiler.is_compiling():  # which does not count writes
-        return []
+        return [x for x in tensors if has_coefficients(x) and isinstance(x, Tensor)]
     wholes = [whole for x in tensors if isinstance(x, Tensor) for whole in (x, x._base) if whole is not None]
     return [x for x in wholes if has_coefficients(x) and is_current(x, _version(x))]
 
@@ -69,19 +71,29 @@ def renew(tensor: Tensor) -> None:
     found = getattr(tensor, _ATTRIBUTE, None)
     if found is not None:
         setattr(tensor, _ATTRIBUTE, (*found[:2], _version(tensor)))
+        if torch.compiler.is_compiling():
+            note_coefficients(tensor)
 
 
 def detach(tensor: Tensor) -> None:
     """Take the coefficients off a tensor."""
-    if hasattr(tensor, _ATTRIBUTE):
+    if torch.compiler.is_compiling():  # which can set an attribute, not delete it
+        setattr(tensor, _ATTRIBUTE, None)
+    elif hasattr(tensor, _ATTRIBUTE):
         delattr(tensor, _ATTRIBUTE)
 
 
 def has_coefficients(value: Any) -> bool:
     """Whether a value is a tensor with coefficients, or a list or tuple with such a tensor in it."""
     if isinstance(value, Tensor):
-        return hasattr(value, _ATTRIBUTE)
+        return getattr(value, _ATTRIBUTE, None) is not None
     return isinstance(value, list | tuple) and any(map(has_coefficients, value))
+
+
+def counts_writes(tensor: Tensor) -> bool:
+    """Whether a tensor has coefficients that know when they are stale. In a compiled graph they do not."""
+    found = getattr(tensor, _ATTRIBUTE, None)
+    return found is not None and found[2] != -1
 
 
 def coefficients_of(value: Any, directions: int, layer: Callable[[], str] | None = None) -> Coefficients:
@@ -96,11 +108,7 @@ def coefficients_of(value: Any, directions: int, layer: Callable[[], str] | None
     first, second, version = found
     # The compiler must not see the count, which it would expect to be the same in the next step.
     if (now := _version(value)) != -1 and version not in (-1, now):
-        where = "" if layer is None else f" (used in {layer()})"
-        raise HigherOrderError(
-            f"A tensor of shape {tuple(value.shape)}{where} was written in place through another view of its memory, "
-            "so its Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."
-        )
+        raise stale(value, layer)
     return Coefficients(value, first, second)
 
 

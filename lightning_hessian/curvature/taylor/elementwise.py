@@ -191,6 +191,35 @@ def _reciprocal(x: Tensor) -> Iterator[Tensor]:
     yield -6 * r**4
 
 
+def _erf(x: Tensor) -> Any:
+    f1 = torch.exp(-x * x) * (2 / math.sqrt(math.pi))
+    f2 = -2 * x * f1
+    return x.erf(), f1, f2, -2 * (f1 + x * f2)
+
+
+def _logsigmoid(x: Tensor) -> Any:
+    s = torch.sigmoid(-x)
+    f2 = s * (s - 1)
+    return F.logsigmoid(x), s, f2, f2 * (2 * s - 1)
+
+
+def _selu(x: Tensor) -> Any:
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    return exponential_unit(F.selu, scale * alpha, 1, scale)(x)
+
+
+def exponential_unit(function: Callable[[Tensor], Tensor], height: float, rate: float, slope: float) -> Derivatives:
+    """x -> slope x where x > 0, height (exp(rate x) - 1) elsewhere."""
+
+    def derivatives(x: Tensor) -> Any:
+        is_linear = x > 0
+        f1 = height * rate * torch.exp(rate * x.masked_fill(is_linear, 0))  # no overflow where it is not used
+        f2 = (rate * f1).masked_fill(is_linear, 0)
+        return function(x), f1.masked_fill(is_linear, slope), f2, rate * f2
+
+    return derivatives
+
+
 def _square(x: Tensor) -> Any:
     return x * x, 2 * x, torch.full_like(x, 2.0), torch.zeros_like(x)
 
@@ -252,6 +281,7 @@ def power(exponent: float) -> Derivatives:
 FORMULAS: dict[str, Derivatives] = {
     "tanh": _tanh, "sigmoid": _sigmoid, "silu": _silu, "exp": _exp, "log": _log, "sin": _sin, "cos": _cos,
     "reciprocal": _reciprocal, "square": _square, "sqrt": _sqrt, "rsqrt": _rsqrt,
+    "erf": _erf, "logsigmoid": _logsigmoid, "selu": _selu,
 }  # fmt: skip
 """Functions of one tensor without further arguments, by their names in torch, torch.Tensor and torch.nn.functional."""
 

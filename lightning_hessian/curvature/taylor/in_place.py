@@ -16,11 +16,13 @@ from lightning_hessian.curvature.taylor.coefficients import (
     Call,
     Coefficients,
     attach,
+    counts_writes,
     detach,
     has_coefficients,
     is_current,
     renew,
 )
+from lightning_hessian.curvature.taylor.compiler import check_writes, note_constant, note_write, stale
 
 _OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__"}
 _NO_WRITE = {"requires_grad_", "retain_grad_", "dropout_"}
@@ -52,17 +54,16 @@ class Writes:
         Raises:
             HigherOrderError: there is one.
         """
-        if not self._written or torch.compiler.is_compiling() or self._is_stored_back(*values[0]):
+        if torch.compiler.is_compiling():
+            check_writes(values)
+            return
+        if not self._written or self._is_stored_back(*values[0]):
             return
         for x in _tensors(values):
-            if has_coefficients(x) or getattr(x, _CONSTANT_MARK, None) == _version(x):
+            if counts_writes(x) or getattr(x, _CONSTANT_MARK, None) == _version(x):
                 continue
             if x.layout == torch.strided and x.untyped_storage()._cdata in self._written:
-                raise HigherOrderError(
-                    f"A tensor of shape {tuple(x.shape)} (used in {layer()}) shares its memory with a tensor that was "
-                    "written in place, so its Taylor coefficients are not known. Write out of place (`x = x + y`), or "
-                    "take the view after the write. Or use method='autograd'."
-                )
+                raise stale(x, layer)
 
     def _is_stored_back(self, *args: Any) -> bool:
         """Whether x[index] = view stores back the view that was written last: ``x[index] += y`` does so.
@@ -87,7 +88,10 @@ class Writes:
         """Results without a gradient (detached, or under ``torch.no_grad()``) are constants, whatever their memory."""
         for x in _tensors(result):
             if not isinstance(x, torch.nn.Parameter):
-                setattr(x, _CONSTANT_MARK, _version(x))
+                if torch.compiler.is_compiling():
+                    note_constant(x)
+                else:
+                    setattr(x, _CONSTANT_MARK, _version(x))
 
     def write(self, call: Call, compute: Callable[[Call], Any]) -> Any:
         """Run a call that writes in place: compute it out of place, and copy values and coefficients.
@@ -131,15 +135,16 @@ class Writes:
         if result.value.shape != target.shape:
             raise _unknown(call)
         target.copy_(result.value)
-        if result.is_constant:  # else they are replaced: the compiler can set an attribute, not delete it
+        if result.is_constant:
             detach(target)
+            self.mark_constant(target)
         attach(Coefficients(target, *(_like(x, target) for x in (result.first, result.second))))
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_write(target)
+        else:
             storage = target.untyped_storage()
             self._view = None if target._base is None else (target, version, storage._cdata in self._written)
             self._written[storage._cdata] = storage
-            if result.is_constant:
-                self.mark_constant(target)
         return None if name == "__setitem__" else target
 
 

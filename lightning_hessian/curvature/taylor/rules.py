@@ -31,6 +31,7 @@ from lightning_hessian.curvature.taylor.elementwise import (
     FORMULAS,
     POLES,
     elementwise,
+    exponential_unit,
     gelu,
     power,
     safe_sqrt,
@@ -216,6 +217,19 @@ def gelu_rule(call: Call) -> Coefficients:
     return elementwise(gelu(call.argument(1, "approximate", "none")), call.of(call.argument(0, "input")))
 
 
+def elu_rule(call: Call) -> Any:
+    if len(call.args) > 2 or call.kwargs.keys() & {"scale", "input_scale"}:
+        return NotImplemented
+    alpha = call.argument(1, "alpha", 1.0)
+    return elementwise(exponential_unit(lambda x: F.elu(x, alpha), alpha, 1, 1), call.of(call.argument(0, "input")))
+
+
+def celu_rule(call: Call) -> Any:
+    alpha = call.argument(1, "alpha", 1.0)
+    unit = exponential_unit(lambda x: F.celu(x, alpha), alpha, 1 / alpha, 1)
+    return elementwise(unit, call.of(call.argument(0, "input")))
+
+
 def linear_layer_rule(call: Call) -> Coefficients:
     """x W' + b."""
     x, weight, bias = (call.of(call.argument(i, name)) for i, name in enumerate(("input", "weight", "bias")))
@@ -381,6 +395,37 @@ def composed(body: Callable[..., Any]) -> Rule:
             return body(*call.args, **call.kwargs)
 
     return rule
+
+
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * torch.tanh(F.softplus(input))
+
+
+def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * (input + 3).clamp(0, 6) / 6
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    each = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 and input.dim() > 1 else weight
+    return torch.where(input > 0, input, each * input)
+
+
+def _logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    largest = input.detach().amax(dim, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0)
+    found = (input - largest).exp().sum(dim, keepdim=True).log() + largest
+    return found if keepdim else found.sum(dim)
+
+
+def _var(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    difference = input - input.mean(dim, keepdim=True)
+    summed = (difference * difference).sum(dim, keepdim=keepdim)
+    count = input.numel() // max(summed.numel(), 1)
+    return summed / max(0, count - (int(unbiased) if correction is None else correction))
 
 
 def std_rule(call: Call) -> Coefficients:
@@ -565,6 +610,8 @@ for _name in FORMULAS:
 _register("expit", elementwise_rule("sigmoid"))
 _register("softplus", softplus_rule)
 _register("gelu", gelu_rule)
+_register("elu", elu_rule)
+_register("celu", celu_rule)
 _register("linear", linear_layer_rule)
 for _spatial in (1, 2, 3):
     _register(f"conv{_spatial}d conv_transpose{_spatial}d", convolution_rule(_spatial))
@@ -638,6 +685,11 @@ _register(
 
 _register("norm", norm_rule)
 RULES[torch.linalg.vector_norm] = RULES[torch.linalg.norm] = RULES[torch.norm] = norm_rule
+_register("mish", composed(_mish))
+_register("hardswish", composed(_hardswish))
+_register("prelu", composed(_prelu))
+_register("logsumexp", composed(_logsumexp))
+_register("var", composed(_var))
 _register("std", std_rule)
 _register("std_mean", std_mean_rule)
 _register("xlogy", xlogy_rule)
