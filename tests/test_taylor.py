@@ -1,6 +1,7 @@
 """Taylor mode: values and gradients against reverse over reverse over reverse, and what is refused by name."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 import lightning_hessian as lh
 from lightning_hessian.cli import models
-from lightning_hessian.curvature.taylor import rules
+from lightning_hessian.curvature.taylor import rules, taylor_mode
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -52,7 +53,9 @@ LAYERS = {
     "weight norm": nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
     "GLU": nn.Sequential(nn.Linear(6, 12), nn.GLU()),
     "dropout": nn.Dropout(0.4), "GELU": nn.GELU(), "GELU, tanh": nn.GELU("tanh"), "Mish": nn.Mish(), "ELU": nn.ELU(),
-    "SELU": nn.SELU(), "Hardswish": nn.Hardswish(), "Hardsigmoid": nn.Hardsigmoid(),
+    "SELU": nn.SELU(), "CELU": nn.CELU(0.5),
+    "ELU in place": nn.ELU(0.7, inplace=True), "LogSigmoid": nn.LogSigmoid(),
+    "Hardswish": nn.Hardswish(), "Hardsigmoid": nn.Hardsigmoid(),
     "Hardsigmoid in place": nn.Hardsigmoid(inplace=True), "LeakyReLU": nn.LeakyReLU(), "PReLU": nn.PReLU(),
     "ReLU6": nn.ReLU6(),
     "SiLU in place": nn.SiLU(inplace=True), "ReLU in place": nn.ReLU(inplace=True), "log-softmax": nn.LogSoftmax(1),
@@ -145,6 +148,82 @@ def test_losses(name):
     assert_equal(net, lambda net: LOSSES[name](net(x)))
 
 
+SATURATED = torch.tensor([1.0, 1.0, 1e3, -1e3])
+SPECIAL = {
+    "BCE": lambda z: F.binary_cross_entropy((z * SATURATED).sigmoid(), torch.tensor([1.0, 0.0, 1.0, 0.0])),
+    "BCE, wrong": lambda z: F.binary_cross_entropy((z * SATURATED).sigmoid(), torch.tensor([1.0, 0.0, 0.0, 1.0])),
+    "BCE at 0 and 1": lambda z: F.binary_cross_entropy((10 * z).clamp(0, 1), torch.tensor([1.0, 0.0, 0.0, 1.0])),
+    "std of constants": lambda z: (0 * z).std() + z.std() + torch.std_mean(z - 9, 0)[0],
+    "std of a dead unit": lambda z: (z - 9).relu().std(),
+    "root": lambda z: (z - 9).relu().sqrt().sum() + (z - 9).relu().pow(0.5).sum(),
+    "power": lambda z: (z - 9).relu().pow(1.5).sum() + (z - 9).relu().pow(2.5).sum(),
+    "logarithm": lambda z: torch.xlogy((z - 9).relu(), (z - 9).relu()).sum() + torch.xlogy(z.exp(), z.exp()).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_where_derivatives_are_infinite_it_has_what_autograd_has(name):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 4)
+
+    def loss(net):
+        z = net(torch.ones(3)) + 1
+        return SPECIAL[name](z) + z.exp().sum()
+
+    plain = gradient_of(loss(net), net.parameters())
+    found, _ = by_taylor_mode(net, loss, list(net.parameters()), directions(list(net.parameters()), 1))
+    torch.testing.assert_close(gradient_of(found, net.parameters()), plain)
+    assert_equal(net, loss, count=2)
+
+
+def packed(z):
+    together = nn.utils.rnn.pack_padded_sequence(z, torch.tensor([3, 2]), batch_first=True)
+    return nn.utils.rnn.pad_packed_sequence(together, batch_first=True, padding_value=0.5)[0]
+
+
+TABLE, ADJACENT = torch.tensor([0, 2, 1]), torch.eye(6).double().roll(1, 0)
+CALLS = {
+    "cast to integers": lambda z: (z * (3 * z).to(torch.long) + z * (3 * z).type(torch.long) + z * (2 * z).int()).exp(),
+    "cast to truth values": lambda z: z.square() * z.to(torch.bool) + z.long().bool() * z,
+    "rsub with alpha": lambda z: torch.rsub(z, 3, alpha=2).exp(),
+    "Huber, weighted": lambda z: F.huber_loss(z, SOFT, delta=0.7, weight=WEIGHT.expand(6, 4)),
+    "smoothed targets that move": lambda z: F.cross_entropy(z, z.square().softmax(1), label_smoothing=0.2),
+    "smoothed targets alone": lambda z: F.cross_entropy(SOFT, z.softmax(1), label_smoothing=0.2).exp(),
+    "weights that move": lambda z: F.cross_entropy(z, SOFT, weight=z[0].exp(), label_smoothing=0.1),
+    "random fills": lambda z: z * z.clone().normal_() + z.exp() * z.clone().bernoulli_(0.5) + z * z.clone().zero_(),
+    "torch.embedding": lambda z: torch.embedding(z, TABLE, 2).exp().sum() + torch.embedding(z, TABLE).square().sum(),
+    "aten.embedding": lambda z: torch.ops.aten.embedding(z, TABLE, 2).exp(),
+    "complex": lambda z: (torch.complex(z, 2 * z).exp() + torch.polar(z.exp(), z) ** 2).abs(),
+    "STFT": lambda z: torch.stft(z.flatten(), 8, return_complex=True, window=torch.ones(8)).abs(),
+    "sums by name": lambda z: torch.add(input=z, other=z) * torch.sub(input=z, other=z.exp(), alpha=2),
+    "quotients by name": lambda z: torch.div(input=z, other=z + 5) * torch.pow(input=z, exponent=3),
+    "bounds by name": lambda z: torch.clamp_min(input=z, min=0.1) * torch.clamp_max(input=z, max=0.2),
+    "maxima by name": lambda z: torch.amax(input=z, dim=1).exp() + torch.max(input=z, dim=1)[0].square(),
+    "maxima of two by name": lambda z: torch.maximum(input=z, other=z * z).exp(),
+    "masks by name": lambda z: torch.masked_fill(input=z, mask=z > 0, value=0.3).exp(),
+    "choice by name": lambda z: torch.where(condition=z > 0, input=z, other=z * z).exp(),
+    "p-norms": lambda z: z.norm(1) * z.norm(math.inf) * z.norm(3, dim=1) + torch.linalg.norm(z[0], 1),
+    "p-norms of zeros": lambda z: F.normalize(z, p=1).exp() + z.sub(9).relu().norm(3) + z.exp(),
+    "distances": lambda z: F.pairwise_distance(z, z.exp(), p=1) * F.pairwise_distance(z, z.exp(), keepdim=True),
+    "triplets": lambda z: F.triplet_margin_loss(z[:2], z[2:4], z[4:], swap=True, reduction="none").square(),
+    "triplets, p = 1": lambda z: F.triplet_margin_loss(z[:2], z[2:4], z[4:], p=1, margin=2.0).square(),
+    "cosine embedding": lambda z: F.cosine_embedding_loss(z, SOFT, SIGNS[0].repeat(3)[:6], margin=-0.9),
+    "packed sequences": lambda z: packed(z.view(2, 3, 4)).exp(),
+    "gradients as constants": lambda z: z * torch.autograd.grad(z.exp().sum(), z, retain_graph=True)[0],
+    "sparse matrices": lambda z: (ADJACENT.to_sparse() @ z) * torch.mm(ADJACENT.to_sparse_csr(), z.exp()),
+    "sparse.mm": lambda z: torch.sparse.mm(ADJACENT.to_sparse(), z).exp(),
+    "sparse input": lambda z: F.linear(ADJACENT.to_sparse(), z.T @ z.new_ones(6, 6), z.sum(1)[:4]).exp(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+    x = torch.randn(6, 3)
+    assert_equal(net, lambda net: CALLS[name](net(x)).mean(), count=2)
+
+
 def test_some_parameters_only_shared_ones_and_checkpoints():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 4), nn.Dropout(0.2)).double()
@@ -180,6 +259,18 @@ def writes(name):
             row = z[0]
             z[0] = y[0]
             return row.square().sum()
+        if name == "elsewhere":
+            z = y.clone()
+            row = z[0]
+            row += 1
+            z[1] = row
+            return z.square().sum()
+        if name == "under no_grad":
+            z = y.clone()
+            z[0].mul_(y[1])
+            with torch.no_grad():
+                z.mean()
+            return z.square().sum()
         if name == "through a view":
             z = y.clone()
             z[0].mul_(2)
@@ -189,7 +280,12 @@ def writes(name):
         z += y
         z.mul_(y).clamp_(min=-5)
         z[0].sum()
-        return z.square().sum()
+        z[0] += y[0]
+        z[:, :2] *= y[:, 2:]
+        with torch.no_grad():
+            z[1].zero_()
+        w = y.exp().detach_()
+        return (w * z.square()).sum()
 
     return loss
 
@@ -200,21 +296,81 @@ def test_writes_in_place_are_right_or_refused():
     assert_equal(net, writes("right"))
     for name, match in {
         "out": "writes into `out`",
-        "view first": "shares its memory with a tensor that was written in place",
-        "through a view": "was written in place through another view",
+        "view first": r"\(used in .*\) was written in place through another",
+        "through a view": r"\(used in .*\) was written in place through another",
+        "elsewhere": "was written in place through another",
+        "under no_grad": "was written in place through another",
     }.items():
         with pytest.raises(lh.HigherOrderError, match=match):
             by_taylor_mode(net, writes(name), list(net.parameters()), directions(list(net.parameters()), 1))
 
 
-class Double(torch.autograd.Function):
+class Exponential(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.exp(), x > 0
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient * ctx.saved_tensors[0].exp()
+
+    @staticmethod
+    def jvp(ctx, tangent):  # is not used: nested, it would be a constant
+        return tangent * ctx.saved_tensors[0].exp(), None
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, power):
+        ctx.power = power
+        ctx.save_for_backward(a, b)
+        return a * b**power
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b = ctx.saved_tensors
+        return gradient * b**ctx.power, gradient * ctx.power * a * b ** (ctx.power - 1), None
+
+
+class Once(Exponential):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        return gradient
+
+
+class Opaque(Exponential):
+    @staticmethod
+    def backward(ctx, gradient, _):
+        return gradient.detach()
+
+
+class Doubling(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        return 2 * x
+        ctx.mark_dirty(x)
+        return x.mul_(2)
 
     @staticmethod
     def backward(ctx, gradient):
         return 2 * gradient
+
+
+def test_custom_functions_are_carried_by_their_backward():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    net[1].register_full_backward_hook(lambda module, inputs, outputs: None)
+    x = torch.ones(2, 3)
+
+    def loss(net):
+        y, positive = Exponential.apply(net(x))
+        return (Product.apply(y, y * y, 3) * positive).mean()
+
+    assert_equal(net, loss, count=2)
 
 
 def test_what_cannot_be_carried_is_refused_by_name():
@@ -222,8 +378,15 @@ def test_what_cannot_be_carried_is_refused_by_name():
     x = torch.ones(2, 3)
     tensors = list(net.parameters())
     for function, match in {
-        lambda y: Double.apply(y): r"custom function Double \(called in .*\) has no `jvp`",
+        lambda y: Once.apply(y)[0]: "passes through Once, whose backward is marked @once_differentiable",
+        lambda y: Opaque.apply(y)[0]: r"function Opaque \(called in .*\) has a backward that cannot be differentiated",
+        lambda y: Doubling.apply(y * 1): "Doubling .* writes into its arguments",
         lambda y: torch.cdist(y, y): "cdist.* has no Taylor rule",
+        lambda y: torch.autograd.grad(y.sum(), y, create_graph=True)[0]: "A gradient is taken inside the step",
+        lambda y: nn.LSTM(3, 2)(nn.utils.rnn.pack_sequence([y, y]))[0].data: "gets a packed sequence",
+        lambda y: (y * 1).t_(): r"t_ \(called in .*\) writes in place",
+        lambda y: F.embedding(torch.arange(2), y, scale_grad_by_freq=True): "scale_grad_by_freq=True",
+        lambda y: F.embedding(torch.arange(2), y, max_norm=1.0): "max_norm=1",
         lambda y: torch.native_layer_norm(y, [3], None, None, 1e-5)[0]: "native_layer_norm",
     }.items():
         with pytest.raises(lh.HigherOrderError, match=match):
@@ -293,6 +456,64 @@ def test_in_bfloat16_it_is_near_float32():
         assert a == pytest.approx(b, rel=0.1, abs=0.1)
 
 
+WEIGHTS = torch.randn(8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+MAPS = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(3))
+ROWS = MAPS[0, :, :4, 0].T
+UNDER_AUTOCAST = {
+    "unbatched linear": (nn.Linear(8, 8), ROWS[0]), "convolution": (nn.Conv2d(8, 8, 3), MAPS),
+    "transposed convolution": (nn.ConvTranspose2d(8, 8, 3), MAPS),
+    **{type(norm).__name__: (nn.Sequential(nn.Conv2d(8, 8, 3), norm), MAPS) for norm in [
+        nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
+    ]},
+    "attention": (nn.MultiheadAttention(8, 2), ROWS), "LSTM": (nn.LSTM(8, 4), ROWS), "GRU": (nn.GRU(8, 4), ROWS),
+    "addmm": (nn.ParameterList([WEIGHTS]), lambda net: torch.addmm(ROWS[0], ROWS, net[0], beta=0.5)),
+    "baddbmm": (nn.ParameterList([WEIGHTS]), lambda net: torch.baddbmm(ROWS, ROWS[None], net[0][None])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNDER_AUTOCAST)
+def test_under_autocast_dtypes_are_those_of_a_plain_step(name):
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    net, x = copy.deepcopy(UNDER_AUTOCAST[name])
+    parameters = list(net.parameters())
+    for parameter in parameters:
+        nn.init.normal_(parameter, std=0.3)
+    v = directions(parameters, 1)
+
+    def output():
+        if callable(x):
+            return x(net)
+        y = net(x, x, x) if name == "attention" else net(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    def with_coefficients():
+        with taylor_mode(parameters, v, net) as mode:
+            y = output()
+            second = mode.second(y.float().sigmoid().square().sum())
+        return y, second
+
+    exact = with_coefficients()[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, (y, second) = output(), with_coefficients()
+    assert y.dtype == plain.dtype
+    torch.testing.assert_close(y, plain, rtol=0.05, atol=0.05)
+    assert second.item() == pytest.approx(exact.item(), rel=0.1, abs=0.2)
+
+
+EMPTY = {
+    "layer norm": lambda z: F.layer_norm(z, (4,)), "RMS norm": lambda z: F.rms_norm(z, (4,)),
+    "group norm": lambda z: F.group_norm(z, 2), "attention": lambda z: F.scaled_dot_product_attention(z, z, z),
+    "product": lambda z: z.T @ z, "softmax": lambda z: z.softmax(1), "linear": lambda z: F.linear(z, z),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_a_part_without_samples(name):
+    net, x = nn.Linear(4, 4), torch.ones(6, 4)
+    assert_equal(net, lambda net: EMPTY[name](net(x[:0])).sum() + net(x).exp().sum())
+
+
 def test_memory_is_flat():
     alive = LiveTensors((50, 150), collect=True)
     callback = lh.HessianRegularizer(lh.HessianTrace(method="taylor"), 1e-6)
@@ -300,16 +521,78 @@ def test_memory_is_flat():
     assert alive.counts[1] <= alive.counts[0] + 2
 
 
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Written(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.first, self.write, self.last = nn.Linear(64, 6), write, nn.Linear(6, 4)
+
+    def forward(self, x):
+        y = self.first(x.flatten(1)).tanh()
+        return self.last(self.write(y.clone(), y))
+
+
+def items(z, y):
+    z[1:, 2] = 3.0
+    z[:, 0] = y[:, 1] * y[:, 3]
+    return z
+
+
+def by_mask(z, y):
+    z[y > 0] = 0
+    return z * y
+
+
+def added(z, y):
+    z = torch.zeros_like(y)
+    z += y
+    z[1:] = y[:-1]
+    z *= y
+    return z
+
+
+def all_of_it(z, y):
+    z = torch.empty_like(y)
+    z.copy_(y)
+    z.index_add_(0, torch.arange(2), y[2:])
+    z.fill_(1.0)
+    return z * y
+
+
+def frozen_rows(z, y):
+    with torch.no_grad():
+        z[0] = 0.5
+    return z
+
+
 COMPILED = {
     "mlp": lambda: models.mlp((1, 8, 8), 4, width=8),
     "cnn": lambda: models.cnn((1, 8, 8), 4, width=8),
     "vit": lambda: models.vit((1, 8, 8), 4),
     "in place": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.LayerNorm(6), nn.ReLU(inplace=True)),
-}
+    "weight norm": lambda: nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(64, 4))),
+    **{write.__name__: lambda write=write: Written(write) for write in (items, by_mask, added, all_of_it, frozen_rows)},
+    **{name: lambda layer=layer: nn.Sequential(nn.Flatten(), nn.Linear(64, 6), layer) for name, layer in {
+        "F.tanh": Calls(F.tanh), "F.sigmoid": Calls(F.sigmoid), "Hardsigmoid": nn.Hardsigmoid(),
+        "std": Calls(lambda x: x / x.std(1, keepdim=True)), "softsign": nn.Softsign(), "logsumexp": Calls(
+            lambda x: x - x.logsumexp(1, keepdim=True)), "erf": Calls(torch.erf), "PReLU": nn.PReLU(6),
+        "SELU": nn.SELU(), "CELU": nn.CELU(0.5), "ELU": nn.ELU(0.7), "Mish": nn.Mish(),
+        "Hardswish": nn.Hardswish(), "LogSigmoid": nn.LogSigmoid(), "ReLU6": nn.ReLU6(),
+    }.items()},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(name):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     net = COMPILED[name]()
     compiled, graphs, runs = copy.deepcopy(net), [], []
@@ -337,6 +620,149 @@ def test_a_compiled_network_is_one_graph_and_is_not_compiled_again(name):
         assert relative_error(*gradient) < 1e-10
     assert len(graphs) == 2  # forward and backward
     assert len(runs) == 8
+
+
+def test_dropped_parts_of_a_probe_are_not_compiled_in():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net, graphs = models.mlp((1, 8, 8), 4, width=8).double(), []
+    compiled = copy.deepcopy(net)
+
+    def counts(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled.compile(backend=aot_autograd(fw_compiler=counts))
+    for dropped in range(4):
+        v = directions(list(net.parameters()), 2)
+        v = [[None if i % 4 == dropped else part for i, part in enumerate(each)] for each in v]
+        expected, found = (by_taylor_mode(one, image_loss, list(one.parameters()), v)[1] for one in (net, compiled))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+        gradients = [gradient_of(expected, net.parameters()), gradient_of(found, compiled.parameters())]
+        assert relative_error(*gradients) < 1e-10
+    assert len(graphs) == 2
+
+
+class Broken(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(8, 6), middle, nn.Linear(6, 4)
+        self.calls = 0
+
+    def forward(self, x):
+        return self.last(self.middle(self, self.first(x)))
+
+
+def by_item(net, y):
+    return y.tanh() * y.detach().max().item()
+
+
+def by_nonzero(net, y):
+    return F.silu(y) * len((y.detach() > 0).nonzero()) / 100
+
+
+def by_print(net, y):
+    print(end="")
+    return y.sigmoid()
+
+
+def by_branch(net, y):
+    return y.exp() if y.sum() > 0 else y.tanh()
+
+
+def by_selection(net, y):
+    return F.gelu(y) * y.detach()[y.detach() > 0].mean()
+
+
+def at_the_limit(net, y):
+    net.calls += 1
+    return y.tanh() * net.calls + (y.detach().max().item() if net.calls % 2 else y.sin())
+
+
+class Masked(nn.Module):
+    def __init__(self, inner, **settings):
+        super().__init__()
+        self.inner, self.settings = inner, settings
+
+    def forward(self, x):
+        y = self.inner(*[x] * (3 if isinstance(self.inner, nn.MultiheadAttention) else 1), **self.settings)
+        return y[0] if isinstance(y, tuple) else y
+
+
+PADDING = torch.tensor([[False] * 7 + [True], [False] * 8, [False] * 8, [True] + [False] * 7])
+BREAKS = {
+    **{
+        part.__name__: lambda part=part: Broken(part)
+        for part in (by_item, by_nonzero, by_print, by_branch, by_selection)
+    },
+    "recompile limit": lambda: Broken(at_the_limit),
+    "attention": lambda: Masked(nn.MultiheadAttention(8, 2, batch_first=True), key_padding_mask=PADDING),
+    "attention, no weights": lambda: Masked(
+        nn.MultiheadAttention(8, 2, batch_first=True), key_padding_mask=PADDING, need_weights=False
+    ),
+    "encoder": lambda: Masked(
+        nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True), src_key_padding_mask=PADDING
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_what_a_compiled_network_leaves_to_python(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = BREAKS[name]().double()
+    compiled = copy.deepcopy(net)
+    compiled.compile(backend="aot_eager")
+
+    def loss(one):
+        return one(IMAGES.double()[:, 0]).square().mean().exp()
+
+    for step in range(20 if name == "recompile limit" else 3):
+        v, found, gradient = directions(list(net.parameters()), 2), [], []
+        for one in (net, compiled):
+            task, second = by_taylor_mode(one, loss, list(one.parameters()), v)
+            found.append([task.item(), second.item()])
+            gradient.append(gradient_of(second, one.parameters()))
+            with torch.no_grad():
+                torch._foreach_mul_(list(one.parameters()), 0.99)
+        assert found[0] == pytest.approx(found[1], rel=1e-10), step
+        assert relative_error(*gradient) < 1e-10
+
+
+def through_a_view(z, y):
+    z[0] += y[1]
+    return z
+
+
+def under_a_view(z, y):
+    part = z[1:]
+    z[0] = 1.0
+    return z + part.sum()
+
+
+def into_a_part(z, y):
+    z = torch.zeros_like(y)
+    z[1:].copy_(y[1:])
+    return z
+
+
+def after_a_break(z, y):
+    part = z[1:]
+    print(end="")
+    part.mul_(y[1:])
+    return z
+
+
+@pytest.mark.parametrize("write", [through_a_view, under_a_view, into_a_part, after_a_break])
+def test_a_write_that_another_view_would_miss_is_refused_in_a_compiled_network(write):
+    torch._dynamo.reset()
+    net = Written(write).double()
+    if write is not through_a_view:  # Python's `z[0] += y` is carried, the compiler's is not
+        with pytest.raises(lh.HigherOrderError, match="was written in place"):
+            by_taylor_mode(net, image_loss, list(net.parameters()), directions(list(net.parameters()), 1))
+    net.compile(backend="aot_eager")
+    with pytest.raises(lh.HigherOrderError, match="was written in place"):
+        by_taylor_mode(net, image_loss, list(net.parameters()), directions(list(net.parameters()), 1))
 
 
 def test_manual_optimization_and_a_gradient_penalty():

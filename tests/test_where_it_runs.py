@@ -180,6 +180,25 @@ def test_the_first_look_allows_for_the_rounding_of_half_precision(monkeypatch):
         fit(smooth(dtype=torch.float32), [callback("taylor")], **settings)
 
 
+def test_lost_coefficients_are_seen_on_the_first_step_that_moves_their_parameters():
+    scripted = torch.jit.trace(torch.tanh, torch.ones(2, 16, dtype=torch.float64))
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 16), nn.Linear(4, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.last(scripted(self.first(x)) + self.second(x).tanh())
+
+    for seed in range(4):
+        module = smooth()
+        module.net = Branches().double()
+        callback = lh.HessianRegularizer(lh.HessianTrace(keep=0.2), 0.1, seed=seed)
+        with pytest.raises(lh.HigherOrderError, match="lost a part of the loss"):
+            fit(module, [callback], max_steps=20, max_epochs=-1)
+
+
 def test_central_differences_in_bfloat16_are_refused():
     with pytest.raises(MisconfigurationException, match=r"train on noise.*method='autograd'"):
         fit(Classifier(), [callback("central_difference")], precision="bf16-mixed")

@@ -35,9 +35,24 @@ def _as_strided_scatter(*args: Any, **kwargs: Any) -> str:
 
 
 def _embedding(
-    input: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any
+    input: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> str | None:
-    if max_norm is None or not weight.requires_grad:
+    if not weight.requires_grad:
+        return None
+    if scale_grad_by_freq:
+        return (
+            "looks up an embedding with scale_grad_by_freq=True. Its gradient is scaled and not the gradient of the "
+            "loss, so its derivatives are not the loss's curvature. Pass scale_grad_by_freq=False."
+        )
+    if sparse:
+        return "looks up an embedding with sparse gradients, which have no double backward. Pass sparse=False."
+    if max_norm is None:
         return None
     return (
         f"looks up an embedding with max_norm={max_norm:g}, which changes the weights in each forward pass. The "
@@ -108,7 +123,7 @@ def refuse_unsound_graph(result: Tensor | Sequence[Tensor], derivatives: int = 3
         if function is None:
             _refuse_node(node, derivatives)
         elif not function.__module__.startswith("lightning_hessian."):
-            _refuse_function(function)
+            refuse_function(function)
             custom.append(node)
     return custom
 
@@ -170,7 +185,8 @@ def _refuse_node(node: Any, derivatives: int) -> None:
         )
 
 
-def _refuse_function(function: Any) -> None:
+def refuse_function(function: Any) -> None:
+    """Refuse a custom ``torch.autograd.Function`` whose backward cannot be differentiated."""
     name: str = function.__qualname__
     if "linear_cross_entropy" in name:
         raise HigherOrderError(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.taylor.compiler import note_coefficients, stale
 
 _ATTRIBUTE = "_taylor_coefficients"
 
@@ -39,6 +39,8 @@ def attach(x: Coefficients) -> Tensor:
     """The value, with its coefficients as an attribute."""
     if not x.is_constant:
         setattr(x.value, _ATTRIBUTE, (x.first, x.second, _version(x.value)))
+        if torch.compiler.is_compiling():
+            note_coefficients(x.value)
     return x.value
 
 
@@ -47,27 +49,54 @@ def _version(tensor: Tensor) -> int:
     return -1 if torch.compiler.is_compiling() or tensor.is_inference() else tensor._version
 
 
-def written_without_gradient(tensor: Tensor) -> None:
-    """Keep the coefficients of a tensor that was written under ``torch.no_grad()``, as autograd keeps its graph."""
+def current(tensors: Iterable[Any]) -> list[Tensor]:
+    """Those tensors, and those that they are views of, that have coefficients which no write has passed by.
+
+    Under ``torch.no_grad()`` they keep them through a write, as autograd keeps its graph: :func:`renew`.
+    """
+    if torch.compiler.is_compiling():  # which does not count writes
+        return [x for x in tensors if has_coefficients(x) and isinstance(x, Tensor)]
+    wholes = [whole for x in tensors if isinstance(x, Tensor) for whole in (x, x._base) if whole is not None]
+    return [x for x in wholes if has_coefficients(x) and is_current(x, _version(x))]
+
+
+def is_current(tensor: Tensor, version: int) -> bool:
+    """Whether the coefficients, if any, are those of this version of the tensor."""
+    found = getattr(tensor, _ATTRIBUTE, None)
+    return found is None or found[2] in (-1, version)
+
+
+def renew(tensor: Tensor) -> None:
+    """Take the coefficients for those of the tensor as it is."""
     found = getattr(tensor, _ATTRIBUTE, None)
     if found is not None:
         setattr(tensor, _ATTRIBUTE, (*found[:2], _version(tensor)))
+        if torch.compiler.is_compiling():
+            note_coefficients(tensor)
 
 
 def detach(tensor: Tensor) -> None:
     """Take the coefficients off a tensor."""
-    if hasattr(tensor, _ATTRIBUTE):
+    if torch.compiler.is_compiling():  # which can set an attribute, not delete it
+        setattr(tensor, _ATTRIBUTE, None)
+    elif hasattr(tensor, _ATTRIBUTE):
         delattr(tensor, _ATTRIBUTE)
 
 
 def has_coefficients(value: Any) -> bool:
     """Whether a value is a tensor with coefficients, or a list or tuple with such a tensor in it."""
     if isinstance(value, Tensor):
-        return hasattr(value, _ATTRIBUTE)
+        return getattr(value, _ATTRIBUTE, None) is not None
     return isinstance(value, list | tuple) and any(map(has_coefficients, value))
 
 
-def coefficients_of(value: Any, directions: int) -> Coefficients:
+def counts_writes(tensor: Tensor) -> bool:
+    """Whether a tensor has coefficients that know when they are stale. In a compiled graph they do not."""
+    found = getattr(tensor, _ATTRIBUTE, None)
+    return found is not None and found[2] != -1
+
+
+def coefficients_of(value: Any, directions: int, layer: Callable[[], str] | None = None) -> Coefficients:
     """The coefficients of a tensor; zeros for a constant one.
 
     Raises:
@@ -79,11 +108,13 @@ def coefficients_of(value: Any, directions: int) -> Coefficients:
     first, second, version = found
     # The compiler must not see the count, which it would expect to be the same in the next step.
     if (now := _version(value)) != -1 and version not in (-1, now):
-        raise HigherOrderError(
-            f"A tensor of shape {tuple(value.shape)} was written in place through another view of its memory, so its "
-            "Taylor coefficients are not known. Write out of place (`x = x + y`), or use method='autograd'."
-        )
+        raise stale(value, layer)
     return Coefficients(value, first, second)
+
+
+def is_real_or_complex(x: Tensor) -> bool:
+    """Whether a tensor has a dtype with derivatives."""
+    return x.is_floating_point() or x.is_complex()
 
 
 def add(*terms: Tensor | None) -> Tensor | None:
@@ -173,6 +204,9 @@ class Call:
         inside: Callable[[], AbstractContextManager[Any]],
         layer: Callable[[], str],
     ) -> None:
+        if not args and "input" in kwargs and "condition" not in kwargs:  # the first argument, but for torch.where
+            args = (kwargs["input"],)
+            kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         self.function = function
         self.args = args
         self.kwargs = kwargs
@@ -182,7 +216,7 @@ class Call:
 
     def of(self, value: Any) -> Coefficients:
         """The coefficients of an argument."""
-        return coefficients_of(value, self.directions)
+        return coefficients_of(value, self.directions, self.layer)
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """An argument by its position or its name."""

@@ -30,6 +30,19 @@ def elementwise(derivatives: Derivatives, x: Coefficients) -> Coefficients:
     return Coefficients(y0, tuple(None if x1 is None else next(ys) for x1 in x.first), y2)
 
 
+def with_pole(derivatives: Derivatives, x: Coefficients) -> Coefficients:
+    """The same for an f whose derivatives are infinite at 0: an x that rests there has zero coefficients, not 0 * inf.
+
+    The value keeps its own derivative, as autograd has it.
+    """
+    rests = x.value == 0
+    for part in (*x.first, x.second):
+        if part is not None:
+            rests = rests & (part == 0)
+    elsewhere = elementwise(derivatives, x._replace(value=torch.where(rests, 1, x.value)))
+    return Coefficients(next(iter(derivatives(x.value))), *elsewhere[1:])
+
+
 class _Elementwise(RuleFunction):
     """Saves x0, x1 and x2 only; the derivatives are computed again in the backward pass."""
 
@@ -154,9 +167,11 @@ def _exp(x: Tensor) -> Any:
     return y, y, y, y
 
 
-def _log(x: Tensor) -> Any:
-    r = 1 / x
-    return x.log(), r, -r * r, 2 * r * r * r
+def _log(x: Tensor) -> Iterator[Tensor]:
+    yield x.log()
+    yield (r := 1 / x)
+    yield -r * r
+    yield 2 * r * r * r
 
 
 def _sin(x: Tensor) -> Any:
@@ -169,44 +184,96 @@ def _cos(x: Tensor) -> Any:
     return c, -s, -c, s
 
 
-def _reciprocal(x: Tensor) -> Any:
-    r = 1 / x
-    return r, -r * r, 2 * r**3, -6 * r**4
+def _reciprocal(x: Tensor) -> Iterator[Tensor]:
+    yield (r := 1 / x)
+    yield -r * r
+    yield 2 * r**3
+    yield -6 * r**4
+
+
+def _erf(x: Tensor) -> Any:
+    f1 = torch.exp(-x * x) * (2 / math.sqrt(math.pi))
+    f2 = -2 * x * f1
+    return x.erf(), f1, f2, -2 * (f1 + x * f2)
+
+
+def _logsigmoid(x: Tensor) -> Any:
+    s = torch.sigmoid(-x)
+    f2 = s * (s - 1)
+    return F.logsigmoid(x), s, f2, f2 * (2 * s - 1)
+
+
+def _selu(x: Tensor) -> Any:
+    alpha, scale = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946
+    return exponential_unit(F.selu, scale * alpha, 1, scale)(x)
+
+
+def exponential_unit(function: Callable[[Tensor], Tensor], height: float, rate: float, slope: float) -> Derivatives:
+    """x -> slope x where x > 0, height (exp(rate x) - 1) elsewhere."""
+
+    def derivatives(x: Tensor) -> Any:
+        is_linear = x > 0
+        f1 = height * rate * torch.exp(rate * x.masked_fill(is_linear, 0))  # no overflow where it is not used
+        f2 = (rate * f1).masked_fill(is_linear, 0)
+        return function(x), f1.masked_fill(is_linear, slope), f2, rate * f2
+
+    return derivatives
 
 
 def _square(x: Tensor) -> Any:
     return x * x, 2 * x, torch.full_like(x, 2.0), torch.zeros_like(x)
 
 
-def _sqrt(x: Tensor) -> Any:
-    y = x.sqrt()
-    f1 = 0.5 / y
-    f2 = -0.5 * f1 / x
-    return y, f1, f2, -1.5 * f2 / x
+def _sqrt(x: Tensor) -> Iterator[Tensor]:
+    yield (y := x.sqrt())
+    yield (f1 := 0.5 / y)
+    yield (f2 := -0.5 * f1 / x)
+    yield -1.5 * f2 / x
 
 
-def _rsqrt(x: Tensor) -> Any:
-    y = x.rsqrt()
+def _rsqrt(x: Tensor) -> Iterator[Tensor]:
+    yield (y := x.rsqrt())
     r = 1 / x
-    f1 = -0.5 * y * r
-    f2 = -1.5 * f1 * r
-    return y, f1, f2, -2.5 * f2 * r
+    yield (f1 := -0.5 * y * r)
+    yield (f2 := -1.5 * f1 * r)
+    yield -2.5 * f2 * r
 
 
-def safe_sqrt(x: Tensor) -> Any:
-    """The root of a sum of squares: where that is zero the derivatives are zero, as autograd has it for a norm."""
-    is_zero = x == 0
-    return tuple(torch.where(is_zero, 0, part) for part in _sqrt(torch.where(is_zero, 1, x)))
+def without_pole(root: Derivatives) -> Derivatives:
+    """A root of a sum of powers: where that is zero the derivatives are zero, as autograd has it for a norm."""
+
+    def derivatives(x: Tensor) -> Iterator[Tensor]:
+        is_zero = x == 0
+        for part in root(torch.where(is_zero, 1, x)):
+            yield torch.where(is_zero, 0, part)
+
+    return derivatives
+
+
+safe_sqrt = without_pole(_sqrt)
+
+
+def bounded_log(x: Tensor) -> Any:
+    """log x, bounded as in PyTorch's binary cross entropy, and so are its derivatives."""
+    f1 = (1 - x) / (x * (1 - x)).clamp_min(1e-12)
+    return x.log().clamp_min(-100), f1, -f1 * f1, 2 * f1 * f1 * f1
+
+
+def bounded_log_of_rest(x: Tensor) -> Any:
+    """log (1 - x), likewise."""
+    f1 = -x / (x * (1 - x)).clamp_min(1e-12)
+    return (1 - x).log().clamp_min(-100), f1, -f1 * f1, 2 * f1 * f1 * f1
 
 
 def power(exponent: float) -> Derivatives:
     """x -> x^n and its derivatives."""
     n = exponent
 
-    def derivatives(x: Tensor) -> Any:
+    def derivatives(x: Tensor) -> Iterator[Tensor]:
         falling = [1.0, n, n * (n - 1), n * (n - 1) * (n - 2)]
-        # 0 * inf: a derivative that vanishes identically is zero also where x is.
-        return tuple(torch.zeros_like(x) if factor == 0 else factor * x ** (n - k) for k, factor in enumerate(falling))
+        for k, factor in enumerate(falling):
+            # 0 * inf: a derivative that vanishes identically is zero also where x is.
+            yield torch.zeros_like(x) if factor == 0 else factor * x ** (n - k)
 
     return derivatives
 
@@ -214,8 +281,13 @@ def power(exponent: float) -> Derivatives:
 FORMULAS: dict[str, Derivatives] = {
     "tanh": _tanh, "sigmoid": _sigmoid, "silu": _silu, "exp": _exp, "log": _log, "sin": _sin, "cos": _cos,
     "reciprocal": _reciprocal, "square": _square, "sqrt": _sqrt, "rsqrt": _rsqrt,
+    "erf": _erf, "logsigmoid": _logsigmoid, "selu": _selu,
 }  # fmt: skip
 """Functions of one tensor without further arguments, by their names in torch, torch.Tensor and torch.nn.functional."""
+
+
+POLES = {"log", "reciprocal", "sqrt", "rsqrt"}
+"""Those whose derivatives are infinite at 0."""
 
 
 def softplus(beta: float, threshold: float) -> Derivatives:

@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.func import jvp
 
 from lightning_hessian.curvature.errors import HigherOrderError
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add, has_coefficients, nonzero
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    add,
+    has_coefficients,
+    is_real_or_complex,
+    nonzero,
+)
 
 OTHERWISE = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
 
@@ -56,7 +63,8 @@ def body_number(function: Any) -> int:
 WRONG = {
     "_batch_norm_with_update", "_native_batch_norm_legit", "native_batch_norm", "native_layer_norm",
     "native_group_norm", "linalg_householder_product", "scatter_reduce", "scatter_reduce_", "linalg_eigh",
-    "linalg_eigvalsh", "_safe_softmax.default", "renorm", "dist", "linalg_matrix_norm", "linalg_vector_norm", "norm",
+    "linalg_eigvalsh", "linalg_eig", "linalg_eigvals",
+    "_safe_softmax.default", "renorm", "dist", "linalg_matrix_norm", "linalg_vector_norm", "norm",
     "linalg_norm", "triplet_margin_loss", "cosine_embedding_loss", "linalg_svd", "svd",
     "as_strided", "as_strided_copy", "as_strided_", "linalg_polar", "linalg_matrix_sqrth",
     "linalg_lstsq",
@@ -64,7 +72,7 @@ WRONG = {
 """Functions whose forward-mode derivatives are wrong at second order, not finite, or cannot be differentiated again
 (pytorch#196700, #196699, and the walk through PyTorch's operators in the tests)."""
 
-WRONG_FOR_COMPLEX = {"linalg_slogdet", "slogdet", "logdet", "std", "std_mean", "pairwise_distance"}
+WRONG_FOR_COMPLEX = {"linalg_slogdet", "slogdet", "logdet", "std", "std_mean", "pairwise_distance", "sgn"}
 
 
 def by_forward_mode(call: Call, name: str | None = None) -> Any:
@@ -112,8 +120,7 @@ def _along(call: Call, moving: list[Tensor], p: int, name: str) -> Any:
             return value
 
         result = call.function(*moved(tuple(call.args)), **{key: moved(value) for key, value in call.kwargs.items()})
-        # What is no floating-point tensor is constant.
-        flat = [y for y in _leaves(result) if isinstance(y, Tensor) and y.is_floating_point()]
+        flat = [y for y in _leaves(result) if isinstance(y, Tensor) and is_real_or_complex(y)]  # others are constant
         return tuple(flat), result
 
     zero = torch.zeros((), dtype=_real(moving[0]), device=moving[0].device)
@@ -147,7 +154,7 @@ def _collected(results: list[Any]) -> Any:
     )
 
     def filled(part: Any) -> Any:
-        if isinstance(part, Tensor) and part.is_floating_point():
+        if isinstance(part, Tensor) and is_real_or_complex(part):
             return next(found)
         if isinstance(part, list | tuple):
             parts = [filled(one) for one in part]
@@ -155,20 +162,6 @@ def _collected(results: list[Any]) -> Any:
         return part
 
     return filled(template)
-
-
-def custom_function(call: Call, cls: Any) -> Any:
-    """The coefficients of what a custom ``torch.autograd.Function`` returns, by its ``jvp``.
-
-    Raises:
-        HigherOrderError: it has none.
-    """
-    if cls.jvp is torch.autograd.Function.jvp:
-        raise HigherOrderError(
-            f"The custom function {cls.__name__} (called in {call.layer()}) has no `jvp`, so Taylor coefficients "
-            f"cannot pass it. Define its `jvp` (and `setup_context`). {OTHERWISE}"
-        )
-    return by_forward_mode(call, f"{cls.__name__}.apply")
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -69,7 +69,7 @@ def extremum_rule(call: Call) -> Any:
 def _evenly(call: Call, value: Tensor, dim: Any, keepdim: bool) -> Coefficients:
     x = call.of(call.args[0])
     dims = list(range(x.value.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-    whole = value if keepdim else x.value.detach().new_tensor(0).expand(x.value.shape)
+    whole = value
     if not keepdim:
         shape = [1 if i in [d % max(1, x.value.dim()) for d in dims] else n for i, n in enumerate(x.value.shape)]
         whole = value.reshape(shape)
@@ -152,14 +152,6 @@ def clamp_rule(call: Call) -> Any:
     if high is not None:
         inside &= x.value <= high
     return Coefficients(call.function(*call.args, **call.kwargs), *linear(lambda t: t * inside, x)[1:])
-
-
-def clamp_min_rule(call: Call) -> Any:
-    return clamp_rule(call.other(torch.clamp, (call.args[0], call.argument(1, "min")), {}))
-
-
-def clamp_max_rule(call: Call) -> Any:
-    return clamp_rule(call.other(torch.clamp, (call.args[0], None, call.argument(1, "max")), {}))
 
 
 POOLING = {

@@ -12,13 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hessian.curvature.errors import HigherOrderError
-from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, attach, detach, has_coefficients
+from lightning_hessian.curvature.taylor.coefficients import (
+    Call,
+    Coefficients,
+    attach,
+    counts_writes,
+    detach,
+    has_coefficients,
+    is_current,
+    renew,
+)
+from lightning_hessian.curvature.taylor.compiler import check_writes, note_constant, note_write, stale
 
 _OPERATORS = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imatmul__"}
 _NO_WRITE = {"requires_grad_", "retain_grad_", "dropout_"}
 _RESHAPES = {
     "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_", "resize_as_",
     "set_",
+}  # fmt: skip
+_RANDOM_FILLS = {
+    "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_",
 }  # fmt: skip
 _CONSTANT_MARK = "_taylor_constant"
 
@@ -32,30 +45,53 @@ class Writes:
 
     def __init__(self) -> None:
         self._written: dict[int, Any] = {}
+        self._view: tuple[Tensor, int, bool] | None = None
+        """The view that was written last, the version of its memory before, and whether that was written already."""
 
-    def check(self, values: Any) -> None:
+    def check(self, values: Any, layer: Callable[[], str]) -> None:
         """Refuse tensors among the arguments that a write in place has passed by.
 
         Raises:
             HigherOrderError: there is one.
         """
-        if not self._written or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            check_writes(values)
+            return
+        if not self._written or self._is_stored_back(*values[0]):
             return
         for x in _tensors(values):
-            if has_coefficients(x) or getattr(x, _CONSTANT_MARK, None) == _version(x):
+            if counts_writes(x) or getattr(x, _CONSTANT_MARK, None) == _version(x):
                 continue
             if x.layout == torch.strided and x.untyped_storage()._cdata in self._written:
-                raise HigherOrderError(
-                    f"A tensor of shape {tuple(x.shape)} shares its memory with a tensor that was written in place, so "
-                    "its Taylor coefficients are not known. Write out of place (`x = x + y`), or take the view after "
-                    "the write. Or use method='autograd'."
-                )
+                raise stale(x, layer)
+
+    def _is_stored_back(self, *args: Any) -> bool:
+        """Whether x[index] = view stores back the view that was written last: ``x[index] += y`` does so.
+
+        The coefficients of x are then known, as they were before that write: it was to entries that are stored now.
+        """
+        if self._view is None or len(args) != 3 or args[2] is not self._view[0]:
+            return False
+        x, index, view = args
+        _, before, was_written = self._view
+        if not isinstance(x, Tensor) or view._base is not (x if x._base is None else x._base):
+            return False
+        if _version(view) != before + 1 or not is_current(x, before):
+            return False
+        if was_written and not has_coefficients(x):
+            return False
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            place = x[index]
+        return (place.data_ptr(), place.shape, place.stride()) == (view.data_ptr(), view.shape, view.stride())
 
     def mark_constant(self, result: Any) -> None:
         """Results without a gradient (detached, or under ``torch.no_grad()``) are constants, whatever their memory."""
         for x in _tensors(result):
             if not isinstance(x, torch.nn.Parameter):
-                setattr(x, _CONSTANT_MARK, _version(x))
+                if torch.compiler.is_compiling():
+                    note_constant(x)
+                else:
+                    setattr(x, _CONSTANT_MARK, _version(x))
 
     def write(self, call: Call, compute: Callable[[Call], Any]) -> Any:
         """Run a call that writes in place: compute it out of place, and copy values and coefficients.
@@ -70,12 +106,22 @@ class Writes:
         target = call.args[0]
         if call.kwargs.get("out") is not None or not isinstance(target, Tensor):
             raise _unknown(call)
-        name = getattr(call.function, "__name__", "")
+        name, none = getattr(call.function, "__name__", ""), (None,) * call.directions
         if name in _RESHAPES:
             raise _unknown(call)
-        if name in ("zero_", "fill_") and not has_coefficients((*call.args[1:], *call.kwargs.values())):
+        if name == "detach_":
+            target.detach_()
+            detach(target)
+            self.mark_constant(target)
+            return target
+        version = -1 if torch.compiler.is_compiling() else _version(target)
+        if name == "__setitem__" and version != -1 and self._is_stored_back(*call.args):
+            renew(target)
+        if name in _RANDOM_FILLS:
+            result = Coefficients(call.function(target.detach().clone(), *call.args[1:], **call.kwargs), none, None)
+        elif name in ("zero_", "fill_") and not has_coefficients((*call.args[1:], *call.kwargs.values())):
             filled = call.function(target.clone(), *call.args[1:], **call.kwargs)
-            result = Coefficients(filled, (None,) * call.directions, None)
+            result = Coefficients(filled, none, None)
         elif name == "__setitem__":
             result = _with_item(call)
         else:
@@ -89,11 +135,15 @@ class Writes:
         if result.value.shape != target.shape:
             raise _unknown(call)
         target.copy_(result.value)
-        if result.is_constant:  # else they are replaced: the compiler can set an attribute, not delete it
+        if result.is_constant:
             detach(target)
+            self.mark_constant(target)
         attach(Coefficients(target, *(_like(x, target) for x in (result.first, result.second))))
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            note_write(target)
+        else:
             storage = target.untyped_storage()
+            self._view = None if target._base is None else (target, version, storage._cdata in self._written)
             self._written[storage._cdata] = storage
         return None if name == "__setitem__" else target
 
@@ -173,8 +223,8 @@ def _unknown(call: Call) -> HigherOrderError:
     name = getattr(call.function, "__name__", repr(call.function))
     where = "into `out`" if call.kwargs.get("out") is not None else "in place"
     return HigherOrderError(
-        f"The layer {call.layer()} calls {name}, which writes {where}, and Taylor coefficients cannot follow it. Write "
-        "out of place, or use method='autograd'."
+        f"The operation {name} (called in {call.layer()}) writes {where}, and Taylor coefficients cannot follow it. "
+        "Write out of place, or use method='autograd'."
     )
 
 

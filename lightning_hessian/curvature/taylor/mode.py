@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from lightning_hessian.curvature import refusals
@@ -24,11 +26,14 @@ from lightning_hessian.curvature.taylor.coefficients import (
     RuleFunction,
     attach,
     coefficients_of,
+    current,
     detach,
     has_coefficients,
-    written_without_gradient,
+    renew,
 )
-from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode, custom_function
+from lightning_hessian.curvature.taylor.compiler import never_compile_alone, show_all_operations
+from lightning_hessian.curvature.taylor.custom_functions import custom_function
+from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
 from lightning_hessian.curvature.taylor.rules import FOR_COMPLEX, IS_CONSTANT, NO_RULE, RULE_LIST, rule_number
 from lightning_hessian.curvature.taylor.sharded import ShardedParameters, passed_through
@@ -92,6 +97,7 @@ class taylor_mode(TorchFunctionMode):
     def __enter__(self) -> taylor_mode:
         if self._module is not None:
             refusals.refuse_layers(self._module)
+        show_all_operations()
         with ExitStack() as stack:
             stack.enter_context(checkpoints_recomputed_in(self._module, self._recomputing))
             stack.enter_context(self._active())
@@ -107,8 +113,11 @@ class taylor_mode(TorchFunctionMode):
     def _active(self) -> Iterator[None]:
         """Inside, the parameters have their coefficients, and operations carry coefficients along."""
         with ExitStack() as stack:
+            fill = any(part is None for parts in self.parts for part in parts) and _has_compiled_parts(self._module)
             for tensor, parts in zip(self.tensors, self.parts, strict=True):
                 if not is_dtensor(tensor):
+                    if fill:  # which parts are zero changes from step to step, and would be compiled in
+                        parts = tuple(torch.zeros_like(tensor) if part is None else part for part in parts)
                     attach(Coefficients(tensor, parts, None))
                     stack.callback(detach, tensor)
             stack.enter_context(self._sharded.active(self.directions))
@@ -140,17 +149,25 @@ class taylor_mode(TorchFunctionMode):
         if self._recomputes and func is Tensor.add_ and counts_batches(args[0]):
             return args[0]
         number = rule_number(func)
+        if not torch.compiler.is_compiling() and number != IS_CONSTANT and _in_a_transform((args, kwargs)):
+            raise HigherOrderError(
+                f"{self._layer()} runs inside a transform (torch.vmap, torch.func, forward-mode derivatives), which "
+                "Taylor coefficients cannot pass. Write the batch dimension out, or use method='autograd'."
+            )
         if number == IS_CONSTANT or not (has_coefficients(args) or has_coefficients(tuple(kwargs.values()))):
-            self._writes.check((args, kwargs))
+            self._writes.check((args, kwargs), self._layer)
+            kept = [] if torch.is_grad_enabled() else current(args)
             result = func(*args, **kwargs)
+            for x in kept:
+                renew(x)
             if func is Tensor.detach:
                 self._writes.mark_constant(result)
             return result
         if not torch.is_grad_enabled():
+            kept = current((*args, *kwargs.values()))
             result = func(*args, **kwargs)
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, Tensor):
-                    written_without_gradient(value)
+            for x in kept:
+                renew(x)
             if not has_coefficients(result):
                 self._writes.mark_constant(result)
             return result
@@ -160,7 +177,7 @@ class taylor_mode(TorchFunctionMode):
         call = Call(func, args, kwargs, self.directions, self._again, self._layer)
         if name == "__get__":
             return func(*args) if number == NO_RULE else self._attached(RULE_LIST[number](call))
-        self._writes.check((args, kwargs))
+        self._writes.check((args, kwargs), self._layer)
         if number == NO_RULE and (wrong := _what_is_wrong(call)) is not None:
             raise HigherOrderError(f"{self._layer()} {wrong}")
         if is_in_place(call):
@@ -208,6 +225,29 @@ class taylor_mode(TorchFunctionMode):
         return result
 
 
+never_compile_alone(taylor_mode.__torch_function__.__code__)
+
+
+def _has_compiled_parts(module: nn.Module | None) -> bool:
+    if module is None or "torch._dynamo" not in sys.modules:
+        return False
+    # By `module.compile()`, by Lightning, and by `torch.compile(module)`.
+    names = ("_compiled_call_impl", "_compiler_ctx", "_orig_mod")
+    return any(getattr(part, name, None) is not None for part in module.modules() for name in names)
+
+
+def _in_a_transform(values: Any) -> bool:
+    """Whether a tensor that has coefficients, or wraps one that has, is used inside a transform of PyTorch."""
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return False
+    if isinstance(values, Tensor):
+        while torch._C._functorch.is_functorch_wrapped_tensor(values):
+            values = torch._C._functorch.get_unwrapped(values)
+        return has_coefficients(values)
+    parts = values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ()
+    return any(map(_in_a_transform, parts))
+
+
 def _what_is_wrong(call: Call) -> str | None:
     check = refusals.CALLS.get(call.function)
     return None if check is None else check(*call.args, **call.kwargs)
@@ -234,6 +274,7 @@ def _custom_functions_seen(mode: taylor_mode) -> Iterator[None]:
             return passed_through(run, args, mode.directions)
         return mode._attached(custom_function(Call(run, args, kwargs, mode.directions, mode._again, mode._layer), cls))
 
+    never_compile_alone(apply.__code__)
     torch.autograd.Function.apply = classmethod(apply)
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ class _Normal:
         dr0 = dr0 - 1.5 * square * self.u2 * dr2
         for u, d in zip(self.u1, dr1, strict=True):
             dr0 = dr0 + 3.75 * square * square * u * u * dr2 - 1.5 * square * u * d
-        size = self.c0.numel() / self.r0.numel()
+        size = math.prod(self.c0.shape[dim] for dim in self.dims)
         du0, du2 = -cube * dr0 / size, -cube * dr2 / size
         du1 = [(3 * cube * square * u * dr2 - cube * d) / size for u, d in zip(self.u1, dr1, strict=True)]
         # ... and to c.
@@ -231,7 +232,7 @@ def rms_norm(call: Call, x: Tensor, shape: Any, weight: Any = None, eps: float |
 
 def group_norm(call: Call, x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     def grouped(t: Tensor) -> Tensor:
-        return t.reshape(len(t), groups, -1)
+        return t.reshape(len(t), groups, math.prod(t.shape[1:]) // groups)
 
     normal, _, _ = normalize(linear(grouped, _wide(call.of(x))), [-1], eps)
     y = linear(lambda t: t.view(x.shape), normal)

@@ -16,6 +16,8 @@ def matmul(a: Coefficients, b: Coefficients) -> Coefficients:
     a, b = _in_autocast_dtype(a), _in_autocast_dtype(b)
     shape, other = a.value.shape, b.value.shape
     is_stack = len(shape) >= 3 and shape[:-2] == other[:-2]
+    if a.value.layout != torch.strided or b.value.layout != torch.strided:
+        return bilinear(torch.matmul, a, b)
     if torch.compiler.is_compiling() or a.value.is_complex() or b.value.is_complex() or a.value.dtype != b.value.dtype:
         return bilinear(torch.matmul, a, b)
     if is_stack:
@@ -23,7 +25,7 @@ def matmul(a: Coefficients, b: Coefficients) -> Coefficients:
         a, b = (linear(lambda t: t.reshape(count, *t.shape[-2:]), x) for x in (a, b))
         return linear(lambda t: t.view(*shape[:-1], other[-1]), _product(a, b, None))
     if len(shape) >= 2 and len(other) == 2:
-        rows = linear(lambda t: t.reshape(-1, shape[-1]), a)
+        rows = linear(_rows, a)
         return linear(lambda t: t.view(*shape[:-1], other[-1]), _product(rows, b, None))
     return bilinear(torch.matmul, a, b)
 
@@ -31,15 +33,25 @@ def matmul(a: Coefficients, b: Coefficients) -> Coefficients:
 def linear_layer(x: Coefficients, weight: Coefficients, bias: Coefficients | None) -> Coefficients:
     """x W' + b."""
     transposed = linear(lambda t: t.t(), weight)
-    fits = x.value.dim() >= 2 and weight.value.dim() == 2 and x.value.dtype == weight.value.dtype
+    fits = (
+        x.value.layout == torch.strided
+        and x.value.dim() >= 2
+        and weight.value.dim() == 2
+        and x.value.dtype == weight.value.dtype
+    )
     if bias is None or bias.second is not None or not fits or x.value.is_complex() or torch.compiler.is_compiling():
         product = matmul(x, transposed)
-        return product if bias is None else total(product, bias)
+        dtype = product.value.dtype  # as autocast has it
+        return product if bias is None else total(product, linear(lambda t: t.to(dtype), bias))
     shape = x.value.shape
-    rows = linear(lambda t: t.reshape(-1, shape[-1]), x)
+    rows = linear(_rows, x)
     rows, transposed, bias = map(_in_autocast_dtype, (rows, transposed, bias))
     y = _product(rows, transposed, bias)
     return linear(lambda t: t.view(*shape[:-1], t.shape[-1]), y)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 is ambiguous where a dimension is 0
 
 
 def _in_autocast_dtype(x: Coefficients) -> Coefficients:

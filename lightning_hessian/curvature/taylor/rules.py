@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_hessian.curvature import refusals
+from lightning_hessian.curvature.errors import HigherOrderError
 from lightning_hessian.curvature.taylor import gathers, losses, norms, products
 from lightning_hessian.curvature.taylor import softmax as softmax_rules
 from lightning_hessian.curvature.taylor.coefficients import (
@@ -18,12 +21,25 @@ from lightning_hessian.curvature.taylor.coefficients import (
     add,
     bilinear,
     has_coefficients,
+    is_real_or_complex,
     linear,
     scaled,
     stacked,
     total,
 )
-from lightning_hessian.curvature.taylor.elementwise import FORMULAS, elementwise, gelu, power, safe_sqrt, softplus
+from lightning_hessian.curvature.taylor.elementwise import (
+    FORMULAS,
+    POLES,
+    elementwise,
+    exponential_unit,
+    gelu,
+    power,
+    safe_sqrt,
+    softplus,
+    with_pole,
+    without_pole,
+)
+from lightning_hessian.curvature.taylor.fallback import OTHERWISE, by_forward_mode
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -65,15 +81,19 @@ def view_rule(call: Call) -> Any:
 
 
 def several(f: Callable[[Tensor], Any], x: Coefficients) -> Any:
-    """The coefficients of a linear f that may return several tensors."""
+    """The coefficients of a linear f that may return several tensors; integers among them are constants."""
     values = f(x.value)
     if isinstance(values, Tensor):
+        if not is_real_or_complex(values):
+            return Coefficients(values, (None,) * len(x.first), None)
         first_parts = tuple(None if x1 is None else f(x1) for x1 in x.first)
         return Coefficients(values, first_parts, None if x.second is None else f(x.second))
     first = [None if x1 is None else f(x1) for x1 in x.first]
     second = None if x.second is None else f(x.second)
     return type(values)(
         Coefficients(value, tuple(None if y is None else y[i] for y in first), None if second is None else second[i])
+        if is_real_or_complex(value)
+        else value
         for i, value in enumerate(values)
     )
 
@@ -85,7 +105,7 @@ def jointly_linear_rule(call: Call) -> Any:
         """The k-th x1, or x2 (None), in the place of every tensor."""
         if isinstance(value, list | tuple):
             return type(value)(at(k, part) for part in value)
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not isinstance(value, Tensor) or not is_real_or_complex(value):
             return value
         x = call.of(value)
         part = x.second if k is None else x.first[k]
@@ -137,6 +157,12 @@ def sub_rule(call: Call) -> Coefficients:
     return _sum(call, -1)
 
 
+def rsub_rule(call: Call) -> Coefficients:
+    """other - alpha x."""
+    kwargs = {name: value for name, value in call.kwargs.items() if name == "alpha"}
+    return sub_rule(call.other(torch.sub, (call.argument(1, "other"), call.args[0]), kwargs))
+
+
 def _sum(call: Call, sign: int) -> Coefficients:
     a, b = call.args[0], call.argument(1, "other")
     factor = sign * call.kwargs.get("alpha", 1)
@@ -158,7 +184,7 @@ def div_rule(call: Call) -> Any:
         return NotImplemented
     if not has_coefficients(b):
         return linear(lambda t: t / b, call.of(a))
-    inverse = elementwise(FORMULAS["reciprocal"], call.of(b))
+    inverse = with_pole(FORMULAS["reciprocal"], call.of(b))
     quotient = bilinear(torch.mul, call.of(a), inverse)
     return Coefficients(a / b, *quotient[1:])
 
@@ -169,14 +195,16 @@ def pow_rule(call: Call) -> Any:
         return NotImplemented
     if exponent == 2:
         return elementwise(FORMULAS["square"], call.of(x))
-    return elementwise(power(float(exponent)), call.of(x))
+    apply = elementwise if exponent in (0, 1) or exponent >= 3 else with_pole
+    return apply(power(float(exponent)), call.of(x))
 
 
 def elementwise_rule(name: str) -> Rule:
     def rule(call: Call) -> Any:
         x = call.of(call.argument(0, "input"))
-        return NotImplemented if x.value.is_complex() else elementwise(FORMULAS[name], x)
+        return NotImplemented if x.value.is_complex() else apply(FORMULAS[name], x)
 
+    apply = with_pole if name in POLES else elementwise
     return rule
 
 
@@ -187,6 +215,19 @@ def softplus_rule(call: Call) -> Coefficients:
 
 def gelu_rule(call: Call) -> Coefficients:
     return elementwise(gelu(call.argument(1, "approximate", "none")), call.of(call.argument(0, "input")))
+
+
+def elu_rule(call: Call) -> Any:
+    if len(call.args) > 2 or call.kwargs.keys() & {"scale", "input_scale"}:
+        return NotImplemented
+    alpha = call.argument(1, "alpha", 1.0)
+    return elementwise(exponential_unit(lambda x: F.elu(x, alpha), alpha, 1, 1), call.of(call.argument(0, "input")))
+
+
+def celu_rule(call: Call) -> Any:
+    alpha = call.argument(1, "alpha", 1.0)
+    unit = exponential_unit(lambda x: F.celu(x, alpha), alpha, 1 / alpha, 1)
+    return elementwise(unit, call.of(call.argument(0, "input")))
 
 
 def linear_layer_rule(call: Call) -> Coefficients:
@@ -206,7 +247,8 @@ def convolution_rule(spatial: int) -> Rule:
         )
         if bias.value is None:
             return product
-        return total(product, linear(lambda t: t.view(-1, *[1] * spatial), bias))
+        dtype = product.value.dtype  # as autocast has it
+        return total(product, linear(lambda t: t.to(dtype).view(-1, *[1] * spatial), bias))
 
     return rule
 
@@ -238,6 +280,8 @@ def _through(
 
 def embedding_rule(call: Call) -> Any:
     """Linear in the table; the row of ``padding_idx`` is a constant."""
+    if (wrong := refusals.CALLS[F.embedding](*call.args, **call.kwargs)) is not None:
+        raise HigherOrderError(f"{call.layer()} {wrong}")
     indices, weight = call.argument(0, "input"), call.argument(1, "weight")
     padding = call.argument(2, "padding_idx")
     value = call.function(*call.args, **call.kwargs)
@@ -251,6 +295,17 @@ def embedding_rule(call: Call) -> Any:
 
     x = call.of(weight)
     return Coefficients(value, tuple(map(looked_up, x.first)), looked_up(x.second))
+
+
+def low_level_embedding_rule(call: Call) -> Any:
+    """torch.embedding, whose arguments have another order, and a ``padding_idx`` of -1 for none."""
+    padding = call.argument(2, "padding_idx", -1)
+    kwargs = {
+        "padding_idx": None if padding < 0 else padding,
+        "scale_grad_by_freq": call.argument(3, "scale_grad_by_freq", False),
+        "sparse": call.argument(4, "sparse", False),
+    }
+    return embedding_rule(call.other(F.embedding, (call.argument(1, "indices"), call.argument(0, "weight")), kwargs))
 
 
 def where_rule(call: Call) -> Any:
@@ -298,22 +353,35 @@ def addmm_rule(call: Call) -> Any:
     c, a, b = map(call.of, call.args)
     beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
     product = products.matmul(a, b)
-    return total(linear(lambda t: beta * t, c), product if alpha == 1 else linear(lambda t: alpha * t, product))
+    dtype = product.value.dtype  # as autocast has it
+    start = linear(lambda t: beta * t.to(dtype), c)
+    return total(start, product if alpha == 1 else linear(lambda t: alpha * t, product))
 
 
 def norm_rule(call: Call) -> Any:
-    """The L2 norm, over all or some dimensions."""
+    """The p-norm, over all or some dimensions, for p = 1, infinity, or at least 2."""
     name = call.function.__name__
     order = call.argument(1, "p" if name == "norm" else "ord", 2)
-    if order not in (2, 2.0, None, "fro") or call.kwargs.get("dtype") is not None:
+    order = 2 if order is None or order == "fro" else order
+    known = isinstance(order, int | float) and (order == 1 or order >= 2)  # others are not smooth at 0
+    if not known or call.kwargs.get("dtype") is not None:
         return NotImplemented
     x = call.of(call.argument(0, "x" if name == "linalg_vector_norm" else "input"))
     dim, keepdim = call.argument(2, "dim"), call.argument(3, "keepdim", False)
     is_matrix = x.value.dim() == 2 if dim is None else not isinstance(dim, int) and len(dim) == 2
-    if name == "linalg_norm" and order in (2, 2.0) and is_matrix:
-        return NotImplemented  # the largest singular value
+    if name == "linalg_norm" and is_matrix and call.argument(1, "ord") not in (None, "fro"):
+        return NotImplemented  # the norm of an operator
     if x.value.is_complex() or (dim is None and keepdim):
         return NotImplemented
+    if order != 2:
+        across = {} if dim is None else {"dim": dim, "keepdim": keepdim}
+        with call.inside():
+            size = call.argument(0, "x").abs()
+            if order == 1:
+                return size.sum(**across)
+            if order == math.inf:
+                return size.amax(**across)
+            return elementwise(without_pole(power(1 / order)), call.of(size.pow(order).sum(**across)))
     squares = elementwise(FORMULAS["square"], x)
     summed = linear(lambda t: t.sum() if dim is None else t.sum(dim, keepdim=keepdim), squares)
     return elementwise(safe_sqrt, summed)
@@ -329,13 +397,54 @@ def composed(body: Callable[..., Any]) -> Rule:
     return rule
 
 
-def _std(*args: Any, **kwargs: Any) -> Tensor:
-    return torch.sqrt(torch.var(*args, **kwargs))
+def _mish(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * torch.tanh(F.softplus(input))
 
 
-def _std_mean(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(*args, **kwargs)
-    return torch.sqrt(variance), mean
+def _hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    return input * (input + 3).clamp(0, 6) / 6
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Tensor:
+    each = weight.view(-1, *[1] * (input.dim() - 2)) if weight.numel() > 1 and input.dim() > 1 else weight
+    return torch.where(input > 0, input, each * input)
+
+
+def _logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    largest = input.detach().amax(dim, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0)
+    found = (input - largest).exp().sum(dim, keepdim=True).log() + largest
+    return found if keepdim else found.sum(dim)
+
+
+def _var(
+    input: Tensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = None
+) -> Any:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    difference = input - input.mean(dim, keepdim=True)
+    summed = (difference * difference).sum(dim, keepdim=keepdim)
+    count = input.numel() // max(summed.numel(), 1)
+    return summed / max(0, count - (int(unbiased) if correction is None else correction))
+
+
+def std_rule(call: Call) -> Coefficients:
+    with call.inside():
+        return elementwise(safe_sqrt, call.of(torch.var(*call.args, **call.kwargs)))
+
+
+def std_mean_rule(call: Call) -> tuple[Coefficients, Coefficients]:
+    with call.inside():
+        variance, mean = map(call.of, torch.var_mean(*call.args, **call.kwargs))
+    return elementwise(safe_sqrt, variance), mean
+
+
+def xlogy_rule(call: Call) -> Any:
+    x, y = call.args[0], call.argument(1, "other")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        return NotImplemented
+    with call.inside():
+        return x * torch.where((x == 0) & (y <= 0), 1, y).log()
 
 
 def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
@@ -345,6 +454,41 @@ def _cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) 
 
 def _pairwise_distance(x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False) -> Tensor:
     return torch.linalg.vector_norm(x1 - x2 + eps, p, dim=-1, keepdim=keepdim)
+
+
+def _triplet_margin_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float = 1.0,
+    p: float = 2,
+    eps: float = 1e-6,
+    swap: bool = False,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    near, far = F.pairwise_distance(anchor, positive, p, eps), F.pairwise_distance(anchor, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
+    return losses.reduced((margin + near - far).clamp_min(0), losses.reduction_of(size_average, reduce, reduction))
+
+
+def _cosine_embedding_loss(
+    input1: Tensor,
+    input2: Tensor,
+    target: Tensor,
+    margin: float = 0,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Tensor:
+    dim, eps = target.dim(), 1e-12
+    lengths = (input1.square().sum(dim) + eps) * (input2.square().sum(dim) + eps)
+    cosine = (input1 * input2).sum(dim) / lengths.sqrt()
+    zero = torch.zeros_like(cosine)
+    each = torch.where(target == 1, 1 - cosine, zero) + torch.where(target == -1, (cosine - margin).clamp_min(0), zero)
+    return losses.reduced(each, losses.reduction_of(size_average, reduce, reduction))
 
 
 def _glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -358,16 +502,9 @@ def _huber(input: Tensor, target: Tensor, delta: float) -> Tensor:
     return torch.where(size <= delta, 0.5 * difference * difference, delta * (size - 0.5 * delta))
 
 
-def _reduced(each: Tensor, reduction: str) -> Tensor:
-    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
-
-
 def _huber_loss(input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Any = None) -> Any:
     each = _huber(input, target, delta)
-    if weight is None:
-        return _reduced(each, reduction)
-    weighted = each * weight
-    return weighted.sum() / weight.expand_as(each).sum() if reduction == "mean" else _reduced(weighted, reduction)
+    return losses.reduced(each if weight is None else each * weight, reduction)
 
 
 def _smooth_l1_loss(
@@ -378,33 +515,54 @@ def _smooth_l1_loss(
     reduction: str = "mean",
     beta: float = 1.0,
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
+    reduction = losses.reduction_of(size_average, reduce, reduction)
     each = (input - target).abs() if beta == 0 else _huber(input, target, beta) / beta
-    return _reduced(each, reduction)
-
-
-def _binary_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Any = None,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    # PyTorch bounds the logarithms likewise.
-    each = -(target * input.log().clamp_min(-100) + (1 - target) * (1 - input).log().clamp_min(-100))
-    return _reduced(each if weight is None else each * weight, reduction)
+    return losses.reduced(each, reduction)
 
 
 def _soft_margin_loss(
     input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None, reduction: str = "mean"
 ) -> Tensor:
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce, emit_warning=False)
-    return _reduced(F.softplus(-target * input), reduction)
+    return losses.reduced(F.softplus(-target * input), losses.reduction_of(size_average, reduce, reduction))
+
+
+def padded_sequence_rule(call: Call) -> Any:
+    """Packed sequences, padded: linear up to the value of the padding."""
+    data, batch_sizes, batch_first, _, *length = call.args
+    value, lengths = call.function(*call.args)
+    moved = linear(lambda t: call.function(t, batch_sizes, batch_first, 0.0, *length)[0], call.of(data))
+    return moved._replace(value=value), lengths
+
+
+def gradient_rule(call: Call) -> Any:
+    """Gradients inside the step: constants if they have no graph."""
+    if call.argument(4, "create_graph", False):
+        raise HigherOrderError(
+            f"A gradient is taken inside the step (torch.autograd.grad in {call.layer()}), as in a gradient penalty, a "
+            "physics-informed loss or meta-learning. Taylor coefficients cannot pass it. Use method='autograd', which "
+            "differentiates the step's own gradients too."
+        )
+    return call.function(*call.args, **call.kwargs)
+
+
+def recurrent_rule(call: Call) -> Any:
+    """By forward mode through PyTorch's native cells: the fused kernels (oneDNN, cuDNN) have no such derivatives."""
+    if isinstance(call.args[3], list | tuple):  # (data, batch sizes, states, weights, ...)
+        raise HigherOrderError(
+            f"The operation {call.function.__name__} (called in {call.layer()}) gets a packed sequence, which PyTorch "
+            f"cannot differentiate in forward mode. Pad the sequences, and mask what follows their ends. {OTHERWISE}"
+        )
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns about Intel GPUs
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            found = by_forward_mode(call)
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+    if call.function is not torch.lstm or not torch.is_autocast_enabled("cpu") or found[0].value.dtype == torch.float64:
+        return found
+    dtype = torch.get_autocast_dtype("cpu")  # oneDNN's kernel returns it
+    return tuple(linear(lambda t: t.to(dtype), part) for part in found)
 
 
 def einsum_rule(call: Call) -> Any:
@@ -437,11 +595,12 @@ _register(
     jointly_linear_rule,
 )
 _register("mul multiply mv dot vdot outer ger inner kron __mul__ __rmul__", bilinear_rule)
-_register("matmul bmm mm __matmul__", matmul_rule)
+_register("matmul bmm mm spmm __matmul__", matmul_rule)
+RULES[torch.sparse.mm] = matmul_rule
 _register("add __add__ __radd__", add_rule)
 _register("sub subtract __sub__", sub_rule)
 RULES[Tensor.__rsub__] = reflected(torch.sub)
-_register("rsub", lambda call: sub_rule(call.other(torch.sub, (call.args[1], call.args[0]), {})))
+_register("rsub", rsub_rule)
 RULES[Tensor.__rmatmul__] = reflected(torch.matmul)
 _register("div divide true_divide __truediv__ __div__", div_rule)
 RULES[Tensor.__rtruediv__] = RULES[Tensor.__rdiv__] = reflected(torch.div)
@@ -451,16 +610,24 @@ for _name in FORMULAS:
 _register("expit", elementwise_rule("sigmoid"))
 _register("softplus", softplus_rule)
 _register("gelu", gelu_rule)
+_register("elu", elu_rule)
+_register("celu", celu_rule)
 _register("linear", linear_layer_rule)
 for _spatial in (1, 2, 3):
     _register(f"conv{_spatial}d conv_transpose{_spatial}d", convolution_rule(_spatial))
 RULES[F.embedding] = embedding_rule
+for _function in (torch.embedding, torch.ops.aten.embedding, torch.ops.aten.embedding.default):
+    RULES[_function] = low_level_embedding_rule
 RULES[torch.where] = where_rule
 RULES[Tensor.where] = tensor_where_rule
 _register("masked_fill", masked_fill_rule)
 RULES[F.pad] = pad_rule
 _register("addmm addmv baddbmm", addmm_rule)
 RULES[torch.einsum] = einsum_rule
+_register("_pack_padded_sequence", linear_rule)
+_register("_pad_packed_sequence", padded_sequence_rule)
+RULES[torch.autograd.grad] = gradient_rule
+_register("lstm gru rnn_tanh rnn_relu", recurrent_rule)
 
 _register("softmax", softmax_rules.softmax_rule)
 _register("log_softmax", softmax_rules.log_softmax_rule)
@@ -518,14 +685,22 @@ _register(
 
 _register("norm", norm_rule)
 RULES[torch.linalg.vector_norm] = RULES[torch.linalg.norm] = RULES[torch.norm] = norm_rule
-_register("std", composed(_std))
-_register("std_mean", composed(_std_mean))
+_register("mish", composed(_mish))
+_register("hardswish", composed(_hardswish))
+_register("prelu", composed(_prelu))
+_register("logsumexp", composed(_logsumexp))
+_register("var", composed(_var))
+_register("std", std_rule)
+_register("std_mean", std_mean_rule)
+_register("xlogy", xlogy_rule)
 RULES[F.glu] = composed(_glu)
 _register("cosine_similarity", composed(_cosine_similarity))
 _register("pairwise_distance", composed(_pairwise_distance))
-RULES[F.binary_cross_entropy] = composed(_binary_cross_entropy)
+RULES[F.binary_cross_entropy] = losses.binary_cross_entropy
 RULES[F.huber_loss] = composed(_huber_loss)
 RULES[F.smooth_l1_loss] = composed(_smooth_l1_loss)
+RULES[F.triplet_margin_loss] = composed(_triplet_margin_loss)
+RULES[F.cosine_embedding_loss] = composed(_cosine_embedding_loss)
 RULES[F.soft_margin_loss] = composed(_soft_margin_loss)
 for _name in dir(torch.fft):
     if "fft" in _name and not _name.endswith("freq") and "shift" not in _name:
@@ -545,7 +720,8 @@ CONSTANT |= set(
         "argmax argmin argsort argwhere nonzero count_nonzero unique bincount histc bucketize searchsorted sign "
         "signbit round floor ceil trunc fix floor_divide __floordiv__ logical_and logical_or logical_not any all "
         "zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones new_full "
-        "new_empty new_tensor is_inference is_shared untyped_storage result_type can_cast is_tensor backward heaviside"
+        "new_empty new_tensor long int short char byte bool is_inference "
+        "is_shared untyped_storage result_type can_cast is_tensor backward heaviside"
     )
 )
 
