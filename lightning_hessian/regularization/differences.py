@@ -148,7 +148,7 @@ class DisplacedLosses:
         added: Tensor | float = 0.0
         rest: Tensor | None = None
         if takes_gradient:
-            gradients = self._task_gradient(task.loss, keep_graph=bool(terms))
+            gradients = self._task_gradient(task.loss, [one for one, _ in terms])
             self._task = _Task(task.loss.detach(), dict(zip(self._tensors, gradients, strict=True)))
             if weight:
                 total.add(weight, task.loss.detach(), gradients)
@@ -170,11 +170,12 @@ class DisplacedLosses:
             added = added + rest.detach() if takes_gradient else added
         return task.output, added, entered
 
-    def _task_gradient(self, loss: Tensor, keep_graph: bool) -> list[Tensor | None]:
-        """The gradient of L(theta)."""
-        if keep_graph and is_compiled(loss):  # its graph cannot be differentiated twice
+    def _task_gradient(self, loss: Tensor, others: Sequence[ActivePenalty]) -> list[Tensor | None]:
+        """The gradient of L(theta), whose graph other penalties still need."""
+        # A compiled graph can be differentiated once. One with Taylor coefficients costs more than a plain step.
+        if others and (is_compiled(loss) or any(one.penalty.needs.taylor for one in others)):
             return self._differentiate(self.step.rerun().loss)
-        return self._differentiate(loss, keep_graph)
+        return self._differentiate(loss, keep_graph=bool(others))
 
     def _measure(self, one: ActivePenalty, own: GradientSum, weight: float) -> float:
         """Adapt the strength to the gradient of ``own`` less weight * L(theta); the factor of its change."""

@@ -32,8 +32,8 @@ class GradientShare:
     geometric mean of the ratios, in which a new one counts 30 %. After the first, one measurement changes the strength
     by a factor of at most 2. A measurement that is not finite or zero changes nothing.
 
-    A measurement costs one more backward pass of the task loss, and with ``two_pass`` one more pass: at the default 1.5
-    to 2 % of a plain step on average, after about twenty measurements on the first 200 steps. The strength is logged as
+    A measurement costs a plain step, or its backward pass: at the default at most 2 % of a plain step on average, after
+    about twenty measurements on the first 200 steps. The strength is logged as
     ``train/strength`` (with several such penalties as ``train/<penalty name>_strength``), and kept in checkpoints.
 
     ``warmup_steps`` and ``every_n_steps`` of the regularizer multiply the strength, and with it the share.
