@@ -573,6 +573,7 @@ def frozen_rows(z, y):
     return z
 
 
+compiles = pytest.mark.skipif(torch.__version__ < (2, 11), reason="refused before PyTorch 2.11, by name")
 stays_compiled = pytest.mark.skipif(
     torch.__version__ < (2, 15),
     reason="PyTorch 2.11 runs compiled networks eagerly in this mode (2.12 to 2.14 unknown)",
@@ -713,6 +714,7 @@ BREAKS = {
 }
 
 
+@compiles
 @pytest.mark.parametrize("name", BREAKS)
 def test_what_a_compiled_network_leaves_to_python(name):
     torch._dynamo.reset()
@@ -760,6 +762,7 @@ def after_a_break(z, y):
     return z
 
 
+@compiles
 @pytest.mark.parametrize("write", [through_a_view, under_a_view, into_a_part, after_a_break])
 def test_a_write_that_another_view_would_miss_is_refused_in_a_compiled_network(write):
     torch._dynamo.reset()

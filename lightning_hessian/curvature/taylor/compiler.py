@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.curvature.errors import HigherOrderError
 
@@ -24,9 +24,29 @@ def never_compile_alone(code: CodeType) -> None:
     In code that a graph break leaves to Python, the mode is called for each operation. The compiler would take it for
     a function of its own. It could not tell the operations apart, and would run one in the place of another.
     """
-    frames = torch._C._dynamo.eval_frame
+    frames: Any = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "_FrameAction"):  # older versions of PyTorch
+        frames.skip_code(code)
+        return
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+
+
+def refuse_old_compilers(module: nn.Module) -> None:
+    """Refuse a compiled network where the compiler cannot trace the mode.
+
+    Raises:
+        HigherOrderError: PyTorch is older than 2.11, and a part of the network is compiled.
+    """
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 11):
+        return
+    for name, layer in module.named_modules():
+        if layer._compiled_call_impl is not None or type(layer).__name__ == "OptimizedModule":
+            raise HigherOrderError(
+                f"The layer {name or type(layer).__name__!r} is compiled, and Taylor coefficients pass compiled networks from PyTorch 2.11 on "
+                f"(this is {torch.__version__}). Update it, or use method='two_pass', or method='autograd', which runs "
+                "the network eagerly."
+            )
 
 
 def show_all_operations() -> None:

@@ -31,7 +31,7 @@ from lightning_hessian.curvature.taylor.coefficients import (
     has_coefficients,
     renew,
 )
-from lightning_hessian.curvature.taylor.compiler import never_compile_alone, show_all_operations
+from lightning_hessian.curvature.taylor.compiler import never_compile_alone, refuse_old_compilers, show_all_operations
 from lightning_hessian.curvature.taylor.custom_functions import custom_function
 from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
@@ -97,6 +97,7 @@ class taylor_mode(TorchFunctionMode):
     def __enter__(self) -> taylor_mode:
         if self._module is not None:
             refusals.refuse_layers(self._module)
+            refuse_old_compilers(self._module)
         show_all_operations()
         with ExitStack() as stack:
             stack.enter_context(checkpoints_recomputed_in(self._module, self._recomputing))
