@@ -38,13 +38,13 @@ def refuse_old_compilers(module: nn.Module) -> None:
     Raises:
         HigherOrderError: PyTorch is older than 2.11, and a part of the network is compiled.
     """
-    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 11):
+    if torch.__version__ >= (2, 11):  # type: ignore[operator]
         return
     for name, layer in module.named_modules():
         if layer._compiled_call_impl is not None or type(layer).__name__ == "OptimizedModule":
             raise HigherOrderError(
-                f"The layer {name or type(layer).__name__!r} is compiled, and Taylor coefficients pass compiled networks from PyTorch 2.11 on "
-                f"(this is {torch.__version__}). Update it, or use method='two_pass', or method='autograd', which runs "
+                f"The layer {name or type(layer).__name__!r} is compiled, and Taylor coefficients pass compiled "
+                f"networks from PyTorch 2.11 on (this is {torch.__version__}). Update it, or use method='two_pass', or method='autograd', which runs "
                 "the network eagerly."
             )
 
