@@ -44,8 +44,8 @@ def refuse_old_compilers(module: nn.Module) -> None:
         if layer._compiled_call_impl is not None or type(layer).__name__ == "OptimizedModule":
             raise HigherOrderError(
                 f"The layer {name or type(layer).__name__!r} is compiled, and Taylor coefficients pass compiled "
-                f"networks from PyTorch 2.11 on (this is {torch.__version__}). Update it, or use method='two_pass', or method='autograd', which runs "
-                "the network eagerly."
+                f"networks from PyTorch 2.11 on (this is {torch.__version__}). Update it, or use method='two_pass', or "
+                "method='autograd', which runs the network eagerly."
             )
 
 
