@@ -36,6 +36,12 @@ def test_the_models_of_the_command_line(name, count):
     assert_equal(net.double(), image_loss, count=count)
 
 
+def test_large_convolutions_which_go_one_by_one(monkeypatch):
+    monkeypatch.setattr(rules, "STACKED_BYTES", 0)
+    torch.manual_seed(0)
+    assert_equal(models.cnn((1, 8, 8), 4, width=8).double(), image_loss, count=2)
+
+
 class Language(nn.Module):
     def __init__(self, cell):
         super().__init__()

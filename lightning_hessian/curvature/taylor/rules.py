@@ -253,11 +253,16 @@ def convolution_rule(spatial: int) -> Rule:
     return rule
 
 
+STACKED_BYTES = 2**24
+"""The largest stack on a CPU: the system gives larger ones fresh memory each time, which costs more than it saves."""
+
+
 def _through(
     f: Callable[[Tensor, Tensor], Tensor], x: Coefficients, weight: Coefficients, in_rows: bool
 ) -> Coefficients:
     """f(x, W), bilinear, with the samples of x in rows: all coefficients of x go through W in one call."""
-    if not in_rows:
+    size = (2 + len(x.first)) * x.value.numel() * x.value.element_size()
+    if not in_rows or (x.value.device.type == "cpu" and size > STACKED_BYTES):
         return bilinear(f, x, weight)
     rows, apart = stacked([x.value, *x.first, x.second])
     y0, *y1, y2 = apart(f(rows, weight.value))
