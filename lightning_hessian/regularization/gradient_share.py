@@ -32,7 +32,7 @@ class GradientShare:
     geometric mean of the ratios, in which a new one counts 30 %. After the first, one measurement changes the strength
     by a factor of at most 2. A measurement that is not finite or zero changes nothing.
 
-    A measurement costs a plain step, or its backward pass: at the default at most 2 % of a plain step on average, after
+    A measurement costs a plain step, or its backward pass: at the default about 2 % of a plain step on average, after
     about twenty measurements on the first 200 steps. The strength is logged as
     ``train/strength`` (with several such penalties as ``train/<penalty name>_strength``), and kept in checkpoints.
 
