@@ -127,7 +127,11 @@ def train(config: DictConfig, directory: Path) -> Report:
 def _regularizer(settings: DictConfig) -> Any:
     """The callback, with strength 0 in place of ``auto``."""
     asked = settings.get("strength")
-    strength = [_strength(one) for one in asked] if isinstance(asked, ListConfig) else _strength(asked)
+    each = list(asked) if isinstance(asked, ListConfig) else [asked]
+    strengths = [_strength(one) for one in each]
+    strength = strengths if isinstance(asked, ListConfig) else strengths[0]
+    if not any(isinstance(one, GradientShare) for one in strengths):
+        return hydra.utils.instantiate(settings, strength=strength)
     # Not through `instantiate`, which takes no objects.
     return hydra.utils.instantiate(settings, strength=0.0, _partial_=True)(strength=strength)
 
