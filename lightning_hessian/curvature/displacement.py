@@ -170,14 +170,11 @@ class GradientSum:
                     self._gradients[i] = part if share == 1 else part * share
         self._value = self._value + weight * value
 
-    def add_sum(self, other: GradientSum, weight: float = 1.0) -> None:
-        """Add another sum over the same tensors, and empty it."""
-        assert other._value is not None
-        value, gradients = other._value, other._gradients
-        other._gradients = []
-        self.add(weight * other._scale, torch.zeros_like(value), gradients)
+    @property
+    def value(self) -> Tensor:
+        """The accumulated value."""
         assert self._value is not None
-        self._value = self._value + weight * value
+        return self._value
 
     def gradients(self) -> list[Tensor | None]:
         """Return the accumulated gradient, one entry per tensor."""
@@ -185,10 +182,10 @@ class GradientSum:
 
     def loss(self) -> Tensor:
         """Return a scalar with the accumulated value and gradient. It can be differentiated once."""
-        assert self._value is not None
+        value = self.value
         used = [(t, g) for t, g in zip(self.tensors, self._gradients, strict=True) if g is not None]
         self._gradients = []
-        return _PrecomputedGradient.apply(self._value, [g for _, g in used], self._scale, *(t for t, _ in used))
+        return _PrecomputedGradient.apply(value, [g for _, g in used], self._scale, *(t for t, _ in used))
 
 
 class _PrecomputedGradient(torch.autograd.Function):

@@ -95,8 +95,9 @@ class DisplacedLosses:
                 values.append(value)
             if one.is_measured:
                 weight = sum(len(difference.distances) * difference.weight for difference in differences)
-                self._measure(one, own, weight)
-                total.add_sum(own)
+                gradients = own.gradients()
+                self._measure(one, gradients, weight)
+                total.add(1.0, own.value, gradients)
             value = torch.stack(values).mean()
             one.see(value, self.module.trainer)
             is_finite = on_all_ranks(self.module.trainer, math.isfinite(value.item()))
@@ -148,19 +149,17 @@ class DisplacedLosses:
         added: Tensor | float = 0.0
         rest: Tensor | None = None
         if takes_gradient:
-            gradients = self._task_gradient(task.loss, [one for one, _ in terms])
+            gradients = self._task_gradient(task.loss, entered)
             self._task = _Task(task.loss.detach(), dict(zip(self._tensors, gradients, strict=True)))
             if weight:
                 total.add(weight, task.loss.detach(), gradients)
-            while (measured := next((pair for pair in terms if pair[0].is_measured), None)) is not None:
-                terms.remove(measured)
-                one, term = measured
-                own = GradientSum(self._tensors)
-                own.add(1.0, term.detach(), self._differentiate(term, keep_graph=bool(terms)))
-                factor = self._measure(one, own, 0.0)
+            measured = [pair for pair in terms if pair[0].is_measured]
+            rest = total_of([pair for pair in terms if not pair[0].is_measured])
+            for left, (one, term) in zip(reversed(range(len(measured))), measured, strict=True):
+                own = self._differentiate(term, keep_graph=left > 0 or rest is not None)
+                factor = self._measure(one, own)
                 added = added + factor * term.detach()
-                total.add_sum(own, factor)
-            rest = total_of(terms)
+                total.add(factor, term.detach(), own)
         elif (sum_of_terms := total_of(terms)) is not None:
             added, rest = sum_of_terms.detach(), weight * task.loss + sum_of_terms
         else:
@@ -177,13 +176,13 @@ class DisplacedLosses:
             return self._differentiate(self.step.rerun().loss)
         return self._differentiate(loss, keep_graph=bool(others))
 
-    def _measure(self, one: ActivePenalty, own: GradientSum, weight: float) -> float:
-        """Adapt the strength to the gradient of ``own`` less weight * L(theta); the factor of its change."""
+    def _measure(self, one: ActivePenalty, own: Sequence[Tensor | None], weight: float = 0.0) -> float:
+        """Adapt the strength to the penalty's gradient, its own less that of weight * L(theta); the change's factor."""
         assert self._task is not None
         task = [self._task.gradients[tensor] for tensor in self._tensors]
         added = [
             g if weight == 0 or t is None else -weight * t if g is None else g - weight * t
-            for g, t in zip(own.gradients(), task, strict=True)
+            for g, t in zip(own, task, strict=True)
         ]
         return one.measure(*(mean_length(self.module.trainer, self._tensors, x) for x in (task, added)))
 
