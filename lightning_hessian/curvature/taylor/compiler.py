@@ -32,21 +32,33 @@ def never_compile_alone(code: CodeType) -> None:
     frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
 
 
+_TRACES_MODES = torch.__version__ >= (2, 11)  # type: ignore[operator]
+
+
+def compiled_part(module: nn.Module) -> str | None:
+    """The name of a part of the network that is compiled; None if there is none."""
+    if "torch._dynamo" not in sys.modules:
+        return None
+    # By `module.compile()`, by Lightning, and by `torch.compile(module)`.
+    names = ("_compiled_call_impl", "_compiler_ctx", "_orig_mod")
+    for path, part in module.named_modules():
+        if any(getattr(part, name, None) is not None for name in names):
+            return path or type(part).__name__
+    return None
+
+
 def refuse_old_compilers(module: nn.Module) -> None:
     """Refuse a compiled network where the compiler cannot trace the mode.
 
     Raises:
         HigherOrderError: PyTorch is older than 2.11, and a part of the network is compiled.
     """
-    if torch.__version__ >= (2, 11):  # type: ignore[operator]
-        return
-    for name, layer in module.named_modules():
-        if layer._compiled_call_impl is not None or type(layer).__name__ == "OptimizedModule":
-            raise HigherOrderError(
-                f"The layer {name or type(layer).__name__!r} is compiled, and Taylor coefficients pass compiled "
-                f"networks from PyTorch 2.11 on (this is {torch.__version__}). Update it, or use method='two_pass', or "
-                "method='autograd', which runs the network eagerly."
-            )
+    if not _TRACES_MODES and (name := compiled_part(module)) is not None:
+        raise HigherOrderError(
+            f"The layer {name!r} is compiled, and Taylor coefficients pass compiled networks from PyTorch 2.11 on "
+            f"(this is {torch.__version__}). Update it, or use method='two_pass', or method='autograd', which runs the "
+            "network eagerly."
+        )
 
 
 def show_all_operations() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
@@ -31,7 +30,12 @@ from lightning_hessian.curvature.taylor.coefficients import (
     has_coefficients,
     renew,
 )
-from lightning_hessian.curvature.taylor.compiler import never_compile_alone, refuse_old_compilers, show_all_operations
+from lightning_hessian.curvature.taylor.compiler import (
+    compiled_part,
+    never_compile_alone,
+    refuse_old_compilers,
+    show_all_operations,
+)
 from lightning_hessian.curvature.taylor.custom_functions import custom_function
 from lightning_hessian.curvature.taylor.fallback import BODY_LIST, body_number, by_forward_mode
 from lightning_hessian.curvature.taylor.in_place import Writes, is_in_place
@@ -114,7 +118,8 @@ class taylor_mode(TorchFunctionMode):
     def _active(self) -> Iterator[None]:
         """Inside, the parameters have their coefficients, and operations carry coefficients along."""
         with ExitStack() as stack:
-            fill = any(part is None for parts in self.parts for part in parts) and _has_compiled_parts(self._module)
+            drops = any(part is None for parts in self.parts for part in parts)
+            fill = drops and self._module is not None and compiled_part(self._module) is not None
             for tensor, parts in zip(self.tensors, self.parts, strict=True):
                 if not is_dtensor(tensor):
                     if fill:  # which parts are zero changes from step to step, and would be compiled in
@@ -227,14 +232,6 @@ class taylor_mode(TorchFunctionMode):
 
 
 never_compile_alone(taylor_mode.__torch_function__.__code__)
-
-
-def _has_compiled_parts(module: nn.Module | None) -> bool:
-    if module is None or "torch._dynamo" not in sys.modules:
-        return False
-    # By `module.compile()`, by Lightning, and by `torch.compile(module)`.
-    names = ("_compiled_call_impl", "_compiler_ctx", "_orig_mod")
-    return any(getattr(part, name, None) is not None for part in module.modules() for name in names)
 
 
 def _in_a_transform(values: Any) -> bool:
