@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+OTHER_METHODS = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
+
 OTHERWISE = (
     "As a penalty, HessianTrace(method='two_pass') supports it: that method needs ordinary backward passes only."
 )

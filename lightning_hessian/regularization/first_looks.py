@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_hessian.curvature.displacement import loss_gradient
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.errors import OTHER_METHODS, HigherOrderError
 from lightning_hessian.curvature.graph import is_compiled, kinked_layers, kinks, without_hooks
 from lightning_hessian.curvature.sharding import is_dtensor, local, sum_over_shards
 from lightning_hessian.penalties import SecondDifference, StepContext
@@ -81,7 +81,7 @@ def check_coefficients(
             raise HigherOrderError(
                 f"{one.penalty!r} lost a part of the loss on its way: the first Taylor coefficient is not the slope of "
                 "the loss. The forward pass has an operation that PyTorch does not show (TorchScript, an extension). "
-                "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
+                f"{OTHER_METHODS}"
             )
 
 

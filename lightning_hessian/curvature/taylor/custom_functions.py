@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_hessian.curvature import refusals
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.errors import OTHER_METHODS, HigherOrderError
 from lightning_hessian.curvature.taylor.coefficients import Call, Coefficients, add
-from lightning_hessian.curvature.taylor.fallback import OTHERWISE
 
 
 def custom_function(call: Call, cls: Any) -> Any:
@@ -36,7 +35,7 @@ def custom_function(call: Call, cls: Any) -> Any:
         if before != [x.value._version for _, x in moving]:
             raise HigherOrderError(
                 f"The custom function {cls.__name__} (called in {call.layer()}) writes into its arguments, so Taylor "
-                f"coefficients cannot pass it. {OTHERWISE}"
+                f"coefficients cannot pass it. {OTHER_METHODS}"
             )
         inputs, coefficients = [args[i] for i, _ in moving], [x for _, x in moving]
         if isinstance(result, Tensor):
@@ -65,7 +64,7 @@ def _carried(call: Call, cls: Any, y: Any, inputs: Sequence[Tensor], x: Sequence
             raise HigherOrderError(
                 f"The custom function {cls.__name__} (called in {call.layer()}) has a backward that cannot be "
                 "differentiated by the gradient that it gets, so Taylor coefficients cannot pass it. Write it with "
-                f"differentiable operations of PyTorch. {OTHERWISE}"
+                f"differentiable operations of PyTorch. {OTHER_METHODS}"
             )
         return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.errors import OTHER_METHODS, HigherOrderError
 from lightning_hessian.curvature.taylor.coefficients import (
     Call,
     Coefficients,
@@ -18,8 +18,6 @@ from lightning_hessian.curvature.taylor.coefficients import (
     is_real_or_complex,
     nonzero,
 )
-
-OTHERWISE = "Use method='autograd', or method='two_pass', which needs ordinary backward passes only."
 
 
 def _without_dispatch(function: FunctionType) -> FunctionType | None:
@@ -90,7 +88,7 @@ def by_forward_mode(call: Call, name: str | None = None) -> Any:
     if called in WRONG or (called in WRONG_FOR_COMPLEX and any(x.is_complex() for x in moving)):
         raise HigherOrderError(
             f"The operation {called} (called in {call.layer()}) has no Taylor rule, and its forward-mode derivatives "
-            f"in PyTorch are not right at second order. {OTHERWISE}"
+            f"in PyTorch are not right at second order. {OTHER_METHODS}"
         )
     device = moving[0].device
     random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -137,7 +135,7 @@ def _along(call: Call, moving: list[Tensor], p: int, name: str) -> Any:
     except (NotImplementedError, RuntimeError) as error:
         raise HigherOrderError(
             f"The operation {name} (called in {call.layer()}) has no Taylor rule, and PyTorch cannot differentiate it "
-            f"in forward mode ({str(error).splitlines()[0][:200]}). {OTHERWISE}"
+            f"in forward mode ({str(error).splitlines()[0][:200]}). {OTHER_METHODS}"
         ) from error
     return y0, y1, y2, result
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hessian.curvature import refusals
-from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.errors import OTHER_METHODS, HigherOrderError
 from lightning_hessian.curvature.taylor import gathers, losses, norms, products
 from lightning_hessian.curvature.taylor import softmax as softmax_rules
 from lightning_hessian.curvature.taylor.coefficients import (
@@ -39,7 +39,7 @@ from lightning_hessian.curvature.taylor.elementwise import (
     with_pole,
     without_pole,
 )
-from lightning_hessian.curvature.taylor.fallback import OTHERWISE, by_forward_mode
+from lightning_hessian.curvature.taylor.fallback import by_forward_mode
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -555,7 +555,8 @@ def recurrent_rule(call: Call) -> Any:
     if isinstance(call.args[3], list | tuple):  # (data, batch sizes, states, weights, ...)
         raise HigherOrderError(
             f"The operation {call.function.__name__} (called in {call.layer()}) gets a packed sequence, which PyTorch "
-            f"cannot differentiate in forward mode. Pad the sequences, and mask what follows their ends. {OTHERWISE}"
+            "cannot differentiate in forward mode. Pad the sequences, and mask what follows their ends. "
+            f"{OTHER_METHODS}"
         )
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns about Intel GPUs
