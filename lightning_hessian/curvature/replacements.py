@@ -12,9 +12,12 @@ from torch import Tensor
 from lightning_hessian.curvature import fused_norms, norms
 
 
-def _batch_norm(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
-                momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
-    return norms.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _in_order_of_torch(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reordered(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
+                  momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
+        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    return reordered
 
 
 def _instance_norm(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, use_input_stats: bool,
@@ -49,7 +52,7 @@ ALWAYS: Mapping[Any, Callable[..., Tensor]] = {
     F.instance_norm: norms.instance_norm,
     F.layer_norm: norms.layer_norm,
     F.rms_norm: norms.rms_norm,
-    torch.batch_norm: _batch_norm,
+    torch.batch_norm: _in_order_of_torch(norms.batch_norm),
     torch.instance_norm: _instance_norm,
     torch.layer_norm: _layer_norm,
     torch.rms_norm: norms.rms_norm,
@@ -63,15 +66,10 @@ ALWAYS: Mapping[Any, Callable[..., Tensor]] = {
 SOUND_TWICE = {F.layer_norm, torch.layer_norm}
 
 
-def _fused_batch_norm(input: Tensor, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool,
-                      momentum: float, eps: float, cudnn_enabled: bool = True) -> Tensor:  # fmt: skip
-    return fused_norms.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-
-
 # Equally correct at any order, and faster up to the second derivative.
 FASTER_TWICE: Mapping[Any, Callable[..., Tensor]] = {
     F.batch_norm: fused_norms.batch_norm,
-    torch.batch_norm: _fused_batch_norm,
+    torch.batch_norm: _in_order_of_torch(fused_norms.batch_norm),
 }
 
 
