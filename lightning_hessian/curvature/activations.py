@@ -52,7 +52,7 @@ _SOFTPLUS: tuple[Formula, ...] = (
     lambda x, s, beta: _sigmoid_derivative(s) * (beta**2 - 2 * beta**2 * s),
 )
 
-_SILU: tuple[Formula, ...] = (
+SILU: tuple[Formula, ...] = (
     lambda x, s, beta: x * s,
     lambda x, s, beta: torch.addcmul(s, x, _sigmoid_derivative(s)),
     lambda x, s, beta: _sigmoid_derivative(s).mul_(torch.addcmul(2 + x, x, s, value=-2)),
@@ -74,4 +74,4 @@ def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """x sigmoid(x)."""
     if inplace:  # must overwrite the input
         return F.silu(input, inplace=True)
-    return _Derivative.apply(input, torch.sigmoid(input.detach()), 1.0, _SILU, 0)
+    return _Derivative.apply(input, torch.sigmoid(input.detach()), 1.0, SILU, 0)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_hessian.curvature import activations
+
 
 def convolution(function: Callable[..., Tensor], spatial: int) -> Callable[..., Tensor]:
     """Build a convolution over this number of dimensions, with the signature of ``function`` (``F.conv2d``, ...)."""
@@ -116,7 +118,7 @@ class _SiLU(torch.autograd.Function):
 
 
 class _SiLUGradient(torch.autograd.Function):
-    """g f'(x), with f' = s + x s (1 - s) and f'' = s (1 - s) (2 + x (1 - 2 s)), s = sigmoid(x)."""
+    """g f'(x)."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
@@ -126,16 +128,12 @@ class _SiLUGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
         g, x = ctx.saved_tensors
-        s = torch.sigmoid(x)
-        slope = torch.addcmul(s, s, s, value=-1)
-        second = slope * torch.addcmul(2 + x, x, s, value=-2)
-        return _silu_gradient(v, x), second * g * v
+        return _silu_gradient(v, x), activations.SILU[2](x, torch.sigmoid(x), 1.0) * g * v
 
 
 def _silu_gradient(g: Tensor, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # the kernel has no derivative
-        s = torch.sigmoid(x)
-        return g * torch.addcmul(s, x, torch.addcmul(s, s, s, value=-1))
+        return g * activations.SILU[1](x, torch.sigmoid(x), 1.0)
     found: Tensor = torch.ops.aten.silu_backward(g, x)
     return found
 
