@@ -126,18 +126,17 @@ def train(config: DictConfig, directory: Path) -> Report:
 
 def _regularizer(settings: DictConfig) -> Any:
     """The callback, with strength 0 in place of ``auto``."""
-    asked = settings.get("strength")
-    each = list(asked) if isinstance(asked, ListConfig) else [asked]
-    strengths = [_strength(one) for one in each]
-    strength = strengths if isinstance(asked, ListConfig) else strengths[0]
-    if not any(isinstance(one, GradientShare) for one in strengths):
+    strength = _strength(settings.get("strength"))
+    if not any(isinstance(one, GradientShare) for one in (strength if isinstance(strength, list) else [strength])):
         return hydra.utils.instantiate(settings, strength=strength)
     # Not through `instantiate`, which takes no objects.
     return hydra.utils.instantiate(settings, strength=0.0, _partial_=True)(strength=strength)
 
 
 def _strength(asked: Any) -> Any:
-    """A strength of the settings: a number, ``auto``, or ``share:0.1``."""
+    """A strength of the settings: a number, ``auto``, ``share:0.1``, or a list of these."""
+    if isinstance(asked, ListConfig):
+        return [_strength(one) for one in asked]
     if asked == AUTO:
         return 0.0
     if not isinstance(asked, str) or not asked.startswith(SHARE):
@@ -185,7 +184,7 @@ def _choose_strengths(
                 f"{100 * lowest.share:.3g} % of the task loss's"
             )
     settings.strength = each if isinstance(regularizer.penalty, Sequence) else each[0]
-    regularizer.strength = [_strength(one) for one in each] if len(each) > 1 else _strength(each[0])
+    regularizer.strength = _strength(settings.strength)
 
 
 def _unpenalized_training(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
