@@ -3,6 +3,7 @@
 from lightning_hessian.curvature import HigherOrderError, ProbeSource, higher_order, watch_losses
 from lightning_hessian.monitoring.callback import CurvatureMonitor
 from lightning_hessian.penalties import (
+    ConfidencePenalty,
     ForwardContext,
     HessianNorm,
     HessianTrace,
@@ -28,6 +29,7 @@ from lightning_hessian.robustness.radius import radius_estimate
 
 __all__ = [
     "AdversarialAccuracy",
+    "ConfidencePenalty",
     "CurvatureBudget",
     "CurvatureMonitor",
     "FGSM",

@@ -68,6 +68,7 @@ PENALTIES = {
     "input hessian": lh.InputHessianNorm(),
     "jacobian": lh.JacobianNorm(),
     "sharpness": lh.SharpnessAware(),
+    "confidence": lh.ConfidencePenalty(),
 }
 
 

@@ -41,6 +41,8 @@ PENALTIES = {
     "input Hessian": spec("InputHessianNorm", iterations=2, search="lanczos", squared=True, layer="net.0"),
     "input Hessian by differences": spec("InputHessianNorm", method="finite_difference", step=1e-3),
     "Jacobian": spec("JacobianNorm", projections=-1, inputs=[0]),
+    "sharpness": spec("SharpnessAware", rho=0.1, adaptive=True, ascent="global", parameters="*.weight"),
+    "confidence": spec("ConfidencePenalty"),
     "a list": [TRACE, spec("JacobianNorm")],
 }
 PGD = spec("PGD", radius=0.1, norm="l2", steps=2, step_size=0.05, loss="cw", restarts=2, bounds=[-100, 100], seed=3)

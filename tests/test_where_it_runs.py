@@ -42,7 +42,8 @@ METHODS = (*DIFFERENCES, "gauss_newton", "autograd")
 
 
 def callback(method, **settings):
-    return lh.HessianRegularizer(lh.HessianTrace(method=method), strength=STRENGTH, **settings)
+    penalty = lh.ConfidencePenalty() if method == "confidence" else lh.HessianTrace(method=method)
+    return lh.HessianRegularizer(penalty, strength=STRENGTH, **settings)
 
 
 def trained(module, method, **settings):
@@ -142,8 +143,11 @@ def test_the_refusal_of_a_reentrant_checkpoint_names_a_method_that_works():
         trained(Images(WithCheckpoint(use_reentrant=True)), "autograd")
 
 
-@pytest.mark.parametrize("method", DIFFERENCES)
-@pytest.mark.parametrize("what", ["submodule", "LightningModule"])
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [*((method, what) for method in DIFFERENCES for what in ("submodule", "LightningModule")),
+     ("confidence", "submodule")],
+)  # fmt: skip
 def test_compiled_steps_stay_compiled(what, method):
     def fitted(callbacks):
         torch._dynamo.reset()
@@ -204,7 +208,7 @@ def test_central_differences_in_bfloat16_are_refused():
         fit(Classifier(), [callback("central_difference")], precision="bf16-mixed")
 
 
-@pytest.mark.parametrize("method", [*DIFFERENCES, "taylor"])
+@pytest.mark.parametrize("method", [*DIFFERENCES, "taylor", "confidence"])
 def test_float16_with_a_scaler_is_near_float32(method):
     """Small losses, whose gradients float16 cannot hold unscaled."""
 
@@ -439,6 +443,7 @@ def trace(*args, penalty=lh.HessianTrace, **settings):
         pytest.param(trace(parameters="net.0.*"), {}, {}, ShardedManual, id="taylor in manual optimization"),
         *(pytest.param(trace(method=method), {}, {}, Validated, id=f"{method} after validation")
           for method in ("two_pass", "taylor")),
+        pytest.param(trace(penalty=lh.ConfidencePenalty), {}, {}, Sharded, id="confidence"),
         pytest.param(trace(penalty=BadGradientOnRankOne), {}, {}, Sharded, id="taylor without a finite gradient"),
     ],
 )  # fmt: skip
@@ -449,12 +454,13 @@ def test_fsdp2_on_two_processes_equals_one(tmp_path, penalty, shard, settings, k
     first, second = handed_over(tmp_path)
     weights, values = unsharded_fit(penalty, settings)
     assert torch.equal(first["weights"], second["weights"])
-    assert first["logged"][0]["curvature/hessian_trace"] == second["logged"][0]["curvature/hessian_trace"]
+    name = f"curvature/{penalty.name}"
+    assert first["logged"][0][name] == second["logged"][0][name]
     if penalty.needs.differences:
         torch.testing.assert_close(first["weights"], weights, rtol=1e-5, atol=1e-5)
     else:
         torch.testing.assert_close(first["weights"], weights, rtol=1e-10, atol=1e-12)
-        assert [logged["curvature/hessian_trace"] for logged in first["logged"]] == pytest.approx(values, rel=1e-10)
+        assert [logged[name] for logged in first["logged"]] == pytest.approx(values, rel=1e-10)
 
 
 @needs_fsdp2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -13,11 +14,15 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 class Classifier(LightningModule):
-    """Cross-entropy, SGD with Nesterov momentum, and one cosine decay of the learning rate to 0.
+    """SGD with Nesterov momentum, and one cosine decay of the learning rate to 0.
+
+    Validation, test and measurements use the cross-entropy, whatever the training loss is.
 
     Args:
         net: maps images to logits.
         classes: number of classes.
+        training_loss: maps logits and labels (class indices, or probabilities of shape (n, classes)) to the mean loss
+            to train on. Default: the cross-entropy.
         lr: initial learning rate.
         momentum: SGD's momentum.
         weight_decay: SGD's weight decay.
@@ -27,13 +32,21 @@ class Classifier(LightningModule):
     """
 
     def __init__(
-        self, net: nn.Module, classes: int, lr: float = 0.1, momentum: float = 0.9, weight_decay: float = 5e-4
+        self,
+        net: nn.Module,
+        classes: int,
+        training_loss: nn.Module | None = None,
+        *,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
     ) -> None:
         super().__init__()
         for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"optimizer.{name}={value!r} must be a finite number of at least 0.")
         self.net = net
+        self.training_loss = training_loss or nn.CrossEntropyLoss()
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -50,20 +63,20 @@ class Classifier(LightningModule):
         return F.cross_entropy(self(images), labels)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step(batch, "train")
+        return self._step(batch, "train", self.training_loss)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._step(batch, "val", F.cross_entropy)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._step(batch, "test", F.cross_entropy)
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str, loss_of: Callable[..., Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
+        loss = loss_of(logits, labels)
         accuracy = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
-        accuracy(logits, labels)
+        accuracy(logits, labels.argmax(1) if labels.dim() == 2 else labels)  # of a mixed image, the larger part
         in_epoch: dict[str, Any] = {
             "on_step": False,
             "on_epoch": True,

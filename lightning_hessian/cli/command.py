@@ -68,11 +68,13 @@ class Config:
 
     data: Any = MISSING
     model: Any = MISSING
+    baseline: Any = field(default_factory=dict)
     regularizer: Any = MISSING
     monitor: Any = MISSING
     robustness: Any = MISSING
     trainer: Any = MISSING
     logger: Any = MISSING
+    loss: Any = MISSING
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trace: TraceConfig = field(default_factory=TraceConfig)
     seed: int = 0
@@ -101,21 +103,21 @@ def train(config: DictConfig, directory: Path) -> Report:
 
     data = hydra.utils.instantiate(config.data)
     net = hydra.utils.instantiate(config.model, shape=data.shape, classes=data.classes)
-    module = Classifier(net, data.classes, **config.optimizer)
+    module = Classifier(net, data.classes, hydra.utils.instantiate(config.loss), **config.optimizer)
     if config.resume is not None:
         check_checkpoint(config.resume, module)
     callbacks: list[Any] = [ModelCheckpoint(directory / "checkpoints", save_last=True)]
-    regularizer = _regularizer(config.regularizer) if config.regularizer else None
-    others = [hydra.utils.instantiate(part) for part in (config.monitor, config.robustness) if part]
-    callbacks += [part for part in (regularizer, *others) if part is not None]
+    regularizers = {name: _regularizer(config[name]) for name in ("regularizer", "baseline") if config[name]}
+    callbacks += regularizers.values()
+    callbacks += [hydra.utils.instantiate(part) for part in (config.monitor, config.robustness) if part]
     logger = hydra.utils.instantiate(config.logger) if config.logger else False
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     trainer = hydra.utils.instantiate(
         config.trainer, callbacks=callbacks, logger=logger, default_root_dir=str(directory)
     )
-    if regularizer is not None:
-        _choose_strengths(config.regularizer, regularizer, module, data, trainer)
+    for name, regularizer in regularizers.items():
+        _choose_strengths(config[name], regularizer, module, data, trainer)
     OmegaConf.save(config, directory / "config.yaml", resolve=True)
 
     trainer.fit(module, data, ckpt_path=config.resume)
@@ -205,7 +207,8 @@ def _unpenalized_training(module: Classifier, data: ImageData, trainer: L.Traine
         losses: list[float] = []
         for batch in islice(batches, part):
             optimizer.zero_grad()
-            loss = twin.loss(move_data_to_device(batch, module.device))
+            images, labels = move_data_to_device(batch, module.device)
+            loss = twin.training_loss(twin(images), labels)
             loss.backward()
             optimizer.step()
             schedule.step()

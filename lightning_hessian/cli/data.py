@@ -6,7 +6,7 @@ import gzip
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -55,6 +55,10 @@ class ImageData(LightningDataModule):
         validation: number of training images held out for validation.
         train_samples: number of training images to use, from the start of the fixed random order; None for all.
         augment: random crop (padded by an eighth of the width) and, for color images, random horizontal flip.
+        transform: further augmentation of one normalized training image of shape (channels, height, width), for example
+            torchvision's ``v2.RandomErasing``.
+        mix: augmentation of a batch of training images and of their labels, which are then probabilities of shape
+            (batch, classes): torchvision's ``v2.MixUp`` or ``v2.CutMix``.
         normalize: to mean 0 and standard deviation 1 over the training images. If false, pixels are in [0, 1].
         root: folder of the data sets, and where downloads go.
         seed: of the order of training batches. The order depends on seed and epoch only, so a resumed run repeats it.
@@ -76,6 +80,8 @@ class ImageData(LightningDataModule):
         validation: int = 200,
         train_samples: int | None = None,
         augment: bool = False,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         normalize: bool = True,
         root: str = "data",
         seed: int = 0,
@@ -91,6 +97,8 @@ class ImageData(LightningDataModule):
         self.validation = validation
         self.train_samples = train_samples
         self.augment = augment
+        self.transform = transform
+        self.mix = mix
         self.normalize = normalize
         self.root = Path(root)
         self.seed = seed
@@ -154,7 +162,7 @@ class ImageData(LightningDataModule):
     def training_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first ``count`` batches as the training step gets them: augmented, and over several epochs if needed."""
         for batch in islice(self._epochs(), count):
-            yield self._prepared(batch, self.augment)
+            yield self._prepared(batch, in_training=True)
 
     def _epochs(self) -> Iterator[tuple[Tensor, Tensor]]:
         loader = self.train_dataloader()
@@ -163,16 +171,25 @@ class ImageData(LightningDataModule):
             yield from loader
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        return self._prepared(batch, self.augment and self.trainer is not None and self.trainer.training)
+        return self._prepared(batch, in_training=self.trainer is not None and self.trainer.training)
 
-    def _prepared(self, batch: tuple[Tensor, Tensor], augment: bool) -> tuple[Tensor, Tensor]:
+    def _prepared(self, batch: tuple[Tensor, Tensor], in_training: bool) -> tuple[Tensor, Tensor]:
         images, labels = batch
-        if augment:
-            images = _random_crop(images, padding=self.shape[-1] // 8)
-            if self.shape[0] == 3:
-                flipped = torch.rand(len(images), device=images.device) < 0.5
-                images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        return self._scaled(images), labels
+        if not in_training:
+            return self._scaled(images), labels
+        images = self._scaled(self._cropped(images) if self.augment else images)
+        if self.transform is not None:
+            images = torch.stack([self.transform(image) for image in images])
+        if self.mix is None:
+            return images, labels
+        return self.mix(images, torch.nn.functional.one_hot(labels, self.classes).to(images.dtype))
+
+    def _cropped(self, images: Tensor) -> Tensor:
+        images = _random_crop(images, padding=self.shape[-1] // 8)
+        if self.shape[0] == 3:
+            flipped = torch.rand(len(images), device=images.device) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        return images
 
     def _scaled(self, images: Tensor) -> Tensor:
         if not self.normalize:

@@ -1,6 +1,7 @@
 """Curvature penalties in pure torch, one file each."""
 
 from lightning_hessian.penalties.base import InputPenalty, Needs, Penalty, WeightPenalty
+from lightning_hessian.penalties.confidence import ConfidencePenalty
 from lightning_hessian.penalties.differences import AscentDifference, DifferenceContext, SecondDifference
 from lightning_hessian.penalties.hessian_norm import HessianNorm
 from lightning_hessian.penalties.hessian_trace import HessianTrace
@@ -12,6 +13,7 @@ from lightning_hessian.penalties.step_context import ForwardContext, StepContext
 
 __all__ = [
     "AscentDifference",
+    "ConfidencePenalty",
     "DifferenceContext",
     "ForwardContext",
     "HessianNorm",
