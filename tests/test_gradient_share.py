@@ -117,10 +117,12 @@ def test_two_ranks_measure_together(tmp_path):
         assert found == pytest.approx([row["train/strength"] for row in recorder.rows], rel=1e-5)
 
 
+@pytest.mark.parametrize("steps", [6, 7])
+@pytest.mark.parametrize("penalty", [lh.HessianTrace, lh.HessianNorm])
 @pytest.mark.parametrize("module", [Classifier, Mixed], ids=["callback", "mixin"])
-def test_resumed_equals_uninterrupted(tmp_path, module):
+def test_resumed_equals_uninterrupted(tmp_path, module, penalty, steps):
     def run(**settings):
-        regularizer = lh.HessianRegularizer(lh.HessianTrace(), share())
+        regularizer = lh.HessianRegularizer(penalty(), share())
         one = module(regularizer, middle=nn.LayerNorm(6)) if module is Mixed else smooth()
         callbacks = [] if module is Mixed else [regularizer]
         trainer = fit(one, [*callbacks, *settings.pop("others", [])], loader, **settings)
@@ -128,10 +130,27 @@ def test_resumed_equals_uninterrupted(tmp_path, module):
 
     path = tmp_path / "half.ckpt"
     loader = DataLoader([next(iter(data()))] * 12, batch_size=None)
-    whole, strength = run(others=[SaveAt(path, 7)])
+    whole, strength = run(others=[SaveAt(path, steps)])
     resumed, found = run(ckpt_path=path)
     assert torch.equal(whole, resumed)
     assert found == strength
+
+
+@pytest.mark.parametrize("beside", [None, lh.SharpnessAware()])
+def test_the_norms_vector_goes_on_where_gradients_are_taken_one_by_one(beside):
+    """As without a measurement, and without a penalty beside it, each step after the first has its coefficients."""
+    penalty, needs = lh.HessianNorm(), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_):
+            needs.append(penalty.needs.taylor)
+
+    if beside is None:
+        regularizer = lh.HessianRegularizer(penalty, share(every_n_steps=1))
+    else:
+        regularizer = lh.HessianRegularizer([penalty, beside], 0.1)
+    fit(smooth(), [regularizer, Watch()], max_steps=4)
+    assert needs == [True] * 4
 
 
 def test_every_nth_step_and_a_warmup_multiply_the_strength():

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -35,14 +35,20 @@ from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.data import ImageData
 from lightning_hessian.cli.report import Report, comparison_table, report
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
+from lightning_hessian.regularization.adaptive import Adaptive
+from lightning_hessian.regularization.curvature_budget import CurvatureBudget
 from lightning_hessian.regularization.gradient_share import GradientShare
 from lightning_hessian.regularization.suggest import suggest_strength
 from lightning_hessian.step.isolation import random_state_kept
 
 AUTO = "auto"
 """As a strength: choose one before training."""
-SHARE = "share:"
-"""As a strength, with a number behind it: hold the penalty's gradient at this share of the task loss's."""
+ADAPTIVE: dict[str, Callable[[float], Adaptive]] = {
+    "share": GradientShare,
+    "trace": lambda target: CurvatureBudget(trace=target),
+    "stability": lambda target: CurvatureBudget(stability=target),
+}
+"""As a strength, with a colon and a number behind it, such as share:0.1: strengths that adapt in training."""
 AUTO_BATCHES = 4
 """Number of training batches used to suggest a strength."""
 AUTO_STEPS = 100
@@ -129,26 +135,27 @@ def train(config: DictConfig, directory: Path) -> Report:
 def _regularizer(settings: DictConfig) -> Any:
     """The callback, with strength 0 in place of ``auto``."""
     strength = _strength(settings.get("strength"))
-    if not any(isinstance(one, GradientShare) for one in (strength if isinstance(strength, list) else [strength])):
+    if not any(isinstance(one, Adaptive) for one in (strength if isinstance(strength, list) else [strength])):
         return hydra.utils.instantiate(settings, strength=strength)
     # Not through `instantiate`, which takes no objects.
     return hydra.utils.instantiate(settings, strength=0.0, _partial_=True)(strength=strength)
 
 
 def _strength(asked: Any) -> Any:
-    """A strength of the settings: a number, ``auto``, ``share:0.1``, or a list of these."""
+    """A strength of the settings: a number, ``auto``, one that adapts, or a list of these."""
     if isinstance(asked, ListConfig):
         return [_strength(one) for one in asked]
     if asked == AUTO:
         return 0.0
-    if not isinstance(asked, str) or not asked.startswith(SHARE):
+    kind, colon, number = asked.partition(":") if isinstance(asked, str) else ("", "", "")
+    if not colon:
         return asked
     try:
-        return GradientShare(float(asked.removeprefix(SHARE)))
-    except ValueError as error:
+        return ADAPTIVE[kind](float(number))
+    except (KeyError, ValueError) as error:
         raise ValueError(
-            f"regularizer.strength={asked!r}: after {SHARE!r} comes the penalty's share of the gradient, a number in "
-            "(0, 1], for example share:0.1."
+            f"strength={asked!r} is none of share:0.1 (the penalty's share of the gradient, in (0, 1]), trace:10 or "
+            "stability:0.5 (targets for the curvature, positive)."
         ) from error
 
 

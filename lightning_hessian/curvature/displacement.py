@@ -86,6 +86,7 @@ def loss_gradient(
     scale: float = 1.0,
     by_backward: bool = False,
     keep_graph: bool = False,
+    watched: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
     """Return the gradient of a loss and free its graph. The entry of an unused tensor is None.
 
@@ -96,6 +97,7 @@ def loss_gradient(
         by_backward: use ``backward()`` instead of ``torch.autograd.grad``. Reentrant checkpoints and sharded
             parameters need it. The tensors' ``.grad`` is restored afterwards.
         keep_graph: do not free the graph.
+        watched: further leaves, whose hooks are called with their gradients.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -107,7 +109,9 @@ def loss_gradient(
         if by_backward:
             found = _gradient_by_backward(scaled, tensors, keep_graph)
         else:
-            found = list(torch.autograd.grad(scaled, list(tensors), retain_graph=keep_graph, allow_unused=True))
+            leaves = [*tensors, *watched]
+            every = torch.autograd.grad(scaled, leaves, retain_graph=keep_graph, allow_unused=True)
+            found = [*every[: len(tensors)]]
     return found if scale == 1 else [None if gradient is None else gradient / scale for gradient in found]
 
 

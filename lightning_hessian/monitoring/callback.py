@@ -184,7 +184,13 @@ class CurvatureMonitor(Callback):
         self._overlaps_here: dict[str, float] = {}
         self._steps_seen = 0
         self._is_first = False
+        self._is_first_scheduled = True
         self._is_fitting = False
+
+    @property
+    def latest_curvature(self) -> Curvature | None:
+        """The latest measurement in training that a run without interruption has, too."""
+        return next((one for one in reversed(self.history) if one.scheduled), None)
 
     @property
     def state_key(self) -> str:
@@ -234,11 +240,6 @@ class CurvatureMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        here = [one for one in self.history if one.step == step]
-        # A resumed run repeats the measurement at this step but keeps its overlaps: the old eigenspaces are gone.
-        self._overlaps_here = dict(here[0].overlaps) if here else {}
-        self.history = [one for one in self.history if one.step < step]
         self._spaces = {}
         self._steps_seen = trainer.global_step
         self._report_learning_rates(trainer)
@@ -246,9 +247,22 @@ class CurvatureMonitor(Callback):
         self._is_first = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._is_first:  # not in `on_train_start`: the module's own hooks run after the callbacks'
-            self._measure(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        # Not in `on_train_start`: the module's own hooks run after the callbacks', and Lightning may not have counted
+        # the last batch before an interruption.
+        if self._is_first:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            in_epoch = batch_idx > 0 or trainer.current_epoch % self.every_n_epochs != 0
+            self._go_on_from(step, due=not in_epoch if self.every_n_steps is None else step % self.every_n_steps == 0)
+            self._measure(trainer, step)
             self._is_first = False
+
+    def _go_on_from(self, step: int, due: bool) -> None:
+        """Keep what was measured before this step. A resumed run measures here again."""
+        here = [one for one in self.history if one.step == step]
+        # The old eigenspaces are gone, but not their overlaps.
+        self._overlaps_here = dict(here[0].overlaps) if here else {}
+        self._is_first_scheduled = due
+        self.history = [one for one in self.history if one.step < step]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -312,7 +326,8 @@ class CurvatureMonitor(Callback):
             for group, (names, space) in now.items()
             if group in self._spaces and self._spaces[group][0] == names
         }
-        curvature = dataclasses.replace(curvature, overlaps=overlaps | self._overlaps_here)
+        scheduled = not self._is_first or self._is_first_scheduled
+        curvature = dataclasses.replace(curvature, overlaps=overlaps | self._overlaps_here, scheduled=scheduled)
         self._overlaps_here = {}
         self._spaces = now
         self.history.append(curvature)

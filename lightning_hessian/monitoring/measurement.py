@@ -81,6 +81,7 @@ class Curvature:
         overlaps: share of the top eigenspace of a group's block that lies in that of the last measurement.
         density: the spectral density.
         matvecs: number of Hessian-vector products used.
+        scheduled: whether a run without interruption measures at this step, too.
     """
 
     step: int
@@ -94,6 +95,7 @@ class Curvature:
     overlaps: dict[str, float] = field(default_factory=dict)
     density: SpectralDensity | None = None
     matvecs: int = 0
+    scheduled: bool = True
 
     def scalars(self) -> dict[str, float]:
         """All scalars by their log names."""

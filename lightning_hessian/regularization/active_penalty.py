@@ -65,7 +65,7 @@ class FitPenalty:
     def control_by(self, rule: Adaptive) -> Control:
         """What adapts its strength by this rule."""
         if self.control is None or self.control.rule != rule:
-            self.control = rule.new_control()
+            self.control = rule.new_control(self.penalty)
             self.control.load_state_dict(self.strength_state)
             self.strength_state = {}
         return self.control

@@ -136,7 +136,8 @@ class HessianRegularizer(Callback):
     def _strength_now(self, index: int, strength: Strength | Adaptive, step: int) -> float:
         in_fit = self._in_fit[index] if self._in_fit else None
         if isinstance(strength, Adaptive):
-            return (strength.new_control() if in_fit is None else in_fit.control_by(strength)).strength
+            penalty = self.penalties[index]
+            return (strength.new_control(penalty) if in_fit is None else in_fit.control_by(strength)).strength
         if in_fit is not None:
             in_fit.control = None
         return _at(strength, step)
@@ -232,7 +233,7 @@ def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> No
         one._first_step = math.ceil(one.start * total_steps(fit.trainer)) if one.start else 0
         for penalty, strength in zip(one._in_fit, one._strengths(), strict=True):
             if isinstance(strength, Adaptive):
-                strength.check(penalty.penalty)
+                strength.check(penalty.penalty, fit.trainer)
             if strength == 0 and not penalty.has_started:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")
     fit.start()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_hessian.arguments import is_number
@@ -16,12 +16,32 @@ from lightning_hessian.regularization.gradient_share import GradientShare, Share
 
 _LEAST, _MOST = 0.01, 10.0
 """The smallest share of the gradient, which is that of the beginning, and the largest one."""
-_RATE = 0.1
-"""The largest change of the share's logarithm in one acting step."""
-_GAIN = 4.0
-"""The share changes at its full rate where the curvature is off the target by exp(1/4), or 28 %."""
-_NEW = 0.1
-"""The weight of a new value in the mean of the curvature."""
+_RATE, _GAIN = 0.2, 8.0
+"""The largest change of the share's logarithm in one acting step. It is reached where the curvature is off the target
+by exp(1/8), or 13 %."""
+_NEW = 0.2
+"""The weight of a new value of the penalty in the mean of the curvature."""
+_RATE_OF_MONITOR, _GAIN_OF_MONITOR = math.log(2.0), 4.0
+"""The same for one measurement of a monitor, off the target by 28 %. Between two of them training has gone on."""
+
+
+class _Measured(Protocol):
+    """A measurement of a monitor at an optimizer step."""
+
+    step: int
+    trace: Any
+    stability: float | None
+
+
+@runtime_checkable
+class _Monitor(Protocol):
+    """What measures curvature in training: :class:`CurvatureMonitor`, or a callback with the same two members."""
+
+    batches: str
+
+    @property
+    def latest_curvature(self) -> _Measured | None:
+        """The latest measurement that an uninterrupted run has, too."""
 
 
 @dataclass(frozen=True)
@@ -29,29 +49,38 @@ class CurvatureBudget:
     r"""A strength that holds the trace of the Hessian, or the stability of training, at a target.
 
     The strength rises while the measured curvature is above the target, and falls while it is below. What is adapted is
-    the share s of the penalty's gradient in units of the task loss's gradient (see :class:`GradientShare`). After each
-    step on which the penalty acts,
+    the share s of the penalty's gradient in units of the task loss's gradient (see :class:`GradientShare`). It starts
+    at 0.01 and stays between 0.01 and 10.
 
-    .. math:: \log s \leftarrow \log s + 0.1 \, \min(1, \max(-1, 4 \log(c / \text{target}))),
+    :class:`HessianTrace` measures the trace itself, and :class:`HessianNorm` the stability. After each step on which
+    they act,
 
-    with c the mean of the penalty's own values, in which a new one counts 10 %. So the share changes by at most 10 % in
-    a step. It starts at 0.01 and stays between 0.01 and 10.
+    .. math:: \log s \leftarrow \log s + 0.2 \, \min(1, \max(-1, 8 \log(c / \text{target}))),
 
-    The values of :class:`HessianNorm` are lower bounds of the norm, which is then held somewhat above the target.
-    ``HessianNorm(iterations=3)`` comes nearer. (The same holds for ``two_pass`` at a large strength: it measures the
-    trace of a smoothed loss.)
+    with c the mean of the penalty's own values, in which a new one counts 20 %. So the share changes by at most 20 % in
+    a step. The values of :class:`HessianNorm` are lower bounds of the norm, which is then held somewhat above the
+    target. ``HessianNorm(iterations=3)`` comes nearer. (The same holds for ``two_pass`` at a large strength: it
+    measures the trace of a smoothed loss.)
+
+    For any other penalty, a :class:`CurvatureMonitor` of training data must be among the Trainer's callbacks. After
+    each of its measurements,
+
+    .. math:: \log s \leftarrow \log s + \log 2 \, \min(1, \max(-1, 4 \log(c / \text{target}))),
+
+    with c the measured value. So the share changes by a factor of at most 2 in a measurement. Let the monitor measure
+    often enough, for example with ``every_n_steps=20``.
 
     **If the target cannot be met**, the share stays at its bound. At 10 the curvature stays above the target, and the
     penalty's gradient outweighs the task loss's: choose a higher target. At 0.01 it is below it without help.
 
     Args:
-        trace: the target for tr(H), positive; for :class:`HessianTrace` (with ``method="gauss_newton"`` tr(G)).
+        trace: the target for tr(H), positive; for ``HessianTrace(method="gauss_newton")`` tr(G).
         stability: the target for eta lambda / 2, positive, with the largest learning rate eta and the norm lambda of
-            the Hessian; for :class:`HessianNorm`. Gradient descent is linearly unstable above 1.
+            the Hessian (a monitor's largest eigenvalue). Gradient descent is linearly unstable above 1.
 
     Raises:
         ValueError: not exactly one target is given, or it is not positive.
-        MisconfigurationException: when fitting starts: the penalty does not measure the target.
+        MisconfigurationException: when fitting starts: neither the penalty nor a monitor measures the target.
 
     Example:
         >>> from lightning_hessian import HessianNorm, HessianRegularizer
@@ -65,8 +94,8 @@ class CurvatureBudget:
         given = {name: x for name, x in (("trace", self.trace), ("stability", self.stability)) if x is not None}
         if len(given) != 1:
             raise ValueError(
-                f"CurvatureBudget has {len(given)} targets. Give one: trace= for a HessianTrace, stability= for a "
-                "HessianNorm. Each penalty has a strength of its own."
+                f"CurvatureBudget has {len(given)} targets. Give one: trace= or stability=. Each penalty has "
+                "a strength of its own."
             )
         ((name, target),) = given.items()
         if not is_number(target) or not 0 < float(target) < math.inf:
@@ -79,26 +108,34 @@ class CurvatureBudget:
         assert found is not None
         return float(found)
 
-    def check(self, penalty: Penalty) -> None:
-        """See that the penalty measures the target.
+    def is_measured_by(self, penalty: Penalty) -> bool:
+        """Whether the penalty's own values are those to be held."""
+        if self.trace is not None:
+            return isinstance(penalty, HessianTrace) and penalty.scale == "none"
+        return isinstance(penalty, HessianNorm)
+
+    def check(self, penalty: Penalty, trainer: Trainer) -> None:
+        """See that the target is measured.
 
         Raises:
-            MisconfigurationException: it does not.
+            MisconfigurationException: it is not.
         """
-        if self.trace is not None and not (isinstance(penalty, HessianTrace) and penalty.scale == "none"):
-            raise MisconfigurationException(
-                f"{self!r} holds the trace of the Hessian, which {penalty!r} does not measure. Use HessianTrace() with "
-                "scale='none', or strength=GradientShare(0.1)."
-            )
-        if self.stability is not None and not isinstance(penalty, HessianNorm):
-            raise MisconfigurationException(
-                f"{self!r} holds the largest eigenvalue of the Hessian, which {penalty!r} does not measure. Use "
-                "HessianNorm(), or strength=GradientShare(0.1)."
-            )
+        if self.is_measured_by(penalty) or _monitor_of(trainer) is not None:
+            return
+        what, own = (
+            ("trace", "HessianTrace() with scale='none'")
+            if self.trace is not None
+            else ("largest eigenvalue", "HessianNorm()")
+        )
+        raise MisconfigurationException(
+            f"{self!r} holds the {what} of the Hessian, which {penalty!r} does not measure. Add "
+            f"CurvatureMonitor(every_n_steps=20) to the Trainer's callbacks, or use {own}, or "
+            "strength=GradientShare(0.1)."
+        )
 
-    def new_control(self) -> BudgetControl:
-        """What adapts a strength by this rule."""
-        return BudgetControl(self)
+    def new_control(self, penalty: Penalty) -> BudgetControl:
+        """What adapts the strength of the penalty by this rule."""
+        return BudgetControl(self, self.is_measured_by(penalty))
 
 
 @dataclass
@@ -107,17 +144,21 @@ class BudgetControl:
 
     Args:
         rule: the setting.
+        by_penalty: whether the penalty measures the target, or else a monitor.
 
     Attributes:
         whole: the strength at which the penalty's gradient is as long as the task loss's.
         share: the present share of it.
-        curvature: the mean of the measured values; None before the first one.
+        curvature: the mean of the penalty's values; None before the first one.
+        seen: the optimizer step of the monitor's measurement that was used last; -1 before the first one.
     """
 
     rule: CurvatureBudget
+    by_penalty: bool
     whole: ShareControl = field(default_factory=lambda: ShareControl(GradientShare(1.0)), init=False)
     share: float = field(default=_LEAST, init=False)
     curvature: float | None = field(default=None, init=False)
+    seen: int = field(default=-1, init=False)
 
     @property
     def strength(self) -> float:
@@ -132,14 +173,31 @@ class BudgetControl:
         self.whole.measure(task, penalty)
 
     def see(self, value: float, trainer: Trainer) -> None:
-        """Adapt the share to the penalty's value on a step on which it acted."""
+        """Adapt the share on a step on which the penalty acted, with its value."""
+        if self.by_penalty:
+            self._follow_values(value, trainer)
+        elif (monitor := _monitor_of(trainer)) is not None:
+            self._follow_monitor(monitor.latest_curvature)
+
+    def _follow_values(self, value: float, trainer: Trainer) -> None:
         if not math.isfinite(value):
             return
         if self.rule.stability is not None:
             value *= max(float(group["lr"]) for one in trainer.optimizers for group in one.param_groups) / 2
         self.curvature = value if self.curvature is None else self.curvature + _NEW * (value - self.curvature)
-        excess = math.log(self.curvature / self.rule.target) if self.curvature > 0 else -1.0
-        self.share = min(max(self.share * math.exp(_RATE * min(max(_GAIN * excess, -1.0), 1.0)), _LEAST), _MOST)
+        self._change(self.curvature, _RATE, _GAIN)
+
+    def _follow_monitor(self, latest: _Measured | None) -> None:
+        if latest is None or latest.step <= self.seen:
+            return
+        self.seen = latest.step
+        value = latest.stability if self.rule.trace is None else latest.trace.estimate
+        if value is not None and math.isfinite(value):
+            self._change(value, _RATE_OF_MONITOR, _GAIN_OF_MONITOR)
+
+    def _change(self, curvature: float, rate: float, gain: float) -> None:
+        excess = math.log(curvature / self.rule.target) if curvature > 0 else -1.0
+        self.share = min(max(self.share * math.exp(rate * min(max(gain * excess, -1.0), 1.0)), _LEAST), _MOST)
 
     def acted(self) -> None:
         """Count a step on which the penalty acted."""
@@ -147,10 +205,18 @@ class BudgetControl:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"whole": self.whole.state_dict(), "share": self.share, "curvature": self.curvature}
+        own = {name: getattr(self, name) for name in ("share", "curvature", "seen")}
+        return {"whole": self.whole.state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; an empty one starts anew."""
         self.whole.load_state_dict(state.get("whole", {}))
         self.share = state.get("share", _LEAST)
         self.curvature = state.get("curvature")
+        self.seen = state.get("seen", -1)
+
+
+def _monitor_of(trainer: Trainer) -> _Monitor | None:
+    """The monitor of the curvature on training data, if there is one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, _Monitor) and one.batches == "train"), None)

@@ -145,6 +145,7 @@ class DisplacedLosses:
             warn_of_kinks(one.in_fit, self.module, task.loss)
         terms = terms_of(self.module, self.runs, with_graph, task.loss)
         entered = [one for one, _ in terms]
+        directions = self.runs.directions()
         self.runs.forget_graphs()
         added: Tensor | float = 0.0
         rest: Tensor | None = None
@@ -156,7 +157,7 @@ class DisplacedLosses:
             measured = [pair for pair in terms if pair[0].is_measured]
             rest = total_of([pair for pair in terms if not pair[0].is_measured])
             for left, (one, term) in zip(reversed(range(len(measured))), measured, strict=True):
-                own = self._differentiate(term, keep_graph=left > 0 or rest is not None)
+                own = self._differentiate(term, left > 0 or rest is not None, directions)
                 factor = self._measure(one, own)
                 added = added + factor * term.detach()
                 total.add(factor, term.detach(), own)
@@ -165,7 +166,7 @@ class DisplacedLosses:
         else:
             rest = weight * task.loss
         if rest is not None:
-            total.add(1.0, rest.detach(), self._differentiate(rest))
+            total.add(1.0, rest.detach(), self._differentiate(rest, watched=directions))
             added = added + rest.detach() if takes_gradient else added
         return task.output, added, entered
 
@@ -249,10 +250,12 @@ class DisplacedLosses:
         rate = (ahead - behind) / (2 * difference.distance)
         return mean_over_ranks(self.module.trainer, rate) if rate.dim() else rate
 
-    def _differentiate(self, loss: Tensor, keep_graph: bool = False) -> list[Tensor | None]:
+    def _differentiate(
+        self, loss: Tensor, keep_graph: bool = False, watched: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
         if not loss.requires_grad:  # a penalty on a linear model
             return [None] * len(self._tensors)
-        return self._gradients.gradient(loss, self._tensors, self._scale, keep_graph)
+        return self._gradients.gradient(loss, self._tensors, self._scale, keep_graph, watched)
 
     def _rerun(self) -> Tensor:
         """The loss of a further run."""

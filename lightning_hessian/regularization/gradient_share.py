@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 from lightning_hessian.arguments import is_number, whole_number
 from lightning_hessian.penalties import Penalty
 
@@ -61,11 +63,11 @@ class GradientShare:
             )
         whole_number("every_n_steps", self.every_n_steps, 1, "the acting steps between two measurements")
 
-    def check(self, penalty: Penalty) -> None:
+    def check(self, penalty: Penalty, trainer: Trainer) -> None:
         """Any penalty will do."""
 
-    def new_control(self) -> ShareControl:
-        """What adapts a strength by this rule."""
+    def new_control(self, penalty: Penalty) -> ShareControl:
+        """What adapts the strength of the penalty by this rule."""
         return ShareControl(self)
 
 

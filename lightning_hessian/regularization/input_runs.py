@@ -149,6 +149,13 @@ class PenaltyRuns:
         except ValueError as error:
             raise MisconfigurationException(f"The penalty {penalty.name} cannot be computed. {error}") from error
 
+    def directions(self) -> list[Tensor]:
+        """The directions of Taylor coefficients whose gradients a penalty wants, beside those of the parameters."""
+        runs = [run for run in (self._shared, *self._own.values()) if run is not None]
+        modes = [run.taylor for run in runs if run.taylor is not None]
+        parts = [part for mode in modes for directions in mode.parts for part in directions]
+        return [part for part in parts if part is not None and part.requires_grad]
+
     def forget_graphs(self) -> None:
         """Let go of the runs; the step can be run again."""
         self._shared = self._apart = None

@@ -29,7 +29,12 @@ class LossGradients:
         self._has_reentrant_checkpoints: bool | None = None
 
     def gradient(
-        self, loss: Tensor, tensors: Sequence[Tensor], scale: float = 1.0, keep_graph: bool = False
+        self,
+        loss: Tensor,
+        tensors: Sequence[Tensor],
+        scale: float = 1.0,
+        keep_graph: bool = False,
+        watched: Sequence[Tensor] = (),
     ) -> list[Tensor | None]:
         """The gradient of a loss; see :func:`~lightning_hessian.curvature.displacement.loss_gradient`.
 
@@ -48,7 +53,7 @@ class LossGradients:
         try:
             # As any backward pass, outside of autocast.
             with torch.autocast(loss.device.type, enabled=False):
-                return loss_gradient(loss, tensors, scale, by_backward, keep_graph)
+                return loss_gradient(loss, tensors, scale, by_backward, keep_graph, watched)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
