@@ -8,6 +8,7 @@ Every round runs all methods, so that drifts of the machine's speed affect them 
 - plain: forward, backward, SGD step;
 - SAM: two passes, the second at weights displaced along the gradient (Foret et al. 2020);
 - sharpness; sharpness, adaptive: `SharpnessAware()`, SAM and ASAM in the callback;
+- confidence: `ConfidencePenalty()`, which has no second derivative;
 - hand-written: the usual recipe for loss + strength * v'Hv, `torch.autograd.grad` twice on PyTorch's fused operators
   (it requires attention on the math backend). Its gradient through norms is wrong or missing;
 - taylor, autograd, gauss_newton, central_difference, two_pass:
@@ -67,9 +68,9 @@ CASES = {  # input shape, batch size
     "vit": ((1, 28, 28), 128),
     "gpt": ((128,), 16),
 }
-METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "hand-written", "taylor", "taylor, 4 probes", "autograd",
-           "keep 0.5", "keep 0.1", "gauss_newton", "central_difference", "two_pass", "two_pass / 4", "norm",
-           "norm, autograd", "norm, central_difference", "taylor, share", "two_pass, share"]  # fmt: skip
+METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "confidence", "hand-written", "taylor",
+           "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1", "gauss_newton", "central_difference", "two_pass",
+           "two_pass / 4", "norm", "norm, autograd", "norm, central_difference", "taylor, share", "two_pass, share"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -135,6 +136,7 @@ class Case(L.LightningModule):
             "two_pass": self.penalized(lh.HessianTrace(method="two_pass")),
             "two_pass / 4": self.every_fourth(),
             "sharpness": self.penalized(lh.SharpnessAware(), 1.0),
+            "confidence": self.penalized(lh.ConfidencePenalty(), 0.1),
             "sharpness, adaptive": self.penalized(lh.SharpnessAware(0.5, adaptive=True), 1.0),
             "norm": self.penalized(lh.HessianNorm()),
             "norm, autograd": self.penalized(lh.HessianNorm(method="autograd")),

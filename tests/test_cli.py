@@ -299,7 +299,7 @@ def test_every_experiment_composes(run, experiment):
         ("regularizer.strength=budget:1", "strength='budget:1' is none of"),
         (
             "regularizer.strength=stability:0.5",
-            "which HessianTrace(method='gauss_newton', probes=1, scale='parameter') does",
+            "Add CurvatureMonitor(every_n_steps=20) to the Trainer's",
         ),
         ("regularizer.strength=[auto,auto]", "has 2 factors for 1 penalties"),
         ("regularizer.penalty.keep=2", "regularizer.penalty: keep=2 is a probability"),
