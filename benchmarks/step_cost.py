@@ -70,7 +70,8 @@ CASES = {  # input shape, batch size
 }
 METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "confidence", "hand-written", "taylor",
            "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1", "gauss_newton", "central_difference", "two_pass",
-           "two_pass / 4", "norm", "norm, autograd", "norm, central_difference", "taylor, share", "two_pass, share"]  # fmt: skip
+           "two_pass / 4", "norm", "norm, autograd", "norm, central_difference", "taylor, share",
+           "two_pass, share"]  # fmt: skip
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
