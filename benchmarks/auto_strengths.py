@@ -55,7 +55,7 @@ def run(model: str, regularizer: str, overrides: list[str]) -> tuple[float, floa
     """Test accuracy, test loss, and the chosen strengths."""
     import hydra
 
-    from lightning_hessian.cli.command import train
+    from lightning_hessian.cli.run import train
 
     settings = [f"model={model}", f"regularizer={regularizer}", "logger=none", *MODELS[model]]
     settings += ["trainer.enable_progress_bar=false", "trainer.enable_model_summary=false"]

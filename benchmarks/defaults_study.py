@@ -47,9 +47,10 @@ from omegaconf import DictConfig, OmegaConf  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli.classifier import Classifier  # noqa: E402
-from lightning_hessian.cli.command import config_directory  # noqa: E402
 from lightning_hessian.cli.data import ImageData  # noqa: E402
-from lightning_hessian.cli.report import LANCZOS  # noqa: E402
+from lightning_hessian.cli.final_curvature import LANCZOS  # noqa: E402
+from lightning_hessian.cli.parts import make_data, make_module  # noqa: E402
+from lightning_hessian.cli.settings import config_directory  # noqa: E402
 from lightning_hessian.curvature import select_parameters  # noqa: E402
 from lightning_hessian.monitoring.measurement import Measurement, MeasurementConfig  # noqa: E402
 
@@ -98,12 +99,11 @@ def key_of(row: dict) -> str:
 
 
 def train(config: DictConfig, along: bool) -> dict:
-    """One run, like `lightning_hessian.cli.command.train`."""
+    """One run, like `lightning_hessian.cli.run.train`."""
     torch.set_flush_denormal(True)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    data = hydra.utils.instantiate(config.data)
-    net = hydra.utils.instantiate(config.model, shape=data.shape, classes=data.classes)
-    module = Classifier(net, data.classes, **config.optimizer)
+    data = make_data(config.data)
+    module = make_module(config, data)
     regularizer = hydra.utils.instantiate(config.regularizer) if config.regularizer else None
     callbacks = [] if regularizer is None else [regularizer]
     watch = Along(data, regularizer)

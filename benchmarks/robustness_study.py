@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from lightning_hessian.cli.command import train
+    from lightning_hessian.cli.run import train
 
     results = arguments.results
     done = {(r["method"], r["strength"], r["seed"]) for r in read(results)}

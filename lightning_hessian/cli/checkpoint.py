@@ -34,6 +34,15 @@ def check_checkpoint(path: str, module: nn.Module) -> None:
             )
 
 
+def is_readable(path: Path) -> bool:
+    """Whether the file is a whole checkpoint of Lightning's Trainer."""
+    try:
+        _read(str(path))
+    except ValueError:
+        return False
+    return True
+
+
 def _read(path: str) -> dict[str, Any]:
     if not Path(path).exists():
         raise _checkpoint_error(path, "there is no such checkpoint")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
+
+STEPS = ("T_max", "total_steps", "total_iters", "num_training_steps")
+"""How schedules call the number of optimizer steps in training."""
+
+_SGD = partial(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+_COSINE: Callable[..., LRScheduler] = partial(CosineAnnealingLR, T_max=cast(int, None))
 
 
 class Classifier(LightningModule):
-    """SGD with Nesterov momentum, and one cosine decay of the learning rate to 0.
+    """A network, a loss, an optimizer, and a schedule that is stepped after each optimizer step.
 
     Validation, test and measurements use the cross-entropy, whatever the training loss is.
 
@@ -23,12 +30,14 @@ class Classifier(LightningModule):
         classes: number of classes.
         training_loss: maps logits and labels (class indices, or probabilities of shape (n, classes)) to the mean loss
             to train on. Default: the cross-entropy.
-        lr: initial learning rate.
-        momentum: SGD's momentum.
-        weight_decay: SGD's weight decay.
+        optimizer: makes an optimizer of parameters. Default: SGD with learning rate 0.1, Nesterov momentum 0.9 and
+            weight decay 5e-4.
+        schedule: makes a schedule of the learning rate from an optimizer. An argument of it that is the number of steps
+            (``T_max``, ``total_steps``, ``total_iters``, ``num_training_steps``) and None gets the training's number.
+            Default: one cosine decay to 0. None in the settings: none.
 
     Raises:
-        ValueError: a number is negative or not finite.
+        ValueError: on the first use: the optimizer or the schedule does not take its settings.
     """
 
     def __init__(
@@ -36,20 +45,14 @@ class Classifier(LightningModule):
         net: nn.Module,
         classes: int,
         training_loss: nn.Module | None = None,
-        *,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = _SGD,
+        schedule: Callable[..., LRScheduler] | None = _COSINE,
     ) -> None:
         super().__init__()
-        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"optimizer.{name}={value!r} must be a finite number of at least 0.")
         self.net = net
         self.training_loss = training_loss or nn.CrossEntropyLoss()
-        self.lr = lr
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self._optimizer = optimizer
+        self._schedule = schedule
         self.accuracy = nn.ModuleDict(
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
         )
@@ -87,17 +90,26 @@ class Classifier(LightningModule):
         self.log(f"{stage}/accuracy", accuracy, **in_epoch)
         return loss
 
-    def optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> Optimizer:
         """A new optimizer at the initial learning rate."""
-        return torch.optim.SGD(
-            self.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.momentum > 0
-        )
+        try:
+            return self._optimizer(self.parameters())
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer: {error}.") from error
 
-    def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-        """Cosine decay of the learning rate over ``steps`` steps."""
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    def schedule(self, optimizer: Optimizer, steps: int) -> LRScheduler | None:
+        """A new schedule over ``steps`` steps."""
+        if self._schedule is None:
+            return None
+        given = getattr(self._schedule, "keywords", {})
+        try:
+            return self._schedule(optimizer, **{name: steps for name in STEPS if name in given and given[name] is None})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scheduler: {error}.") from error
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer()
-        scheduler = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        schedule = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        if schedule is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

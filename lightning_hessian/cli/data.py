@@ -129,7 +129,6 @@ class ImageData(LightningDataModule):
         self._sets = {
             "train": TensorBatches(images[training], labels[training]),
             "val": TensorBatches(images[validation], labels[validation]),
-            "test": TensorBatches(*self.load(train=False)),
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -147,6 +146,8 @@ class ImageData(LightningDataModule):
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
+        if "test" not in self._sets:  # not read before it is needed
+            self._sets["test"] = TensorBatches(*self.load(train=False))
         return self._loader("test")
 
     def training_samples(self, count: int) -> list[tuple[Tensor, Tensor]]:

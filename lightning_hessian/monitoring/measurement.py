@@ -208,17 +208,25 @@ class Measurement:
         )
         return curvature, spaces
 
+    @property
+    def _is_parallel(self) -> bool:
+        # After a fit in spawned processes the process group is gone, but `world_size` still counts them.
+        return self.trainer.world_size > 1 and torch.distributed.is_initialized()
+
     def _rows(self, groups: Mapping[str, Sequence[str]]) -> dict[str, list[slice]]:
         """Each group's entries in the flat parameter vector."""
         ends = [0, *accumulate(parameter.numel() for parameter in self.parameters.values())]
         at = {name: slice(*pair) for name, pair in zip(self.parameters, pairwise(ends), strict=True)}
         return {group: [at[name] for name in names] for group, names in groups.items()}
 
+    def losses(self) -> list[float]:
+        """The mean loss of each batch, in the same mode and with the same random numbers."""
+        with self._loss_of() as loss:
+            return [loss(index).item() for index in range(len(self.batches))]
+
     @contextmanager
-    def _operator_of(self) -> Iterator[Callable[[Sequence[str]], BatchedHessianOperator]]:
+    def _loss_of(self) -> Iterator[Callable[[int], Tensor]]:
         module, trainer = self.module, self.trainer
-        # After a fit in spawned processes the process group is gone, but `world_size` still counts them.
-        several = trainer.world_size > 1 and torch.distributed.is_initialized()
         context = higher_order(module, derivatives=2)
         with ExitStack() as stack:
             stack.enter_context(random_state_kept(module.device))
@@ -240,7 +248,7 @@ class Measurement:
             def loss(index: int) -> Tensor:
                 return steps[index].rerun().loss
 
-            if several:  # products are collective, so either all ranks measure or none
+            if self._is_parallel:  # products are collective, so either all ranks measure or none
                 complete = all(map(_has_loss, steps))
                 if not trainer.strategy.reduce_boolean_decision(complete, all=True):
                     raise BatchSkipped(None)
@@ -248,13 +256,19 @@ class Measurement:
                 check_repeatable(module, partial(loss, 0), loss(0), "CurvatureMonitor")
                 self._is_repeatable = True
 
+            yield loss
+
+    @contextmanager
+    def _operator_of(self) -> Iterator[Callable[[Sequence[str]], BatchedHessianOperator]]:
+        with self._loss_of() as loss:
+
             def operator_of(names: Sequence[str]) -> BatchedHessianOperator:
                 return BatchedHessianOperator(
                     loss,
                     [self.parameters[name] for name in names],
                     range(len(self.batches)),
                     lambda index: samples_in(self.batches[index]) or 1,
-                    (lambda local: trainer.strategy.reduce(local, reduce_op="sum")) if several else None,
+                    (lambda local: self.trainer.strategy.reduce(local, reduce_op="sum")) if self._is_parallel else None,
                 )
 
             yield operator_of

@@ -1,0 +1,62 @@
+"""Makes the parts of a run from its settings: the data, the module to train, and the callbacks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import hydra
+from lightning.pytorch import LightningDataModule, LightningModule
+from omegaconf import DictConfig
+from torch import nn
+
+from lightning_hessian.arguments import is_number
+from lightning_hessian.cli.classifier import Classifier
+
+
+def make_data(settings: DictConfig) -> LightningDataModule:
+    """The data module.
+
+    Raises:
+        ValueError: the settings make something else.
+    """
+    data = hydra.utils.instantiate(settings)
+    if not isinstance(data, LightningDataModule):
+        raise ValueError(f"data._target_={settings._target_} is not a LightningDataModule.")
+    return data
+
+
+def make_module(config: DictConfig, data: LightningDataModule) -> LightningModule:
+    """The module to train: the model itself if it is a LightningModule, else a classifier around it.
+
+    The model gets those of the data's attributes ``shape`` and ``classes`` that its arguments name and the settings do
+    not set.
+
+    Raises:
+        ValueError: the settings make something else, or a classifier does not know the number of classes.
+    """
+    settings = config.model
+    accepted = inspect.signature(hydra.utils.get_object(settings._target_)).parameters
+    known = {name: getattr(data, name) for name in ("shape", "classes") if hasattr(data, name)}
+    model = hydra.utils.instantiate(settings, **{k: x for k, x in known.items() if k in accepted and k not in settings})
+    if isinstance(model, LightningModule):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model._target_={settings._target_} is neither a LightningModule nor an nn.Module.")
+    if "classes" not in known:
+        raise ValueError(
+            f"model._target_={settings._target_} is an nn.Module, which is trained as a classifier, and "
+            f"{type(data).__name__} does not tell the number of classes. Give the data module an attribute `classes`, "
+            "or make the model a LightningModule."
+        )
+    for name in ("lr", "momentum", "weight_decay"):
+        if name in config.optimizer and not is_number(config.optimizer[name]):
+            raise ValueError(f"optimizer.{name}={config.optimizer[name]!r} must be a number.")
+    loss, optimizer = (hydra.utils.instantiate(config[name]) for name in ("loss", "optimizer"))
+    schedule = hydra.utils.instantiate(config.scheduler) if config.scheduler else None
+    return Classifier(model, known["classes"], loss, optimizer, schedule)
+
+
+def make_callbacks(config: DictConfig) -> list[Any]:
+    """The callbacks of the groups that have one each."""
+    return [hydra.utils.instantiate(part) for part in (config.monitor, config.robustness) if part]

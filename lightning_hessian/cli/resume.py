@@ -1,0 +1,90 @@
+"""Go on with a run: its own settings, what the command line changes in them, and the checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_hessian.cli.results import FILE
+from lightning_hessian.cli.run import CONFIG, LAST
+
+_OWN = ("resume", "compare")
+"""What belongs to the command that resumes, not to the run."""
+_GROUPS_OF_MANY = ("experiment", "baseline", "tuned", "sweep")
+"""Groups whose choices set several parts of a run."""
+_LENGTH = ("trainer.max_epochs", "trainer.max_steps")
+
+
+def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path, list[str]]:
+    """The settings of the run that ``config.resume`` names, with the overrides of the command line.
+
+    Args:
+        config: the settings of the command.
+        overrides: those given on the command line.
+
+    Returns:
+        The settings, the checkpoint, and a line about each setting that is changed.
+
+    Raises:
+        ValueError: there is no run to go on with, it has finished, or an override cannot be applied.
+    """
+    asked = config.resume
+    directory = _directory(asked)
+    before = OmegaConf.load(directory / CONFIG)
+    settings = copy.deepcopy(before)
+    assert isinstance(before, DictConfig)
+    assert isinstance(settings, DictConfig)
+    changes = []
+    for override in overrides:
+        name = override.lstrip("+~").partition("=")[0].partition("@")[0]
+        if name in _OWN:
+            continue
+        if name in _GROUPS_OF_MANY:
+            raise ValueError(f"resume={asked}: {override} sets several parts of a run. Give the settings one by one.")
+        old = OmegaConf.select(settings, name)
+        if override.startswith("~"):
+            parent, _, key = name.rpartition(".")
+            OmegaConf.select(settings, parent).pop(key) if parent else settings.pop(name)
+        else:
+            OmegaConf.update(settings, name, OmegaConf.select(config, name), merge=False, force_add=True)
+        now = OmegaConf.select(settings, name)
+        if now != old:
+            changes.append(f"resumed with {override} (the run had {_short(old)})")
+    if "save_dir" in config.logger and "save_dir" in settings.logger:
+        settings.logger.save_dir = config.logger.save_dir  # this command's folder
+    settings.resume, settings.compare = asked, config.compare
+    longer = [name for name in _LENGTH if OmegaConf.select(before, name) != OmegaConf.select(settings, name)]
+    if longer and settings.scheduler:
+        raise ValueError(
+            f"resume={asked}: {longer[0]} was {OmegaConf.select(before, longer[0])}, and the schedule of the learning "
+            "rate ends there. Beyond its end a cosine schedule runs backwards. Keep the length, or start a new run."
+        )
+    if (directory / FILE).is_file() and not longer:
+        raise ValueError(f"resume={asked}: that run has finished; its results are in {directory / FILE}.")
+    return settings, directory / LAST, changes
+
+
+def _directory(asked: str) -> Path:
+    path = Path(asked)
+    if not path.exists():
+        raise ValueError(f"resume={asked}: there is no such folder. Give the folder of a run.")
+    directory = path if path.is_dir() else path.parent.parent
+    if not (directory / CONFIG).is_file():
+        raise ValueError(
+            f"resume={asked}: there is no {CONFIG} in {directory}, so it is not the folder of a run. A run is resumed "
+            "with its own settings, not from a checkpoint alone."
+        )
+    if not (directory / LAST).is_file():
+        raise ValueError(
+            f"resume={asked}: there is no {LAST} in it, because the run stopped in its first epoch, or the checkpoint "
+            "was deleted. Start the run anew."
+        )
+    return directory
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,150 @@
+"""One run: train, test, and measure the curvature at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_hessian.cli.checkpoint import check_checkpoint
+from lightning_hessian.cli.final_curvature import measure
+from lightning_hessian.cli.history import History
+from lightning_hessian.cli.parts import make_callbacks, make_data, make_module
+from lightning_hessian.cli.results import Objective, Results
+from lightning_hessian.cli.settings import check_settings
+from lightning_hessian.cli.strengths import choose_strengths, regularizer_of
+
+CONFIG = "config.yaml"
+"""The resolved settings of a run, in its folder."""
+LAST = "checkpoints/last.ckpt"
+"""The checkpoint of a run that training can go on from, in its folder."""
+
+
+def train(
+    config: DictConfig, directory: Path, *, checkpoint: Path | None = None, overrides: Sequence[str] = ()
+) -> Results:
+    """Run once: train, test, and measure the curvature. Files go to ``directory``, the results as the last one.
+
+    Args:
+        config: the settings; strengths ``auto`` are replaced by numbers.
+        directory: the run's folder.
+        checkpoint: where training goes on from; None to start anew.
+        overrides: the settings given on the command line, for the results.
+
+    Raises:
+        ValueError: a setting is wrong.
+    """
+    check_settings(config)
+    asked = OmegaConf.to_container(config, resolve=True)
+    # The tails of softplus and sigmoid are denormal numbers, which slow a CPU down many times.
+    torch.set_flush_denormal(True)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+
+    data = make_data(config.data)
+    module = make_module(config, data)
+    if checkpoint is not None:
+        check_checkpoint(str(checkpoint), module)
+    regularizers = {name: regularizer_of(config[name]) for name in ("regularizer", "baseline") if config[name]}
+    history, checkpoints = History(), _checkpoints(config, directory)
+    callbacks: list[Any] = [*regularizers.values(), *make_callbacks(config), history, checkpoints]
+    logger = hydra.utils.instantiate(config.logger) if config.logger else False
+    if logger:
+        callbacks.append(LearningRateMonitor("step"))
+    trainer = hydra.utils.instantiate(
+        config.trainer, callbacks=callbacks, logger=logger, default_root_dir=str(directory)
+    )
+    for name, regularizer in regularizers.items():
+        choose_strengths(config[name], regularizer, module, data, trainer)
+    OmegaConf.save(config, directory / CONFIG, resolve=True)
+
+    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    if history.learning_rate is None and (directory / LAST).is_file():
+        _recover(directory / LAST, history, checkpoints)
+    objective = _objective(config, trainer, checkpoints)
+    epoch = trainer.current_epoch
+    best = checkpoints.best_model_path if config.tested == "best" else ""
+    if best:
+        epoch = torch.load(best, map_location="cpu", weights_only=False)["epoch"] + 1
+    (metrics,) = trainer.test(module, data, verbose=False, ckpt_path=best or None)
+    data.setup("fit")  # spawned processes set up their own copies only
+    curvature, images, training_loss = measure(
+        trainer, module, data, config.trace.samples, config.trace.probes, config.seed, history.learning_rate
+    )
+    results = Results(
+        metrics={name: float(value) for name, value in metrics.items()},
+        curvature=curvature,
+        images=images,
+        directory=directory,
+        training_loss=training_loss,
+        objective=objective,
+        tested=config.tested if best else "last",
+        epoch=epoch,
+        epochs=history.epochs,
+        seconds_per_step=history.seconds_per_step,
+        settings=cast(dict[str, Any], asked),
+        overrides=[*overrides],
+        tensorboard=isinstance(trainer.logger, TensorBoardLogger),
+    )
+    if trainer.is_global_zero:
+        _log_end(trainer.loggers, results, config, trainer.global_step)
+        results.save()
+    return results
+
+
+def _checkpoints(config: DictConfig, directory: Path) -> ModelCheckpoint:
+    """Keep the weights after the last epoch, and those of the epoch with the best objective."""
+    return ModelCheckpoint(
+        directory / "checkpoints",
+        filename="best",
+        monitor=config.objective.metric,
+        mode=config.objective.direction.removesuffix("imize"),
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,  # a run that goes on in its folder overwrites its files
+    )
+
+
+def _recover(last: Path, history: History, checkpoints: ModelCheckpoint) -> None:
+    """Take from a checkpoint what these callbacks have seen in spawned processes."""
+    states = torch.load(last, map_location="cpu", weights_only=False)["callbacks"]
+    history.load_state_dict(states.get(history.state_key, {}))
+    checkpoints.best_model_score = states.get(checkpoints.state_key, {}).get("best_model_score")
+
+
+def _objective(config: DictConfig, trainer: L.Trainer, checkpoints: ModelCheckpoint) -> Objective | None:
+    metric, direction = config.objective.metric, config.objective.direction
+    if metric is None:
+        return None
+    found = checkpoints.best_model_score
+    if found is None:  # `fast_dev_run` keeps no checkpoints
+        found = trainer.callback_metrics.get(metric)
+    value = None if found is None or not math.isfinite(found) else float(found)
+    return Objective(metric=metric, direction=direction, value=value)
+
+
+def _log_end(loggers: Sequence[Logger], results: Results, config: DictConfig, step: int) -> None:
+    """Give the loggers the final numbers, and the settings with them: TensorBoard's tab HParams compares runs."""
+    final = {name: value for name, value in results.scalars().items() if math.isfinite(value)}
+    settings = dict(_flat(OmegaConf.to_container(config, resolve=True)))
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(settings, final)
+        else:
+            logger.log_hyperparams(settings)
+        logger.log_metrics(final, step)
+        logger.save()
+
+
+def _flat(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(settings, Mapping | list):
+        return [(prefix, settings)]
+    pairs = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+    return [pair for name, value in pairs for pair in _flat(value, f"{prefix}.{name}" if prefix else str(name))]

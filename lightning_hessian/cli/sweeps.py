@@ -1,0 +1,136 @@
+"""Sweeps: the folders of their jobs, what a job has done before, and what is said at their end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_hessian.cli.checkpoint import is_readable
+from lightning_hessian.cli.results import FILE, Results
+from lightning_hessian.cli.run import CONFIG, LAST
+from lightning_hessian.cli.strengths import AUTO
+
+FAILURE = "failure.json"
+"""In the folder of a job that failed: the exit status and the reason."""
+_LONGEST = 150
+"""File systems allow names of 255 characters."""
+
+statuses: list[int] = []
+"""The exit status of each failed job of the sweep that has ended in this process."""
+
+
+def folder_name(overrides: str) -> str:
+    """A job's folder: its overrides, shortened if they are long, without characters that separate folders.
+
+    Example:
+        >>> folder_name("regularizer.strength=0.01,seed=1")
+        'regularizer.strength=0.01,seed=1'
+        >>> folder_name("data.root=/tmp/x")
+        'data.root=_tmp_x'
+    """
+    name = re.sub(r"[^\w.,=+\-\[\]]", "_", overrides) or "defaults"
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def trials_left(directory: str, wanted: int) -> int:
+    """How many trials of an Optuna sweep are left to run, by the storage in the sweep's folder."""
+    storage = Path(directory) / "optuna.db"
+    if not storage.is_file():
+        return wanted
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    studies = optuna.get_all_study_summaries(f"sqlite:///{storage}")
+    trials = [trial for one in studies for trial in optuna.load_study(one.study_name, f"sqlite:///{storage}").trials]
+    return max(0, wanted - sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in trials))
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("trials_left", trials_left, replace=True)
+
+
+def search_space(config: DictConfig, trial: Any) -> None:
+    """What Optuna searches beside the strength: the method, and its dropout if it has one."""
+    method = trial.suggest_categorical("regularizer.penalty.method", ["gauss_newton", "two_pass", "taylor"])
+    if method == "taylor":
+        trial.suggest_categorical("regularizer.penalty.keep", [1.0, 0.5])
+
+
+def done_before(config: DictConfig, directory: Path) -> tuple[Results | None, Path | None]:
+    """What a job finds in its folder: its results if it has finished, or else the checkpoint to go on from.
+
+    Raises:
+        ValueError: the folder is that of another job.
+    """
+    if not (directory / CONFIG).is_file():
+        return None, None
+    asked, found = (OmegaConf.to_container(one, resolve=True) for one in (config, OmegaConf.load(directory / CONFIG)))
+    if (other := _difference(asked, found)) is not None:
+        raise ValueError(
+            f"the folder {directory} has a run with other settings ({other}). Choose another hydra.sweep.dir, or "
+            "delete the folder."
+        )
+    if (directory / FILE).is_file():
+        return Results.load(directory), None
+    if not (directory / LAST).is_file():
+        return None, None
+    if not is_readable(directory / LAST):  # the job was killed while it wrote
+        print(f"{directory / LAST} is cut off: the job starts anew.", file=sys.stderr)
+        return None, None
+    return None, directory / LAST
+
+
+def _difference(asked: Any, found: Any, name: str = "") -> str | None:
+    """The first setting that differs. A strength that was asked for as ``auto`` is a number in the folder."""
+    if isinstance(asked, Mapping) and isinstance(found, Mapping):
+        for key in [*asked, *(key for key in found if key not in asked)]:
+            inner = f"{name}.{key}" if name else str(key)
+            if (other := _difference(asked.get(key), found.get(key), inner)) is not None:
+                return other
+        return None
+    if isinstance(asked, list) and isinstance(found, list) and len(asked) == len(found):
+        pairs = enumerate(zip(asked, found, strict=True))
+        return next((d for i, (a, b) in pairs if (d := _difference(a, b, f"{name}.{i}")) is not None), None)
+    if asked == found or AUTO in (asked if isinstance(asked, list) else [asked]):
+        return None
+    return f"{name}: {found} there, {asked} now"
+
+
+def record_failure(directory: Path, job: str, reason: str, status: int) -> None:
+    """Keep why a job failed, for the end of the sweep: the job may run in another process."""
+    if directory.is_dir():
+        (directory / FAILURE).write_text(json.dumps({"job": job, "reason": reason, "status": status}))
+
+
+class SweepEnd(Callback):
+    """Makes a sweep's folder, and says at the end which jobs failed and how to see the results."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        statuses.clear()
+        directory = Path(config.hydra.sweep.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob(f"*/{FAILURE}"):
+            old.unlink()
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(config.hydra.sweep.dir)
+        failed = [json.loads(path.read_text()) for path in sorted(directory.glob(f"*/{FAILURE}"))]
+        statuses.extend(one["status"] for one in failed)
+        finished = len(list(directory.glob(f"*/{FILE}")))
+        if failed:
+            print(f"\n{len(failed)} of the jobs failed:", file=sys.stderr)
+            for one in failed:
+                print(f"  {one['job']}: {one['reason']}", file=sys.stderr)
+        print(f"\n{finished} runs have finished. Compare them: lightning-hessian report '{directory}'")
+        if failed:
+            print(f"Run what failed again: the same command with hydra.sweep.dir='{directory}'")
