@@ -15,8 +15,14 @@ def is_whole(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Return whether ``float(value)`` is a plausible number. A bool does not count."""
-    return isinstance(value, SupportsFloat) and not isinstance(value, bool)
+    """Return whether the value is a number, or a tensor with one. A bool does not count."""
+    if not isinstance(value, SupportsFloat) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor with several numbers
+        return False
+    return True
 
 
 def choice(name: str, value: object, of: Sequence[str]) -> None:

@@ -302,9 +302,12 @@ def test_every_experiment_composes(run, experiment):
         ("regularizer.strength=share:2", "strength='share:2' is none of share:0.1"),
         ("regularizer.strength=stability:-1", "strength='stability:-1' is none of"),
         ("regularizer.strength=budget:1", "strength='budget:1' is none of"),
+        ("regularizer.strength=share", "strength='share' is none of share:0.1"),
+        ("loss.label_smoothing=2", "loss.label_smoothing=2 must be a number from 0 to 1"),
+        ("data.mix=abc", "mix='abc' must be a function of images"),
         (
             "regularizer.strength=stability:0.5",
-            "Add CurvatureMonitor(every_n_steps=20) to the Trainer's",
+            "(on the command line monitor=curvature",
         ),
         ("regularizer.strength=[auto,auto]", "has 2 factors for 1 penalties"),
         ("regularizer.penalty.keep=2", "regularizer.penalty: keep=2 is a probability"),

@@ -108,6 +108,13 @@ def test_returned_logits_serve_a_loss_of_ones_own():
     assert seen.rows[0]["curvature/negative_entropy"] == pytest.approx(-expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_returned_logits_without_classes_are_refused(shape):
+    z = torch.ones(shape, requires_grad=True)
+    with pytest.raises(ValueError, match=r"logits of shape \(n, classes\)"):
+        lh.ConfidencePenalty().value(lh.StepContext(z.sum(), {"z": z}, outputs=(z,)))
+
+
 @pytest.mark.parametrize("loss", [lambda z: F.mse_loss(z, Z), lambda z: z.square().mean()])
 def test_a_loss_without_a_distribution_is_refused(loss):
     with pytest.raises(ValueError, match="needs a predicted distribution over classes"):

@@ -171,9 +171,39 @@ def test_targets_out_of_range_are_refused(targets, message):
         (lh.HessianNorm(), {"trace": 1.0}),
         (lh.HessianTrace(), {"stability": 0.5}),
         (lh.HessianTrace(scale="parameter"), {"trace": 1.0}),
+        (lh.HessianTrace(parameters="net.0.*"), {"trace": 1.0}),
+        (lh.HessianNorm(parameters="net.0.*"), {"stability": 0.5}),
         (lh.InputGradientNorm(), {"trace": 1.0}),
     ],
 )
 def test_a_target_that_the_penalty_does_not_measure_is_refused(penalty, targets):
     with pytest.raises(MisconfigurationException, match="does not measure"):
         fit(smooth(), [lh.HessianRegularizer(penalty, lh.CurvatureBudget(**targets))])
+
+
+def test_a_budget_without_a_learning_rate_or_set_in_mid_fit_without_a_monitor_is_refused():
+    class Rate(torch.optim.Optimizer):
+        """Without a learning rate."""
+
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self, closure=None):
+            return closure()
+
+    class Other(Classifier):
+        def configure_optimizers(self):
+            return Rate(self.parameters())
+
+    budget = lh.CurvatureBudget(stability=0.5)
+    with pytest.raises(MisconfigurationException, match="no optimizer has a learning rate"):
+        fit(Other(), [lh.HessianRegularizer(lh.HessianNorm(), budget)])
+
+    class Sets(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx == 2:
+                regularizer.strength = budget
+
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(), 1e-3)
+    with pytest.raises(MisconfigurationException, match="does not measure"):
+        fit(smooth(), [regularizer, Sets()])

@@ -38,8 +38,8 @@ class Measures(L.Callback):
             self.found.append(((whole - task).norm() / task.norm()).item())
 
 
-def learnable(batch_size=32, samples=480):
-    x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0)).double()
+def learnable(batch_size=32, samples=480, dtype=torch.float64):
+    x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     return DataLoader(TensorDataset(x, (x[:, :3] + 0.5 * x[:, 1:].sin()).argmax(1)), batch_size)
 
 
@@ -161,6 +161,101 @@ def test_every_nth_step_and_a_warmup_multiply_the_strength():
     assert recorder.rows[3]["train/penalty"] == pytest.approx(1.5 * recorder.rows[3]["train/strength"] * raw, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["taylor", "input gradient", "confidence", "sharpness", "two_pass"])
+def test_with_accumulation_the_share_is_that_of_the_whole_steps_gradients(name):
+    """Of a micro-batch the task loss's gradient is mostly noise: four times the gradient of the step, or so."""
+
+    class SumsOfWindow(L.Callback):
+        def __init__(self):
+            self.task, self.found = 0, []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.task = self.task + gradient_of(task_loss(module, batch), module.parameters()) / 8
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            whole = torch.cat([p.grad.flatten() for p in module.parameters()])
+            self.found.append(((whole - self.task).norm() / self.task.norm()).item())
+            self.task = 0
+
+    x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0)).double()
+    loader = DataLoader(TensorDataset(x, torch.randint(3, (256,), generator=torch.Generator().manual_seed(1))), 8)
+    penalty = lh.HessianTrace(-1) if name == "taylor" else copy.deepcopy(PENALTIES[name])
+    sums = SumsOfWindow()
+    regularizer = lh.HessianRegularizer(penalty, share(every_n_steps=1))
+    fit(smooth(lr=0.05), [regularizer, sums], loader, max_epochs=10, accumulate_grad_batches=8)
+    assert statistics.median(sums.found[5:]) == pytest.approx(0.1, rel=1 / 3)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+def test_two_pass_in_bfloat16_is_measured_above_its_rounding(warmup_steps):
+    def strengths(precision):
+        recorder = Recorder()
+        regularizer = lh.HessianRegularizer(
+            lh.HessianTrace(method="two_pass"), share(every_n_steps=10), warmup_steps=warmup_steps
+        )
+        loader = learnable(dtype=torch.float32)
+        module = smooth(dtype=torch.float32, lr=0.05)
+        fit(module, [regularizer, recorder], loader, max_steps=160, max_epochs=-1, precision=precision)
+        return [row["train/strength"] for row in recorder.rows if "train/strength" in row]
+
+    half, single = strengths("bf16-mixed"), strengths("32-true")
+    assert 1 / 3 < half[-1] / single[-1] < 3
+
+
+def test_a_checkpoint_before_the_penalty_has_acted_again_keeps_its_strength(tmp_path):
+    def run(epochs, start=None):
+        module = smooth()
+        regularizer = lh.HessianRegularizer(lh.HessianTrace(), share(), every_n_steps=10)
+        path = tmp_path / f"{epochs}.ckpt"
+        trainer = fit(module, [regularizer], loader, max_epochs=epochs, ckpt_path=start)
+        trainer.save_checkpoint(path)
+        return weights(module), path
+
+    loader = DataLoader([next(iter(data()))] * 4, batch_size=None)
+    start = None
+    for epochs in (1, 2, 6):
+        resumed, start = run(epochs, start)
+    assert torch.equal(resumed, run(6)[0])
+
+
+def test_a_compiled_network_with_several_penalties_is_measured():
+    def trained(compiled):
+        module = smooth()
+        if compiled:
+            module.net.compile(backend="aot_eager")
+        penalties = [lh.ConfidencePenalty(), lh.HessianTrace()]
+        fit(module, [lh.HessianRegularizer(penalties, [share(), 1e-3])], max_steps=4)
+        return weights(module)
+
+    torch.testing.assert_close(trained(compiled=True), trained(compiled=False), rtol=1e-8, atol=1e-9)
+
+
+def test_the_name_in_the_logs_is_the_same_before_a_second_penalty_starts():
+    recorder = Recorder()
+    regularizers = [
+        lh.HessianRegularizer(lh.HessianTrace(), share()),
+        lh.HessianRegularizer(lh.HessianNorm(), share(), start=0.5),
+    ]
+    fit(smooth(), [*regularizers, recorder], max_steps=4)
+    assert all("train/hessian_trace_strength" in row and "train/strength" not in row for row in recorder.rows)
+
+
+def test_to_look_at_the_strength_changes_nothing():
+    class Looks(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            regularizer.strength, before = 1.0, regularizer.strength
+            assert regularizer.strengths_at(trainer.global_step) == [1.0]
+            regularizer.strength = before
+
+    def trained(*callbacks):
+        module = smooth()
+        fit(module, [regularizer, *callbacks], max_steps=5)
+        return weights(module)
+
+    regularizer = lh.HessianRegularizer(lh.HessianTrace(), share())
+    assert torch.equal(trained(), trained(Looks()))
+
+
 def test_a_network_that_is_compiled_is_measured_too():
     module, measures = Classifier(lr=0.05), Measures(range(30, 60, 3))
     module.net.compile(backend="aot_eager")
@@ -190,9 +285,11 @@ def test_a_penalty_without_a_gradient_is_warned_of():
         fit(Linear(), [lh.HessianRegularizer(lh.HessianTrace(), share())], max_steps=2)
 
 
-@pytest.mark.parametrize("value", [0, -0.1, 1.5, "0.1", None, math.nan])
+@pytest.mark.parametrize("value", [0, -0.1, 1.5, "0.1", None, math.nan, torch.ones(2)])
 def test_a_share_out_of_range_is_refused(value):
     with pytest.raises(ValueError, match=r"share=.* must lie in \(0, 1\]"):
         lh.GradientShare(value)
+    with pytest.raises(ValueError, match=r"GradientShare is a class. Pass an object: GradientShare\(...\)"):
+        lh.HessianRegularizer(lh.HessianTrace(), lh.GradientShare)
     with pytest.raises(ValueError, match="every_n_steps=0"):
         lh.GradientShare(0.1, every_n_steps=0)

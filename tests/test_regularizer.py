@@ -9,7 +9,7 @@ import weakref
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nets import (
@@ -126,6 +126,10 @@ def test_a_later_start_is_a_share_of_the_training_steps(settings):
 def test_a_later_start_needs_a_known_number_of_steps():
     with pytest.raises(MisconfigurationException, match="Pass max_steps to the Trainer"):
         fit(Classifier(), [regularizer(start=0.5)], max_epochs=-1, max_time={"seconds": 5})
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2})
+    with pytest.raises(MisconfigurationException, match="GradientAccumulationScheduler their number is not known"):
+        fit(Classifier(), [regularizer(start=0.5), scheduler])
+    fit(Classifier(), [regularizer(start=0.5)], max_steps=0)
 
 
 def test_the_strength_is_a_plain_attribute_that_a_schedule_may_set():

@@ -147,3 +147,13 @@ def test_a_point_without_slope_stays_where_it_is():
 def test_a_rho_out_of_range_is_refused(rho):
     with pytest.raises(ValueError, match=r"rho=.* must be a positive number: the length of the ascent step"):
         lh.SharpnessAware(rho)
+
+
+def test_on_every_nth_step_it_is_sams_step_all_the_same():
+    regularizer = lh.HessianRegularizer(lh.SharpnessAware(), every_n_steps=2)
+    assert [regularizer.strengths_at(step) for step in (0, 1, 2)] == [[1.0], [0.0], [1.0]]
+
+
+def test_an_unclear_adaptive_is_refused():
+    with pytest.raises(ValueError, match="adaptive='no' must be true or false"):
+        lh.SharpnessAware(adaptive="no")

@@ -23,7 +23,8 @@ _COSINE: Callable[..., LRScheduler] = partial(CosineAnnealingLR, T_max=cast(int,
 class Classifier(LightningModule):
     """A network, a loss, an optimizer, and a schedule that is stepped after each optimizer step.
 
-    Validation, test and measurements use the cross-entropy, whatever the training loss is.
+    Validation, test and the final curvature use the cross-entropy, whatever the training loss is. (A CurvatureMonitor
+    of training data measures the training loss.)
 
     Args:
         net: maps images to logits.

@@ -93,6 +93,9 @@ class ImageData(LightningDataModule):
         for name, switch in {"augment": augment, "normalize": normalize}.items():
             if not isinstance(switch, bool):
                 raise ValueError(f"{name}={switch!r} must be true or false.")
+        for name, function in {"transform": transform, "mix": mix}.items():
+            if function is not None and not callable(function):
+                raise ValueError(f"{name}={function!r} must be a function of images, or null.")
         self.batch_size = batch_size
         self.validation = validation
         self.train_samples = train_samples

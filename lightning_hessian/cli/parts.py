@@ -52,6 +52,9 @@ def make_module(config: DictConfig, data: LightningDataModule) -> LightningModul
     for name in ("lr", "momentum", "weight_decay"):
         if name in config.optimizer and not is_number(config.optimizer[name]):
             raise ValueError(f"optimizer.{name}={config.optimizer[name]!r} must be a number.")
+    smoothing = config.loss.get("label_smoothing", 0)
+    if not is_number(smoothing) or not 0 <= float(smoothing) <= 1:
+        raise ValueError(f"loss.label_smoothing={smoothing!r} must be a number from 0 to 1.")
     loss, optimizer = (hydra.utils.instantiate(config[name]) for name in ("loss", "optimizer"))
     schedule = hydra.utils.instantiate(config.scheduler) if config.scheduler else None
     return Classifier(model, known["classes"], loss, optimizer, schedule)

@@ -54,7 +54,7 @@ def _strength(asked: Any) -> Any:
     if asked == AUTO:
         return 0.0
     kind, colon, number = asked.partition(":") if isinstance(asked, str) else ("", "", "")
-    if not colon:
+    if not colon and asked not in ADAPTIVE:
         return asked
     try:
         return ADAPTIVE[kind](float(number))

@@ -49,9 +49,11 @@ class Penalty(ABC):
 
     Attributes:
         default_strength: the factor in the loss of a regularizer that is given none.
+        scales_with_interval: whether a regularizer that acts on every n-th step only takes n times the strength.
     """
 
     default_strength: ClassVar[float] = 1e-3
+    scales_with_interval: ClassVar[bool] = True
 
     @property
     @abstractmethod

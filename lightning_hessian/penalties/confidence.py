@@ -54,6 +54,12 @@ class ConfidencePenalty(Penalty):
                     "cross_entropy, nll_loss, binary_cross_entropy or binary_cross_entropy_with_logits. Use one of "
                     'these, or return {"loss": ..., "logits": ...} from a step that computes its loss by itself.'
                 )
+            shapes = [tuple(z.shape) for z in context.outputs]
+            if any(len(shape) < 2 or shape[1] < 2 for shape in shapes):
+                raise ValueError(
+                    'ConfidencePenalty takes what the step returns under "logits" as logits of shape (n, classes), and '
+                    f"found {shapes}. Return these, or call binary_cross_entropy_with_logits in the step."
+                )
             entropies = [_categorical(F.log_softmax(_in_float32(z), dim=1)) for z in context.outputs]
         return torch.cat([one.flatten() for one in entropies]).mean()
 

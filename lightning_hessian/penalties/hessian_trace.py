@@ -237,4 +237,8 @@ class HessianTrace(WeightPenalty):
         return estimators[self.method](selected=self.selected, probes=probes, sizes=sizes)
 
     def __repr__(self) -> str:
-        return f"HessianTrace(probes={self.probes}, method={self.method!r}, keep={self.keep}, drop={self.drop!r})"
+        shown = [f"probes={self.probes}, method={self.method!r}, keep={self.keep}, drop={self.drop!r}"]
+        shown += [] if self.parameters is None else [f"parameters={self.parameters!r}"]
+        shown += [] if self.clamp is None else [f"clamp={self.clamp!r}"]
+        shown += [] if self.scale == "none" else [f"scale={self.scale!r}"]
+        return f"HessianTrace({', '.join(shown)})"

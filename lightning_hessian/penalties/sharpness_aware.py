@@ -60,6 +60,7 @@ class SharpnessAware(WeightPenalty):
     name = "sharpness"
     needs = Needs(derivatives=1, differences=True, whole_parameters=False)
     default_strength = 1.0
+    scales_with_interval = False  # above 1, the step extrapolates beyond SAM's
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class SharpnessAware(WeightPenalty):
         super().__init__(parameters)
         if not is_number(rho) or not 0 < float(rho) < math.inf:
             raise ValueError(f"rho={rho!r} must be a positive number: the length of the ascent step. 0.05 is a start.")
+        if not isinstance(adaptive, bool):
+            raise ValueError(f"adaptive={adaptive!r} must be true or false.")
         choice("ascent", ascent, get_args(Ascent))
         self.rho = float(rho)
         self.adaptive = adaptive

@@ -48,8 +48,8 @@ class HessianRegularizer(Callback):
             penalties, a list of strengths or one for all. None: the penalty's own default, 1 for
             :class:`SharpnessAware` and 1e-3 for the others. A schedule may set this attribute. Start where
             strength * penalty is 1-10 % of the task loss, or with the answer of :func:`suggest_strength`.
-        every_n_steps: act on every n-th optimizer step only, with n times the strength. (Manual optimization counts
-            batches, because several optimizers may step.)
+        every_n_steps: act on every n-th optimizer step only, with n times the strength (but :class:`SharpnessAware`,
+            whose step would not be SAM's). Manual optimization counts batches, because several optimizers may step.
         start: the share of training that passes without the penalty, from 0 to below 1. With ``start=0.75`` it acts in
             the last quarter of the optimizer steps.
         warmup_steps: raise the strength linearly from 0 over this many steps, from where it starts.
@@ -131,16 +131,20 @@ class HessianRegularizer(Callback):
             return [0.0] * len(strengths)
         ramp = min(1.0, (step - self._first_step) / self.warmup_steps) if self.warmup_steps else 1.0
         now = [self._strength_now(index, strength, step) for index, strength in enumerate(strengths)]
-        return [strength * self.every_n_steps * ramp for strength in now]
+        factors = [self.every_n_steps if penalty.scales_with_interval else 1 for penalty in self.penalties]
+        return [strength * factor * ramp for strength, factor in zip(now, factors, strict=True)]
+
+    def rules(self) -> list[Adaptive | None]:
+        """How the strength of each penalty adapts; None where it does not."""
+        return [one if isinstance(one, Adaptive) else None for one in self._strengths()]
 
     def _strength_now(self, index: int, strength: Strength | Adaptive, step: int) -> float:
-        in_fit = self._in_fit[index] if self._in_fit else None
-        if isinstance(strength, Adaptive):
-            penalty = self.penalties[index]
-            return (strength.new_control(penalty) if in_fit is None else in_fit.control_by(strength)).strength
-        if in_fit is not None:
-            in_fit.control = None
-        return _at(strength, step)
+        if not isinstance(strength, Adaptive):
+            return _at(strength, step)
+        control = self._in_fit[index].control if self._in_fit else None
+        if control is None or control.rule != strength:
+            control = strength.new_control(self.penalties[index])
+        return control.strength
 
     def _strengths(self) -> list[Strength | Adaptive]:
         if self.strength is None:
@@ -155,6 +159,8 @@ class HessianRegularizer(Callback):
         else:
             strengths = list(self.strength)
         for strength in strengths:
+            if isinstance(strength, type):
+                raise ValueError(f"strength={strength.__name__} is a class. Pass an object: {strength.__name__}(...).")
             if not callable(strength) and not isinstance(strength, Adaptive):
                 _check_strength(strength)
         return strengths
@@ -232,8 +238,6 @@ def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> No
     for one in regularizers:
         one._first_step = math.ceil(one.start * total_steps(fit.trainer)) if one.start else 0
         for penalty, strength in zip(one._in_fit, one._strengths(), strict=True):
-            if isinstance(strength, Adaptive):
-                strength.check(penalty.penalty, fit.trainer)
             if strength == 0 and not penalty.has_started:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")
     fit.start()
@@ -258,6 +262,6 @@ def _check_strength(strength: SupportsFloat) -> None:
     if not is_number(strength) or not 0 <= float(strength) < math.inf:
         raise ValueError(
             f"strength={strength!r} must be a finite number of at least 0: the factor of the penalty in the loss. "
-            "A negative one would reward curvature. (The word 'auto' is for the command line; in Python pass what "
-            "suggest_strength() returns.)"
+            "A negative one would reward curvature. (The words of the command line are objects in Python: instead of "
+            "'auto' pass what suggest_strength() returns, instead of 'share:0.1' GradientShare(0.1).)"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -61,7 +62,19 @@ def total_steps(trainer: Trainer) -> float:
         MisconfigurationException: it is not known.
     """
     total = trainer.estimated_stepping_batches
-    if not 0 < total < math.inf:
+    counts_batches = not trainer.lightning_module.automatic_optimization
+    if counts_batches and trainer.max_steps > 0 and len(trainer.optimizers) > 1:
+        raise MisconfigurationException(
+            "A HessianRegularizer with start > 0 counts batches in manual optimization. With several optimizers "
+            "max_steps does not tell how many there are: pass max_epochs to the Trainer, or leave start at 0."
+        )
+    if any(isinstance(one, GradientAccumulationScheduler) for one in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "A HessianRegularizer with start > 0 starts after a share of the optimizer steps, and with a "
+            "GradientAccumulationScheduler their number is not known beforehand. Set accumulate_grad_batches, or leave "
+            "start at 0."
+        )
+    if not 0 <= total < math.inf:
         raise MisconfigurationException(
             "A HessianRegularizer with start > 0 starts after a share of the training steps, and their number is not "
             "known here. Pass max_steps to the Trainer (max_time does not tell), or leave start at 0."
@@ -75,8 +88,8 @@ def _refuse_float16(penalty: Penalty, precision: str) -> None:
         raise MisconfigurationException(
             f"precision={precision!r}: {penalty!r} differentiates the loss before it is scaled, so its "
             "inner gradients may vanish or overflow in float16 and train on a wrong penalty in silence. "
-            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass') (with '16-mixed' "
-            "HessianTrace(), too), or pass allow_fp16=True to try it all the same."
+            "Use precision='bf16-mixed' or '32-true', take HessianTrace(method='two_pass') or SharpnessAware() (with "
+            "'16-mixed' HessianTrace(), too), or pass allow_fp16=True to try it all the same."
         )
 
 
@@ -107,6 +120,6 @@ def _refuse_sharded_parameters(penalty: Penalty, module: LightningModule) -> Non
             why = f"{penalty!r} moves along a vector of all of them, which it keeps whole"
         raise MisconfigurationException(
             f"{type(strategy).__name__} shards the parameters, which {why}. Use "
-            "HessianTrace() or HessianTrace(method='two_pass') with ModelParallelStrategy (FSDP2), or any penalty "
-            "with strategy='ddp' or one device."
+            "HessianTrace(), HessianTrace(method='two_pass') or SharpnessAware() with ModelParallelStrategy (FSDP2), "
+            "or any penalty with strategy='ddp' or one device."
         )

@@ -52,8 +52,8 @@ class CurvatureBudget:
     the share s of the penalty's gradient in units of the task loss's gradient (see :class:`GradientShare`). It starts
     at 0.01 and stays between 0.01 and 10.
 
-    :class:`HessianTrace` measures the trace itself, and :class:`HessianNorm` the stability. After each step on which
-    they act,
+    :class:`HessianTrace` measures the trace itself, and :class:`HessianNorm` the stability, both without ``scale`` and
+    ``parameters``. After each step on which they act,
 
     .. math:: \log s \leftarrow \log s + 0.2 \, \min(1, \max(-1, 8 \log(c / \text{target}))),
 
@@ -110,9 +110,9 @@ class CurvatureBudget:
 
     def is_measured_by(self, penalty: Penalty) -> bool:
         """Whether the penalty's own values are those to be held."""
-        if self.trace is not None:
-            return isinstance(penalty, HessianTrace) and penalty.scale == "none"
-        return isinstance(penalty, HessianNorm)
+        if not isinstance(penalty, HessianTrace | HessianNorm) or penalty.parameters is not None:
+            return False  # a part of the Hessian is not the Hessian
+        return isinstance(penalty, HessianNorm) if self.trace is None else getattr(penalty, "scale", None) == "none"
 
     def check(self, penalty: Penalty, trainer: Trainer) -> None:
         """See that the target is measured.
@@ -120,17 +120,19 @@ class CurvatureBudget:
         Raises:
             MisconfigurationException: it is not.
         """
+        if self.stability is not None and not _learning_rates(trainer):
+            raise MisconfigurationException(
+                f"{self!r} holds the learning rate times an eigenvalue, and no optimizer has a learning rate. Hold the "
+                "trace, or take strength=GradientShare(0.1)."
+            )
         if self.is_measured_by(penalty) or _monitor_of(trainer) is not None:
             return
-        what, own = (
-            ("trace", "HessianTrace() with scale='none'")
-            if self.trace is not None
-            else ("largest eigenvalue", "HessianNorm()")
-        )
+        what, own = ("trace", "HessianTrace()") if self.trace is not None else ("largest eigenvalue", "HessianNorm()")
         raise MisconfigurationException(
-            f"{self!r} holds the {what} of the Hessian, which {penalty!r} does not measure. Add "
-            f"CurvatureMonitor(every_n_steps=20) to the Trainer's callbacks, or use {own}, or "
-            "strength=GradientShare(0.1)."
+            f"{self!r} holds the {what} of the whole Hessian, which {penalty!r} does not measure. Add a "
+            "CurvatureMonitor of training data to the Trainer's callbacks, such as CurvatureMonitor(every_n_steps=20) "
+            "(on the command line monitor=curvature monitor.every_n_steps=20). Or use "
+            f"{own} without scale= and parameters=, or strength=GradientShare(0.1)."
         )
 
     def new_control(self, penalty: Penalty) -> BudgetControl:
@@ -172,6 +174,10 @@ class BudgetControl:
         """Adapt the strength to the lengths of the gradients of the task loss and of the penalty at strength 1."""
         self.whole.measure(task, penalty)
 
+    def not_resolved(self) -> None:
+        """See :meth:`ShareControl.not_resolved`."""
+        self.whole.not_resolved()
+
     def see(self, value: float, trainer: Trainer) -> None:
         """Adapt the share on a step on which the penalty acted, with its value."""
         if self.by_penalty:
@@ -183,7 +189,7 @@ class BudgetControl:
         if not math.isfinite(value):
             return
         if self.rule.stability is not None:
-            value *= max(float(group["lr"]) for one in trainer.optimizers for group in one.param_groups) / 2
+            value *= max(_learning_rates(trainer)) / 2
         self.curvature = value if self.curvature is None else self.curvature + _NEW * (value - self.curvature)
         self._change(self.curvature, _RATE, _GAIN)
 
@@ -214,6 +220,11 @@ class BudgetControl:
         self.share = state.get("share", _LEAST)
         self.curvature = state.get("curvature")
         self.seen = state.get("seen", -1)
+
+
+def _learning_rates(trainer: Trainer) -> list[float]:
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [float(group["lr"]) for group in groups if group.get("lr") is not None]
 
 
 def _monitor_of(trainer: Trainer) -> _Monitor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,12 +20,17 @@ from lightning_hessian.curvature.sharding import is_dtensor, local, shard_like
 from lightning_hessian.curvature.vectors import pack, unpack
 from lightning_hessian.penalties import AscentDifference, DifferenceContext, SecondDifference
 from lightning_hessian.regularization.active_penalty import ActivePenalty
-from lightning_hessian.regularization.first_looks import check_runs_again, warn_of_kinks, warn_of_rounding
+from lightning_hessian.regularization.first_looks import (
+    check_runs_again,
+    forward_dtype,
+    warn_of_kinks,
+    warn_of_rounding,
+)
 from lightning_hessian.regularization.input_runs import PenaltyRuns
 from lightning_hessian.regularization.logs import log_added, log_penalty
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.nonfinite import skip_value
-from lightning_hessian.regularization.ranks import mean_length, mean_over_ranks, on_all_ranks
+from lightning_hessian.regularization.ranks import ends_optimizer_step, mean_over_ranks, on_all_ranks
 from lightning_hessian.regularization.terms import terms_of, total_of
 from lightning_hessian.step.output import with_loss
 from lightning_hessian.step.repeatability import check_repeatable
@@ -81,7 +87,10 @@ class DisplacedLosses:
         output: Any = None
         entered = list(active)
         if with_graph or center_weight or ascends or measures:
-            output, added, others = self._add_center(total, center_weight, with_graph, active, ascends or measures)
+            # A compiled graph can be differentiated once.
+            is_eager = measures and len(with_graph) > 1
+            with torch.compiler.set_stance("force_eager") if is_eager else nullcontext():
+                output, added, others = self._add_center(total, center_weight, with_graph, active, ascends or measures)
             entered = others + entered
         for one, differences in shares:
             own = GradientSum(self._tensors) if one.is_measured else total
@@ -96,10 +105,10 @@ class DisplacedLosses:
             if one.is_measured:
                 weight = sum(len(difference.distances) * difference.weight for difference in differences)
                 gradients = own.gradients()
-                self._measure(one, gradients, weight)
+                self._measure(one, gradients, weight, max(map(_resolution, differences)))
                 total.add(1.0, own.value, gradients)
             value = torch.stack(values).mean()
-            one.see(value, self.module.trainer)
+            one.see(value)
             is_finite = on_all_ranks(self.module.trainer, math.isfinite(value.item()))
             if is_finite or self._scale == 1:
                 log_penalty(self.module, one.name, value)
@@ -177,7 +186,9 @@ class DisplacedLosses:
             return self._differentiate(self.step.rerun().loss)
         return self._differentiate(loss, keep_graph=bool(others))
 
-    def _measure(self, one: ActivePenalty, own: Sequence[Tensor | None], weight: float = 0.0) -> float:
+    def _measure(
+        self, one: ActivePenalty, own: Sequence[Tensor | None], weight: float = 0.0, resolution: float = 0.0
+    ) -> float:
         """Adapt the strength to the penalty's gradient, its own less that of weight * L(theta); the change's factor."""
         assert self._task is not None
         task = [self._task.gradients[tensor] for tensor in self._tensors]
@@ -185,7 +196,8 @@ class DisplacedLosses:
             g if weight == 0 or t is None else -weight * t if g is None else g - weight * t
             for g, t in zip(own, task, strict=True)
         ]
-        return one.measure(*(mean_length(self.module.trainer, self._tensors, x) for x in (task, added)))
+        is_last = ends_optimizer_step(self.module)
+        return one.measure(self.module.trainer, self._tensors, task, added, is_last=is_last, resolution=resolution)
 
     def _add_ascent(self, total: GradientSum, one: ActivePenalty, difference: AscentDifference) -> Tensor:
         """Add weight * L(theta + e); L(theta + e) - L(theta)."""
@@ -278,6 +290,13 @@ class _Task:
 
     loss: Tensor
     gradients: Mapping[Tensor, Tensor | None]
+
+
+def _resolution(difference: SecondDifference | AscentDifference) -> float:
+    """What share of the task loss's gradient a difference of two gradients must have to be more than rounding."""
+    if isinstance(difference, AscentDifference):
+        return 0.0
+    return 4 * torch.finfo(forward_dtype(difference.tensors[0])).eps
 
 
 def without_padding(difference: SecondDifference, module: nn.Module) -> list[Tensor]:

@@ -107,9 +107,7 @@ def warn_of_rounding(one: FitPenalty, difference: SecondDifference) -> None:
     """Warn where a step is so short that the precision of the forward pass does not see it."""
     if not one.is_first("rounding"):
         return
-    first = difference.tensors[0]
-    kind = first.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else first.dtype
+    dtype = forward_dtype(difference.tensors[0])
     squares = torch.stack([local(tensor).square().mean() for tensor in difference.tensors]).mean()
     spacing = torch.finfo(dtype).eps * squares.sqrt().item()
     moved = max(part.abs().max().item() for part in difference.direction()) * difference.distance
@@ -119,6 +117,12 @@ def warn_of_rounding(one: FitPenalty, difference: SecondDifference) -> None:
             "its value is rounding. Raise `step` (with method='two_pass' the strength, whose root it is), or use "
             "precision='32-true'."
         )
+
+
+def forward_dtype(parameter: Tensor) -> torch.dtype:
+    """The type in which layers compute with a parameter now."""
+    kind = parameter.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
 
 
 def warn_of_coupling(one: FitPenalty, context: StepContext) -> None:

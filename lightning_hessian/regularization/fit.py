@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.sharding import is_dtensor, reshard
-from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty
+from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty, StepWindow
 from lightning_hessian.regularization.checks import check_penalty
 from lightning_hessian.regularization.differences import DisplacedLosses
 from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
 from lightning_hessian.regularization.logs import log_added, log_skipped, log_strength
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.nonfinite import GradientGuard
-from lightning_hessian.regularization.ranks import mean_over_ranks
+from lightning_hessian.regularization.ranks import ends_optimizer_step, mean_over_ranks
 from lightning_hessian.regularization.states import States, load_states
 from lightning_hessian.regularization.terms import terms_of, total_of
 from lightning_hessian.step.isolation import penalties_are_off
@@ -76,6 +76,7 @@ class RegularizedFit:
             if not one.has_started:
                 check_penalty(one, self.module)
                 load_states(one, self.states)
+                one.follow_settings(self.trainer)
                 one.has_started = True
 
     def resume(self, states: States) -> None:
@@ -120,10 +121,10 @@ class RegularizedFit:
             except BatchSkipped as skipped:
                 return skipped.output if repeatable.has_run else step(batch)
             runs.forget_graphs()
-            for one in active:
-                if one.in_fit.control is not None:
-                    one.in_fit.control.acted()
             self._log_strengths(active)
+            if ends_optimizer_step(self.module):
+                for one in active:
+                    one.acted(self.trainer)
             if entered:
                 self.total = None
                 guard = GradientGuard(
@@ -145,7 +146,10 @@ class RegularizedFit:
         count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
         # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
         now = trainer.global_step if self.module.automatic_optimization else count
-        strengths = [one.strength_at(now) for one in self.penalties]
+        for one in self.penalties:
+            one.follow_settings(trainer)
+        by_settings = {id(one.settings): one.settings.strengths_at(now) for one in self.penalties}
+        strengths = [by_settings[id(one.settings)][one.index] for one in self.penalties]
         if not any(strengths):
             return []
         reshard(self.module)  # a validation step may have left parameters whole
@@ -185,4 +189,5 @@ def _states_restored_on_error(penalties: Sequence[FitPenalty]) -> Iterator[None]
             one.penalty.load_state_dict(state)
             if one.control is not None:
                 one.control.load_state_dict(strength or {})
+            one.window = StepWindow()
         raise

@@ -17,7 +17,9 @@ _NEW = 0.3
 _MOST = 2.0
 """The factor by which one measurement may change the strength, after the first."""
 _UNMEASURED = 1e-4
-"""The strength of the first step: ``two_pass`` moves each weight by 0.014 there."""
+"""The strength of the first step, before a warm-up: ``two_pass`` moves each weight by 0.014 there."""
+_MOST_UNMEASURED = 1.0
+"""How far the strength is raised where the first measurements are rounding."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class GradientShare:
     The ratio is measured on every ``every_n_steps``-th step on which the penalty acts. At first, where it changes
     fastest, it is measured whenever the number of acting steps has grown by a quarter. The strength follows the
     geometric mean of the ratios, in which a new one counts 30 %. After the first, one measurement changes the strength
-    by a factor of at most 2. A measurement that is not finite or zero changes nothing.
+    by a factor of at most 2. A measurement that is not finite, zero, or a rounding error (of ``two_pass`` in 16 bits)
+    changes nothing. With gradient accumulation the gradients are those of all micro-batches of a step together.
 
     A measurement costs a plain step, or its backward pass: at the default about 2 % of a plain step on average, after
     about twenty measurements on the first 200 steps. The strength is logged as
@@ -100,7 +103,7 @@ class ShareControl:
 
     def measure(self, task: float, penalty: float) -> None:
         """Adapt the strength to the lengths of the gradients of the task loss and of the penalty at strength 1."""
-        self.next_at = self.steps + min(self.rule.every_n_steps, max(1, self.steps // 4))
+        self._wait()
         if not (0 < task < math.inf and 0 < penalty < math.inf):
             return
         now = math.log(penalty / task)
@@ -112,8 +115,17 @@ class ShareControl:
         self.strength = wanted
         self.measured += 1
 
+    def not_resolved(self) -> None:
+        """The measured gradient was rounding: raise the strength until one is not, or keep what was measured before."""
+        self._wait()
+        if not self.measured:
+            self.strength = min(2 * self.strength, _MOST_UNMEASURED)
+
+    def _wait(self) -> None:
+        self.next_at = self.steps + min(self.rule.every_n_steps, max(1, self.steps // 4))
+
     def acted(self) -> None:
-        """Count a step on which the penalty acted."""
+        """Count an optimizer step on which the penalty acted."""
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:

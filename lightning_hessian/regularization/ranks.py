@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_hessian.curvature.sharding import is_dtensor, local, sum_over_shards
@@ -37,6 +37,11 @@ def mean_length(trainer: Trainer, tensors: Sequence[Tensor], gradients: Sequence
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def ends_optimizer_step(module: LightningModule) -> bool:
+    """Whether an optimizer steps after this batch. (Manual optimization does not tell: as if after each.)"""
+    return not (module.automatic_optimization and module.trainer.fit_loop.epoch_loop._should_accumulate())
 
 
 def on_all_ranks(trainer: Trainer, condition: bool) -> bool:

@@ -17,7 +17,7 @@ States = Mapping[str, Mapping[str, Any]]
 def save_states(penalties: Sequence[FitPenalty], checkpoint: dict[str, Any]) -> None:
     """Put the states of penalties and strengths into a checkpoint, by the names they have in logs."""
     states = {one.name: state for one in penalties if (state := one.penalty.state_dict())}
-    strengths = {one.name: one.control.state_dict() for one in penalties if one.control is not None}
+    strengths: dict[str, Any] = {one.name: dict(kept) for one in penalties if (kept := one.strength_to_keep)}
     for key, found in ((_KEY, states), (_STRENGTHS, strengths)):
         if found:
             checkpoint[key] = found

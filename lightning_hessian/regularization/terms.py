@@ -53,7 +53,7 @@ def terms_of(
                 check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty), in_autocast)
                 value = one.penalty.value(context)
                 log_penalty(module, one.name, value.detach())
-                one.see(value, module.trainer)
+                one.see(value)
                 if on_all_ranks(module.trainer, math.isfinite(value.item())):
                     terms.append((one, one.strength * one.penalty.term(value)))
                     try_backward(one.in_fit, terms[-1][1], parameters)
