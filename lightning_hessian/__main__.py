@@ -6,6 +6,10 @@ import sys
 def main() -> None:
     """Entry point of the command."""
     try:
+        if sys.argv[1:2] == ["report"]:
+            from lightning_hessian.cli.report.command import main as report
+
+            return report(sys.argv[2:])
         from lightning_hessian.cli.command import main as run
     except ModuleNotFoundError as error:
         if error.name != "lightning_hessian.cli":

@@ -31,8 +31,11 @@ from lightning_hessian.cli.run import train
 from lightning_hessian.cli.settings import config_directory
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
 
+Runner = Callable[[DictConfig, Path, list[str]], Results]
+"""Runs settings in a folder, with the overrides that are kept in the results."""
 
-def _runs(config: DictConfig, directory: Path, run: Callable[[DictConfig, Path], Results]) -> dict[str, Results]:
+
+def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results]:
     """Run the settings, then the comparison if ``compare`` is set, and print both results."""
     choices = sorted(path.stem for path in (config_directory() / "regularizer").glob("*.yaml"))
     if config.compare is not None and config.compare not in choices:
@@ -41,11 +44,13 @@ def _runs(config: DictConfig, directory: Path, run: Callable[[DictConfig, Path],
             "null for no comparison."
         )
     other = None if config.compare is None else _with_regularizer(config, directory)
-    found = {"this run": run(config, directory)}
+    overrides = [*HydraConfig.get().overrides.task]
+    found = {"this run": run(config, directory, overrides)}
     _print(found["this run"])
     if other is not None:
         name = f"compare={config.compare}"
-        found[name] = run(other, directory / name.replace("=", "_"))
+        others = [one for one in overrides if not one.lstrip("+~").startswith(("regularizer", "compare", "resume"))]
+        found[name] = run(other, directory / name.replace("=", "_"), [*others, f"regularizer={config.compare}"])
         _print(comparison_table(found))
     return found
 
@@ -75,9 +80,8 @@ def _with_regularizer(config: DictConfig, directory: Path) -> DictConfig:
     return other
 
 
-def _run_once(config: DictConfig, directory: Path) -> Results:
+def _run_once(config: DictConfig, directory: Path, overrides: list[str]) -> Results:
     """A run by itself, or one that goes on with another."""
-    overrides = [*HydraConfig.get().overrides.task]
     if config.resume is None:
         return train(config, directory, overrides=overrides)
     config, checkpoint, changes = resumed(config, overrides)
@@ -86,7 +90,7 @@ def _run_once(config: DictConfig, directory: Path) -> Results:
     return train(config, directory, checkpoint=checkpoint, overrides=overrides)
 
 
-def _run_job(config: DictConfig, directory: Path) -> Results:
+def _run_job(config: DictConfig, directory: Path, overrides: list[str]) -> Results:
     """A job of a sweep, which goes on where it was interrupted."""
     results, checkpoint = sweeps.done_before(config, directory)
     if results is not None:
@@ -94,7 +98,7 @@ def _run_job(config: DictConfig, directory: Path) -> Results:
         return results
     if checkpoint is not None:
         _print(f"goes on from        {checkpoint}")
-    return train(config, directory, checkpoint=checkpoint, overrides=[*HydraConfig.get().overrides.task])
+    return train(config, directory, checkpoint=checkpoint, overrides=overrides)
 
 
 def _refuse_divergence(runs: dict[str, Results]) -> None:
@@ -118,6 +122,7 @@ def _objective_of(config: DictConfig, runs: dict[str, Results]) -> float:
 @hydra.main(version_base="1.3", config_path=str(config_directory()), config_name="config")
 def _run(config: DictConfig) -> float:
     """One command, or one job of a sweep; the best validation metric, for a sweeper."""
+    _silence()  # a launcher may have started another process
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
     if job.mode != RunMode.MULTIRUN:
@@ -138,11 +143,16 @@ def _run(config: DictConfig) -> float:
     return _objective_of(config, runs)
 
 
+def _silence() -> None:
+    """Leave out Lightning's messages that nobody needs."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of torch's pytree
+
+
 def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own long report of each error
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of torch's pytree
+    _silence()
     sweeps.statuses.clear()
     with exit_on_user_error():
         _run()

@@ -16,7 +16,7 @@ from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization import penalized_step
 from lightning_hessian.regularization.active_penalty import FitPenalty, OnNonfinite, unique_names
 from lightning_hessian.regularization.adaptive import Adaptive
-from lightning_hessian.regularization.checks import refuse_module, total_steps
+from lightning_hessian.regularization.checks import refuse_module, total_steps, warn_of_long_warmup
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
 
@@ -181,6 +181,9 @@ class HessianRegularizer(Callback):
             if self._fit.has_started:  # a tuner has trained with it
                 _begin_fit(pl_module, regularizers, self._fit.states)
             start(self._fit, regularizers)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        warn_of_long_warmup(trainer, self._first_step, self.warmup_steps)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fit is not None:

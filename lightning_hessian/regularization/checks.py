@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_hessian.penalties import Penalty
@@ -80,6 +81,17 @@ def total_steps(trainer: Trainer) -> float:
             "known here. Pass max_steps to the Trainer (max_time does not tell), or leave start at 0."
         )
     return total
+
+
+def warn_of_long_warmup(trainer: Trainer, first_step: int, warmup_steps: int) -> None:
+    """Warn where training ends before the strength has risen."""
+    total = trainer.estimated_stepping_batches if warmup_steps else math.inf
+    if 0 < total < first_step + warmup_steps:
+        reached = max(0.0, (total - first_step) / warmup_steps)
+        rank_zero_warn(
+            f"warmup_steps={warmup_steps} exceeds the {total - first_step:.0f} steps that a HessianRegularizer has "
+            f"from step {first_step} on: the penalty reaches {reached:.0%} of its strength. Lower it, or train longer."
+        )
 
 
 def _refuse_float16(penalty: Penalty, precision: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_hessian.penalties import InputPenalty
 from lightning_hessian.regularization.callback import HessianRegularizer, enlist, penalties_of, start
+from lightning_hessian.regularization.checks import warn_of_long_warmup
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
 
@@ -131,6 +132,8 @@ class HessianRegularizationMixin(LightningModule):
         fit = self._fit_now(regularizers)
         if not fit.has_started:
             start(fit, regularizers)
+            for one in regularizers:
+                warn_of_long_warmup(self.trainer, one._first_step, one.warmup_steps)
         if inputs is None:
             on_inputs = [p for p in penalties_of(regularizers) if isinstance(p, InputPenalty) and p.layer is None]
             if on_inputs:

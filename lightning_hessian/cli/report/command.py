@@ -1,0 +1,98 @@
+"""The subcommand ``lightning-hessian report``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_hessian.cli.report.runs import Found, find_runs
+from lightning_hessian.cli.report.table import (
+    Group,
+    groups_of,
+    label_of,
+    markdown,
+    metrics_of,
+    table_of,
+    write_csv,
+    write_runs,
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Entry point of the subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-hessian report",
+        description="Compare finished runs: a table, plots, and one page (report.html) that needs no other file.",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="folders of sweeps or of single runs")
+    parser.add_argument("--output", type=Path, help="where to write; by default DIR/report of the first folder")
+    given = parser.parse_args(arguments)
+    try:
+        found = find_runs(given.directories)
+        output = given.output or given.directories[0] / "report"
+        print(write_report(found, output, ", ".join(map(str, given.directories))))
+    except (ValueError, OSError) as error:
+        print(f"lightning-hessian: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_report(found: Found, output: Path, title: str) -> str:
+    """Write report.md, table.csv, runs.csv, the plots and report.html into a folder; what to print."""
+    from lightning_hessian.cli.report.figures import draw_all
+    from lightning_hessian.cli.report.page import page
+
+    output.mkdir(parents=True, exist_ok=True)
+    groups = groups_of(found.runs)
+    header, rows = table_of(groups)
+    answer = _answer(groups)
+    notes = {
+        "Failed": [f"{job}: {reason}" for job, reason in found.failed],
+        "Not finished": [str(folder) for folder in found.unfinished],
+    }
+    captions = draw_all(groups, output)
+    write_csv(output / "table.csv", header, rows)
+    write_runs(output / "runs.csv", groups)
+    table = markdown(header, rows)
+    lists = [
+        "\n".join([f"## {name}\n", *(f"- {entry}" for entry in entries)]) for name, entries in notes.items() if entries
+    ]
+    images = [f"![{caption}]({name}_light.png)\n\n*{caption}*" for name, caption in captions.items()]
+    parts = [f"# {title}", answer, table, "Means over the seeds ± standard error.", *images, *lists]
+    (output / "report.md").write_text("\n\n".join(parts) + "\n")
+    (output / "report.html").write_text(
+        page(
+            title,
+            answer,
+            header,
+            rows,
+            text_columns=len(groups[0].settings),
+            figures=captions,
+            directory=output,
+            notes=notes,
+        )
+    )
+    told = [f"{name}: {len(entries)}" for name, entries in notes.items() if entries]
+    return "\n".join([table, "", answer, *told, f"page                {(output / 'report.html').resolve()}"])
+
+
+def _answer(groups: Sequence[Group]) -> str:
+    """The best group, and how it compares with no penalty."""
+    best, runs = groups[0], sum(len(group.runs) for group in groups)
+    objectives = dict.fromkeys(run.results.objective.metric for g in groups for run in g.runs if run.results.objective)
+    parts = [f"{runs} runs in {len(groups)} groups."] if len(groups) > 1 else [f"{runs} runs."]
+    if len(objectives) > 1:
+        parts.append(f"They have different objectives ({', '.join(objectives)}), so the order means nothing.")
+    elif objectives:
+        (metric,) = objectives
+        told = [f"best {metric} {best.mean(f'best/{metric}')}"]
+        known = metrics_of([best])
+        told += [f"{label_of(name)} {best.mean(name)}" for name in ("test/accuracy", "final/trace") if name in known]
+        which = f"By {metric} the best is {best.label}: " if len(groups) > 1 else ""
+        parts.append(f"{which}{', '.join(told)}.")
+    reference = next((group for group in groups if group.is_reference), None)
+    if reference is not None and reference is not best and "test/accuracy" in metrics_of([best]):
+        difference = best.difference("test/accuracy", reference)
+        parts.append(f"Its test accuracy is {difference} above the runs without a penalty of the same seeds.")
+    return " ".join(parts)

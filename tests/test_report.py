@@ -1,0 +1,200 @@
+"""The report: groups over seeds, the table of means, the files, the page."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lightning_hessian.__main__ import main as entry_point
+from lightning_hessian.cli.report import command
+from lightning_hessian.cli.report.table import Mean
+from lightning_hessian.cli.results import Objective, Results
+from lightning_hessian.curvature import Estimate
+from lightning_hessian.monitoring.measurement import Curvature
+
+ACCURACIES = {"0": (0.90, 0.92, 0.91), "0.01": (0.93, 0.94, 0.95), "0.1": (0.80, 0.82, 0.81)}
+
+
+def finished(directory, strength, seed, accuracy, metric="val/loss", direction="minimize"):
+    directory.mkdir(parents=True)
+    zero = Estimate(0.0, 0.0, 2)
+    curvature = Curvature(
+        step=9,
+        trace=Estimate(10 * accuracy, 0.1, 10),
+        frobenius_norm=zero,
+        layers={},
+        largest=[(2.0, 0.0)],
+        smallest=[(0.0, 0.0)],
+        stability=0.1,
+        learning_rate=0.1,
+    )
+    Results(
+        metrics={"test/accuracy": accuracy, "test/loss": 1 - accuracy, "robust/pgd/accuracy": accuracy / 2},
+        curvature=curvature,
+        images=10,
+        directory=directory,
+        training_loss=0.05,
+        objective=Objective(metric=metric, direction=direction, value=1 - accuracy),
+        epochs=[{"epoch": epoch, "val/loss": 1 / epoch, "val/accuracy": accuracy} for epoch in (1, 2, 3)],
+        seconds_per_step=0.01,
+        settings={"seed": seed},
+        overrides=["model=mlp", f"regularizer.strength={strength}", f"seed={seed}"],
+    ).save()
+    (directory / "config.yaml").write_text("{}")
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for strength, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            finished(tmp_path / f"sweep/strength={strength},seed={seed}", strength, seed, accuracy)
+    return tmp_path / "sweep"
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_means_and_standard_errors_over_seeds_best_objective_first(sweep, capsys):
+    command.main([str(sweep)])
+    rows = rows_of(sweep / "report/table.csv")
+    assert [row["regularizer.strength"] for row in rows] == ["0.01", "0", "0.1"]
+    assert "model" not in rows[0]  # the same in all
+    best = rows[0]
+    assert best["runs"] == "3"
+    error = math.sqrt(((0.01**2) * 2) / 2) / math.sqrt(3)
+    assert best["test accuracy"] == f"0.9400 ± {error:.4f}"
+    assert best["test accuracy - without penalty"] == "0.0300 ± 0.0058"  # 0.03, 0.02, 0.04
+    assert best["ms per step"] == "10"
+    assert float(best["generalization gap"].split()[0]) == pytest.approx(1 - 0.94 - 0.05, abs=1e-4)
+    assert best["pgd/accuracy"].startswith("0.47")
+    runs = rows_of(sweep / "report/runs.csv")
+    assert len(runs) == 9
+    assert {float(row["test/accuracy"]) for row in runs} == {x for values in ACCURACIES.values() for x in values}
+    out, _ = capsys.readouterr()
+    assert "By val/loss the best is regularizer.strength=0.01" in out
+    assert "9 runs in 3 groups" in out
+    text = (sweep / "report/report.md").read_text()
+    assert {path.name for path in (sweep / "report").glob("*.png")} == {
+        f"{name}_{mode}.png" for name in ("strength", "epochs", "sharpness") for mode in ("light", "dark")
+    }
+    assert all(f"({name}_light.png)" in text for name in ("strength", "epochs", "sharpness"))
+
+
+class Links(HTMLParser):
+    """What a page refers to."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [value for name, value in attrs if name in ("src", "srcset", "href", "action")]
+
+
+def test_the_page_needs_nothing_else(sweep):
+    command.main([str(sweep), "--output", str(sweep / "elsewhere")])
+    page = (sweep / "elsewhere/report.html").read_text()
+    parser = Links()
+    parser.feed(page)
+    assert len(parser.found) == 6
+    assert all(value.startswith("data:image/png;base64,") for value in parser.found)
+    assert not re.search(r"@import|url\(|https?:", page)
+    assert "prefers-color-scheme: dark" in page
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_in_a_browser_the_table_sorts_and_fits_a_phone(sweep, tmp_path):
+    command.main([str(sweep)])
+    page = (sweep / "report/report.html").read_text()
+    probe = """
+    <script>addEventListener("load", () => {
+      const column = [...document.querySelectorAll("th")].findIndex(head => head.textContent === "test accuracy");
+      const button = document.querySelectorAll("th button")[column];
+      const rows = () => [...document.querySelectorAll("tbody tr")];
+      const read = () => rows().map(row => parseFloat(row.cells[column].textContent));
+      button.click(); const rising = read(); button.click(); const falling = read();
+      const wide = document.documentElement.scrollWidth;
+      document.title = JSON.stringify({rising, falling, wide, window: innerWidth});
+    });</script>"""
+    (tmp_path / "probed.html").write_text(page.replace("</body>", probe + "</body>"))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=500,800",
+        f"--user-data-dir={tmp_path / 'own'}",
+    ]
+    command_line = [BROWSER, *flags, "--dump-dom", f"file://{tmp_path / 'probed.html'}"]
+    dump = subprocess.run(command_line, capture_output=True, text=True, timeout=120).stdout
+    found = json.loads(re.search(r"<title>(.*?)</title>", dump).group(1))
+    assert found["rising"] == sorted(found["rising"])
+    assert found["falling"] == found["rising"][::-1]
+    assert found["wide"] <= found["window"]  # the table scrolls by itself
+
+
+def test_several_sweeps_and_different_objectives(sweep, tmp_path, capsys):
+    finished(tmp_path / "other/a", "1", 0, 0.99, metric="val/accuracy", direction="maximize")
+    command.main([str(sweep), str(tmp_path / "other"), "--output", str(tmp_path / "both")])
+    out, _ = capsys.readouterr()
+    assert "10 runs in 4 groups. They have different objectives (val/loss, val/accuracy)" in out
+    assert len(rows_of(tmp_path / "both/runs.csv")) == 10
+
+
+def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):
+    (sweep / "stopped").mkdir()
+    (sweep / "stopped/config.yaml").write_text("{}")
+    (sweep / "broken").mkdir()
+    (sweep / "broken/failure.json").write_text(json.dumps({"job": "job 3 (lr=-1)", "reason": "why", "status": 2}))
+    (sweep / "strength=0,seed=0/results.json").write_text("{")
+    command.main([str(sweep)])
+    out, err = capsys.readouterr()
+    assert "Failed: 1" in out
+    assert "Not finished: 1" in out
+    assert "left out:" in err
+    assert "results.json cannot be read" in err
+    page = (sweep / "report/report.html").read_text()
+    assert "job 3 (lr=-1): why" in page
+    assert str(sweep / "stopped") in page
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "is not a folder. Give the folder of a sweep, or of a run"),
+        (lambda path: path.mkdir(), "there is no finished run in"),
+    ],
+)
+def test_a_folder_without_runs_gives_one_line(tmp_path, capsys, monkeypatch, prepare, message):
+    prepare(tmp_path / "sweep")
+    monkeypatch.setattr("sys.argv", ["lightning-hessian", "report", str(tmp_path / "sweep")])
+    with pytest.raises(SystemExit) as stop:
+        entry_point()
+    assert stop.value.code == 2
+    _, err = capsys.readouterr()
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_results_survive_their_file_and_a_move(tmp_path):
+    finished(tmp_path / "a", "0", 0, 0.9)
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    found = Results.load(tmp_path / "b")
+    assert found.directory == Path(tmp_path / "b")
+    assert found.curvature.trace.estimate == pytest.approx(9)
+    assert found.objective.number == pytest.approx(0.1)
+
+
+def test_a_mean_of_diverged_runs_is_none():
+    assert math.isnan(Mean.of([1.0, math.nan]).value)
+    assert str(Mean.of([math.inf])) == "-"
