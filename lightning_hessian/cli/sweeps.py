@@ -20,7 +20,7 @@ from lightning_hessian.cli.strengths import AUTO
 
 FAILURE = "failure.json"
 """In the folder of a job that failed: the exit status and the reason."""
-_LONGEST = 150
+_LONGEST = 220
 """File systems allow names of 255 characters."""
 
 statuses: list[int] = []
