@@ -153,6 +153,7 @@ def main() -> None:
     """Entry point of the command."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # otherwise Hydra prints its own long report of each error
     _silence()
+    sys.path.insert(0, os.getcwd())  # models of the user's own; an installed command does not look there
     sweeps.statuses.clear()
     with exit_on_user_error():
         _run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import hydra
@@ -36,7 +37,7 @@ def make_module(config: DictConfig, data: LightningDataModule) -> LightningModul
         ValueError: the settings make something else, or a classifier does not know the number of classes.
     """
     settings = config.model
-    accepted = inspect.signature(hydra.utils.get_object(settings._target_)).parameters
+    accepted = _arguments(settings._target_)
     known = {name: getattr(data, name) for name in ("shape", "classes") if hasattr(data, name)}
     model = hydra.utils.instantiate(settings, **{k: x for k, x in known.items() if k in accepted and k not in settings})
     if isinstance(model, LightningModule):
@@ -58,6 +59,19 @@ def make_module(config: DictConfig, data: LightningDataModule) -> LightningModul
     loss, optimizer = (hydra.utils.instantiate(config[name]) for name in ("loss", "optimizer"))
     schedule = hydra.utils.instantiate(config.scheduler) if config.scheduler else None
     return Classifier(model, known["classes"], loss, optimizer, schedule)
+
+
+def _arguments(target: str) -> Collection[str]:
+    """The names of the arguments that a class or a function takes."""
+    try:
+        return inspect.signature(hydra.utils.get_object(target)).parameters
+    except ImportError as error:
+        raise ValueError(
+            f"model._target_={target} cannot be imported ({' '.join(str(error).split())}). Start the command in the "
+            "folder of its module, or install it."
+        ) from error
+    except ValueError:  # built-in classes do not tell
+        return ()
 
 
 def make_callbacks(config: DictConfig) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -93,7 +94,9 @@ def _message(error: BaseException) -> str:
         )
     at_setting = _omegaconf_error(error)
     if at_setting is None:
-        return _flat(error).partition(" Config search path:")[0]
+        told = _flat(error).partition(" Config search path:")[0]
+        missing = re.search(r"Could not find 'hydra/(sweeper/optuna|launcher/(joblib|submitit))", told)
+        return f'{told}. Install it: pip install "lightning-hessian[sweep]"' if missing else told
     setting, key = str(at_setting.full_key), str(at_setting.key)
     if "is not in struct" in str(at_setting) or "not in '" in str(at_setting):
         if at_setting.parent_node is not None and not at_setting.parent_node:
