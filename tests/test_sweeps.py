@@ -229,3 +229,24 @@ def test_submitit_on_this_machine(run):  # noqa: F811
     out, err, status = run("-m", *SMALL, "trainer.max_epochs=1", "seed=0,1", "hydra.sweep.dir=sweep", *launcher)
     assert status == 0, err
     assert "2 runs have finished" in out
+
+
+def test_weights_and_biases_and_mlflow_get_the_numbers_and_the_figures(run, monkeypatch):  # noqa: F811
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    quick = [one for one in SMALL if one != "logger=none"] + ["monitor=curvature"]
+    _, err, status = run("-m", *quick, "logger=wandb", "seed=0,1", "hydra.sweep.dir=sweep")
+    assert status == 0, err
+    runs = list(Path("sweep").glob("*/wandb/offline-run-*"))
+    assert len(runs) == 2  # one for each job
+    assert all(list(one.glob("files/media/images/curvature/eigenvalues_*.png")) for one in runs)
+    _, err, status = run(*quick, "logger=mlflow", "logger.artifact_location=images")
+    assert status == 0, err
+    client = MlflowClient("sqlite:///mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'lightning-hessian'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert {"final/trace", "test/accuracy", "curvature/largest_eigenvalue"} <= set(found.data.metrics)
+    assert found.data.params["regularizer.strength"] == "0.03"
+    assert list(Path("images").rglob("curvature/eigenvalues/step_*.png"))

@@ -11,7 +11,7 @@ import hydra
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_hessian.cli.checkpoint import check_checkpoint
@@ -141,6 +141,8 @@ def _log_end(loggers: Sequence[Logger], results: Results, config: DictConfig, st
             logger.log_hyperparams(settings)
         logger.log_metrics(final, step)
         logger.save()
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # the next job of a sweep is a run of its own
 
 
 def _flat(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -25,6 +24,7 @@ from lightning_hessian.arguments import choice, whole_number, writable_directory
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
 from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.curvature.spectrum import check_eigenvalues
+from lightning_hessian.monitoring import images
 from lightning_hessian.monitoring.measurement import Curvature, Loss, Measurement, MeasurementConfig, fixed_batches
 from lightning_hessian.step.repeatable import BatchSkipped
 
@@ -51,9 +51,9 @@ class CurvatureMonitor(Callback):
     - ``overlap/<layers>``: overlap between the top eigenspaces of these layers' block of H now and at the last
       measurement.
 
-    TensorBoard also receives images: eigenvalues over training, traces by layer, the spectral density. ``history`` and
-    checkpoints contain the measurements made during training. A Trainer accepts one monitor of training data and one
-    of validation data.
+    TensorBoard, Weights & Biases and MLflow also receive images: eigenvalues over training, traces by layer, the
+    spectral density. ``history`` and checkpoints contain the measurements made during training. A Trainer accepts one
+    monitor of training data and one of validation data.
 
     Measurements do not reach ``self.log`` or torchmetrics, and they restore modes, gradients, buffers and random
     states. So training is bitwise unchanged if a step depends only on its batch, the module's parameters and buffers,
@@ -85,7 +85,7 @@ class CurvatureMonitor(Callback):
         overlap: dimensions of the top eigenspaces to compare, by glob on parameter names: ``{"net.0.*": 10}``.
         parameters: differentiate only with respect to these: a glob, a list of globs, or a predicate. Globs may match
             frozen parameters, here and in ``layers`` and ``overlap``; see above for when they are measured.
-        figures: log images to TensorBoard loggers (needs matplotlib).
+        figures: log images to the loggers that take them (needs matplotlib).
         png_directory: folder to save the images in as PNG files.
         loss: ``loss(module, batch)`` returns the mean loss of a batch. Needed if the training step does not return it
             (manual optimization).
@@ -222,7 +222,11 @@ class CurvatureMonitor(Callback):
             self._check_step(pl_module)
         if self.png_directory is not None and trainer.is_global_zero:
             writable_directory("png_directory", self.png_directory)
-        if self.figures and self._tensorboards(trainer) and importlib.util.find_spec("matplotlib") is None:
+        if (
+            self.figures
+            and any(map(images.are_taken_by, trainer.loggers))
+            and importlib.util.find_spec("matplotlib") is None
+        ):
             rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
 
     def _check_step(self, module: LightningModule) -> None:
@@ -444,13 +448,10 @@ class CurvatureMonitor(Callback):
                 f"(of {len(trainer.optimizers)} optimizers), so it is an upper bound."
             )
 
-    def _tensorboards(self, trainer: Trainer) -> list[TensorBoardLogger]:
-        return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
     @rank_zero_only
     def _draw(self, trainer: Trainer, history: Sequence[Curvature], stage: Stage) -> None:
-        boards = self._tensorboards(trainer) if self.figures else []
-        if not (boards or self.png_directory) or importlib.util.find_spec("matplotlib") is None:
+        loggers = [one for one in trainer.loggers if images.are_taken_by(one)] if self.figures else []
+        if not (loggers or self.png_directory) or importlib.util.find_spec("matplotlib") is None:
             return
         from lightning_hessian.monitoring import figures
 
@@ -466,8 +467,8 @@ class CurvatureMonitor(Callback):
         if now.density is not None:
             drawn["spectral_density"] = figures.spectral_density(now.density, now.step)
         for name, figure in drawn.items():
-            for board in boards:
-                board.experiment.add_figure(_key(stage, name), figure, global_step=now.step)
+            for logger in loggers:
+                images.log(logger, _key(stage, name), figure, now.step)
             if self.png_directory is not None:
                 prefix = "" if stage == "train" else f"{stage}_"
                 figure.savefig(self.png_directory / f"{prefix}{name}_step={now.step}.png")
