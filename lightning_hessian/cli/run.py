@@ -135,14 +135,23 @@ def _log_end(loggers: Sequence[Logger], results: Results, config: DictConfig, st
     final = {name: value for name, value in results.scalars().items() if math.isfinite(value)}
     settings = dict(_flat(OmegaConf.to_container(config, resolve=True)))
     for logger in loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(settings, final)
+        if isinstance(logger, TensorBoardLogger):  # its table of runs shows the first columns only
+            logger.log_hyperparams(_main_settings(settings, results.overrides), final)
         else:
             logger.log_hyperparams(settings)
         logger.log_metrics(final, step)
         logger.save()
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # the next job of a sweep is a run of its own
+
+
+def _main_settings(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What runs are told apart by: their parts, the strength, the learning rate, the seed, and what was overridden."""
+    parts = {"data": "data._target_", "model": "model._target_", "penalty": "regularizer.penalty._target_"}
+    found = {name: str(settings[key]).rpartition(".")[2] for name, key in parts.items() if key in settings}
+    found |= {key: settings[key] for key in ("regularizer.strength", "optimizer.lr", "seed") if key in settings}
+    names = [one.lstrip("+~").partition("=")[0] for one in overrides]
+    return found | {name: settings[name] for name in names if name in settings}
 
 
 def _flat(settings: Any, prefix: str = "") -> list[tuple[str, Any]]:
