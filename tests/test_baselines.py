@@ -1,5 +1,6 @@
 """The group `baseline` of the command line: each choice against its paper's formula, and beside every regularizer."""
 
+import itertools
 from pathlib import Path
 
 import hydra
@@ -157,18 +158,50 @@ def test_validation_and_test_images_are_not_mixed(baseline):
         assert len(images.unique()) <= 17
 
 
+OTHERS = {
+    "model": ["mlp", "cnn", "softplus_cnn", "vit", "resnet18"],
+    "optimizer": ["sgd", "adamw"],
+    "scheduler": ["cosine", "one_cycle", "none"],
+    "monitor": ["none", "curvature"],
+    "robustness": ["none", "pgd", "study"],
+    "logger": ["tensorboard", "csv", "none"],
+    "tested": ["last", "best"],
+}
+WIDTHS = {"mlp": 8, "cnn": 4, "softplus_cnn": 4, "vit": 8}
+
+
+def covering():
+    """Every baseline with every regularizer, and choices of the other groups such that all pairs of choices occur."""
+    covered, rows = set(), []
+    for baseline, regularizer in itertools.product(BASELINES, REGULARIZERS):
+        row = {"baseline": baseline, "regularizer": regularizer}
+        for group, choices in OTHERS.items():
+            new = {choice: {frozenset([(group, choice), one]) for one in row.items()} - covered for choice in choices}
+            row[group] = max(choices, key=lambda choice: len(new[choice]))
+        covered |= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+        rows.append(row)
+    groups = {"baseline": BASELINES, "regularizer": REGULARIZERS, **OTHERS}
+    every = {
+        frozenset([(a, x), (b, y)]) for a, b in itertools.combinations(groups, 2) for x in groups[a] for y in groups[b]
+    }
+    assert covered == every
+    return rows
+
+
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_every_baseline_runs_beside_every_regularizer(baseline, tmp_path):
-    for regularizer in REGULARIZERS:
-        config = composed(
-            f"baseline={baseline}",
-            f"regularizer={regularizer}",
-            "model.width=8",
-            "trainer.accelerator=cpu",
-            "trainer.fast_dev_run=2",
-            "trainer.enable_model_summary=false",
-            "trace.samples=8",
-            "trace.probes=2",
-        )
-        results = train(config, tmp_path)
+def test_every_choice_of_a_group_runs_with_every_choice_of_another(baseline, tmp_path):
+    quick = ["trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
+    quick += ["+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1", "trainer.enable_progress_bar=false"]
+    quick += ["trainer.enable_model_summary=false", "trainer.log_every_n_steps=1", "trace.samples=8", "trace.probes=2"]
+    for number, row in enumerate(row for row in covering() if row["baseline"] == baseline):
+        overrides = [f"{group}={choice}" for group, choice in row.items()]
+        overrides += [f"model.width={WIDTHS[row['model']]}"] if row["model"] in WIDTHS else []
+        overrides += ["model.heads=2", "model.depth=1"] if row["model"] == "vit" else []
+        overrides += ["robustness.max_samples=8"] if row["robustness"] != "none" else []
+        overrides += ["monitor.probes=2", "monitor.iterations=3"] if row["monitor"] != "none" else []
+        overrides += ["data.normalize=false"] if row["robustness"] == "study" else []
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        overrides += [] if row["logger"] == "none" else [f"logger.save_dir={directory}"]
+        results = train(composed(*quick, *overrides), directory)
         assert 0 <= results.test_accuracy <= 1
