@@ -270,10 +270,26 @@ def test_one_measurement_changes_the_strength_by_a_bounded_factor():
     for lengths in ((1.0, math.nan), (0.0, 1.0), (1.0, 0.0), (math.inf, 1.0)):
         control.measure(*lengths)
     assert control.strength == pytest.approx(0.05)
-    for _ in range(3):
-        before = control.strength
-        control.measure(task=1.0, penalty=1e9)
-        assert control.strength == pytest.approx(before / 2)
+    for penalty, factor in ((1e9, 1 / 10), (1e-9, 2)):
+        for _ in range(4):
+            before = control.strength
+            control.measure(task=1.0, penalty=penalty)
+        assert control.strength == pytest.approx(before * factor)
+
+
+def test_a_ratio_that_changes_is_followed_at_once_and_an_outlier_is_not():
+    def after(*ratios):
+        control = ShareControl(lh.GradientShare(0.1))
+        for ratio in (*[1.0] * 6, *ratios):
+            control.measure(task=1.0, penalty=ratio)
+            control.acted()
+        return control
+
+    steady, outlier, changed = after(), after(4.0), after(4.0, 4.0)
+    assert steady.strength == pytest.approx(0.1)
+    assert outlier.strength == pytest.approx(0.1 / 4**0.3)  # a part of the mean
+    assert outlier.next_at == outlier.steps  # and looked at again
+    assert changed.strength == pytest.approx(0.1 / 4)
 
 
 def test_a_penalty_without_a_gradient_is_warned_of():

@@ -14,11 +14,11 @@ from lightning_hessian.arguments import is_number
 from lightning_hessian.penalties import HessianNorm, HessianTrace, Penalty
 from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
 
-_LEAST, _MOST = 0.01, 10.0
+_LEAST, _MOST = 0.01, 2.0
 """The smallest share of the gradient, which is that of the beginning, and the largest one."""
-_RATE, _GAIN = 0.2, 8.0
+_RATE, _GAIN = 0.2, 12.0
 """The largest change of the share's logarithm in one acting step. It is reached where the curvature is off the target
-by exp(1/8), or 13 %."""
+by exp(1/12), or 9 %."""
 _NEW = 0.2
 """The weight of a new value of the penalty in the mean of the curvature."""
 _RATE_OF_MONITOR, _GAIN_OF_MONITOR = math.log(2.0), 4.0
@@ -50,12 +50,12 @@ class CurvatureBudget:
 
     The strength rises while the measured curvature is above the target, and falls while it is below. What is adapted is
     the share s of the penalty's gradient in units of the task loss's gradient (see :class:`GradientShare`). It starts
-    at 0.01 and stays between 0.01 and 10.
+    at 0.01 and stays between 0.01 and 2.
 
     :class:`HessianTrace` measures the trace itself, and :class:`HessianNorm` the stability, both without ``scale`` and
     ``parameters``. After each step on which they act,
 
-    .. math:: \log s \leftarrow \log s + 0.2 \, \min(1, \max(-1, 8 \log(c / \text{target}))),
+    .. math:: \log s \leftarrow \log s + 0.2 \, \min(1, \max(-1, 12 \log(c / \text{target}))),
 
     with c the mean of the penalty's own values, in which a new one counts 20 %. So the share changes by at most 20 % in
     a step. The values of :class:`HessianNorm` are lower bounds of the norm, which is then held somewhat above the
@@ -70,7 +70,7 @@ class CurvatureBudget:
     with c the measured value. So the share changes by a factor of at most 2 in a measurement. Let the monitor measure
     often enough, for example with ``every_n_steps=20``.
 
-    **If the target cannot be met**, the share stays at its bound. At 10 the curvature stays above the target, and the
+    **If the target cannot be met**, the share stays at its bound. At 2 the curvature stays above the target, and the
     penalty's gradient outweighs the task loss's: choose a higher target. At 0.01 it is below it without help.
 
     Args:

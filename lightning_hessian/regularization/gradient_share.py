@@ -14,8 +14,12 @@ from lightning_hessian.penalties import Penalty
 
 _NEW = 0.3
 """The weight of a new measurement in the mean, from the third on."""
-_MOST = 2.0
-"""The factor by which one measurement may change the strength, after the first."""
+_RISE, _FALL = 2.0, 10.0
+"""The factors by which one measurement may change the strength, after the first."""
+_FAR = math.log(1.5)
+"""How far from the mean a measurement is looked at again on the next step."""
+_FREE, _AFTER = 20, 20
+"""This many measurements are taken as often as needed, and then at most one in so many acting steps."""
 _UNMEASURED = 1e-4
 """The strength of the first step, before a warm-up: ``two_pass`` moves each weight by 0.014 there."""
 _MOST_UNMEASURED = 1.0
@@ -31,14 +35,16 @@ class GradientShare:
     with the task loss L and the penalty P, over all parameters that are trained and all ranks' batches together. The
     share has no unit, so it carries over from one model and data set to another, where a strength does not.
 
-    The ratio is measured on every ``every_n_steps``-th step on which the penalty acts. At first, where it changes
-    fastest, it is measured whenever the number of acting steps has grown by a quarter. The strength follows the
-    geometric mean of the ratios, in which a new one counts 30 %. After the first, one measurement changes the strength
-    by a factor of at most 2. A measurement that is not finite, zero, or a rounding error (of ``two_pass`` in 16 bits)
-    changes nothing. With gradient accumulation the gradients are those of all micro-batches of a step together.
+    The ratio is measured on every ``every_n_steps``-th step on which the penalty acts, and more often at first, or
+    where it changes. The strength follows the geometric mean of the ratios, in which a new one counts 30 %. Where one
+    is off the mean by more than 1.5, the next step is measured, too; if that is off to the same side, it takes the
+    place of the mean. (Derivatives by the inputs grow a hundredfold in the first epoch.) After the first, one
+    measurement raises the strength by a factor of at most 2, and lowers it by at most 10. A measurement that is not
+    finite, zero, or a rounding error (of ``two_pass`` in 16 bits) changes nothing. With gradient accumulation the
+    gradients are those of all micro-batches of a step together.
 
-    A measurement costs a plain step, or its backward pass: at the default about 2 % of a plain step on average, after
-    about twenty measurements on the first 200 steps. The strength is logged as
+    A measurement costs a plain step, or its backward pass: at the default about 2 % of a plain step on average, and at
+    most 5 % where the ratio keeps changing, after about twenty measurements at the start. The strength is logged as
     ``train/strength`` (with several such penalties as ``train/<penalty name>_strength``), and kept in checkpoints.
 
     ``warmup_steps`` and ``every_n_steps`` of the regularizer multiply the strength, and with it the share.
@@ -86,6 +92,8 @@ class ShareControl:
         steps: on how many steps the penalty has acted.
         log_ratio: the mean of log(||grad P|| / ||grad L||); None before the first measurement.
         measured: how many measurements are in it.
+        side: on which side of the mean the last measurement was far off, 1 above and -1 below; 0 if it was near.
+        interval: how many acting steps lie between two measurements now.
         next_at: on which acting step the next one is taken.
     """
 
@@ -94,6 +102,8 @@ class ShareControl:
     steps: int = field(default=0, init=False)
     log_ratio: float | None = field(default=None, init=False)
     measured: int = field(default=0, init=False)
+    side: int = field(default=0, init=False)
+    interval: int = field(default=1, init=False)
     next_at: int = field(default=0, init=False)
 
     @property
@@ -103,26 +113,34 @@ class ShareControl:
 
     def measure(self, task: float, penalty: float) -> None:
         """Adapt the strength to the lengths of the gradients of the task loss and of the penalty at strength 1."""
-        self._wait()
         if not (0 < task < math.inf and 0 < penalty < math.inf):
+            self._wait(is_far=False)
             return
         now = math.log(penalty / task)
-        weight = max(_NEW, 1 / (self.measured + 1))
-        self.log_ratio = now if self.log_ratio is None else self.log_ratio + weight * (now - self.log_ratio)
+        change = 0.0 if self.log_ratio is None else now - self.log_ratio
+        side = 0 if abs(change) < _FAR else 1 if change > 0 else -1
+        if self.log_ratio is None or (side and side == self.side):  # a second one as far off is no noise
+            self.log_ratio = now
+        else:
+            self.log_ratio += max(_NEW, 1 / (self.measured + 1)) * change
         wanted = self.rule.share / math.exp(self.log_ratio)
         if self.measured:
-            wanted = min(max(wanted, self.strength / _MOST), self.strength * _MOST)
+            wanted = min(max(wanted, self.strength / _FALL), self.strength * _RISE)
         self.strength = wanted
         self.measured += 1
+        self.side = side
+        self._wait(is_far=side != 0)
 
     def not_resolved(self) -> None:
         """The measured gradient was rounding: raise the strength until one is not, or keep what was measured before."""
-        self._wait()
+        self._wait(is_far=False)
         if not self.measured:
             self.strength = min(2 * self.strength, _MOST_UNMEASURED)
 
-    def _wait(self) -> None:
-        self.next_at = self.steps + min(self.rule.every_n_steps, max(1, self.steps // 4))
+    def _wait(self, is_far: bool) -> None:
+        self.interval = 1 if is_far else min(math.ceil(1.5 * self.interval), self.rule.every_n_steps)
+        not_before = min(_AFTER * (self.measured - _FREE), self.steps + self.rule.every_n_steps)
+        self.next_at = max(self.steps + self.interval, not_before)
 
     def acted(self) -> None:
         """Count an optimizer step on which the penalty acted."""
@@ -130,7 +148,10 @@ class ShareControl:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {name: getattr(self, name) for name in ("strength", "steps", "log_ratio", "measured", "next_at")}
+        return {
+            name: getattr(self, name)
+            for name in ("strength", "steps", "log_ratio", "measured", "side", "interval", "next_at")
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state; an empty one starts anew."""
