@@ -132,6 +132,11 @@ def test_a_later_start_needs_a_known_number_of_steps():
     fit(Classifier(), [regularizer(start=0.5)], max_steps=0)
 
 
+def test_a_warmup_that_is_longer_than_training_is_said():
+    with pytest.warns(UserWarning, match="warmup_steps=10 exceeds the 2 steps .* reaches 20% of its strength"):
+        fit(Classifier(), [regularizer(warmup_steps=10)], max_steps=2)
+
+
 def test_the_strength_is_a_plain_attribute_that_a_schedule_may_set():
     callback = regularizer(0.0)
 

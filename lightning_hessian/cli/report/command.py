@@ -91,6 +91,8 @@ def _answer(groups: Sequence[Group]) -> str:
         told += [f"{label_of(name)} {best.mean(name)}" for name in ("test/accuracy", "final/trace") if name in known]
         which = f"By {metric} the best is {best.label}: " if len(groups) > 1 else ""
         parts.append(f"{which}{', '.join(told)}.")
+    tested = sorted({run.results.tested for group in groups for run in group.runs})
+    parts.append(f"The test took the {' or the '.join(tested)} weights of each run.")
     reference = next((group for group in groups if group.is_reference), None)
     if reference is not None and reference is not best and "test/accuracy" in metrics_of([best]):
         difference = best.difference("test/accuracy", reference)

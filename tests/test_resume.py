@@ -1,0 +1,87 @@
+"""Resuming on the command line: a run goes on with its own settings, and what is changed is said."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from test_cli import QUICK, run  # noqa: F401
+
+from lightning_hessian.cli.classifier import Classifier
+
+
+class Killed(BaseException):
+    """Nothing is left to the process."""
+
+
+@pytest.fixture
+def interrupted(run, monkeypatch):  # noqa: F811
+    """A run that was killed in its second epoch of three, in the folder `part`."""
+
+    def kill(module):
+        if module.current_epoch == 1:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_train_epoch_start", kill)
+        with pytest.raises(Killed):
+            run(*QUICK, "seed=3", "optimizer.lr=0.05", "trainer.max_epochs=3", "logger=none", "hydra.run.dir=part")
+    return run
+
+
+def test_a_run_goes_on_with_its_own_settings(interrupted):
+    out, err, status = interrupted("resume=part", "hydra.run.dir=rest")
+    assert status == 0, err
+    assert "resumed with" not in out
+    ours, theirs = (OmegaConf.load(f"{name}/config.yaml") for name in ("rest", "part"))
+    assert (ours.seed, ours.optimizer.lr, ours.model.width, ours.trainer.max_epochs) == (3, 0.05, 16, 3)
+    ours.resume = None
+    assert ours == theirs
+
+
+def test_what_is_overridden_is_said(interrupted):
+    out, err, status = interrupted(
+        "resume=part", "regularizer.strength=0.01", "trainer.gradient_clip_val=1.0", "hydra.run.dir=rest"
+    )
+    assert status == 0, err
+    assert "resumed with regularizer.strength=0.01 (the run had 0.03)" in out
+    assert "resumed with trainer.gradient_clip_val=1.0 (the run had None)" in out
+    assert OmegaConf.load("rest/config.yaml").regularizer.strength == 0.01
+    out, err, status = interrupted("resume=part", "regularizer=jacobian", "hydra.run.dir=other")
+    assert status == 0, err
+    assert "resumed with regularizer=jacobian" in out
+    assert OmegaConf.load("other/config.yaml").regularizer.penalty._target_.endswith("JacobianNorm")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.max_epochs=5", "trainer.max_epochs was 3, and the schedule of the learning rate ends there"),
+        ("experiment=fmnist_cnn", "sets several parts of a run. Give the settings one by one"),
+        ("baseline=mixup", "sets several parts of a run"),
+    ],
+)
+def test_what_would_not_go_on_is_refused(interrupted, change, message):
+    _, err, status = interrupted("resume=part", change, "hydra.run.dir=rest")
+    assert status == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_run_with_a_constant_learning_rate_may_be_longer(run):  # noqa: F811
+    short = [*QUICK, "scheduler=none", "logger=none"]
+    assert run(*short, "hydra.run.dir=first")[2] == 0
+    out, err, status = run("resume=first", "trainer.max_epochs=3", "hydra.run.dir=longer")
+    assert status == 0, err
+    assert "resumed with trainer.max_epochs=3 (the run had 2)" in out
+    assert "the last weights of epoch 3" in out
+
+
+def test_a_finished_run_and_one_without_a_checkpoint_are_refused(run):  # noqa: F811
+    assert run(*QUICK, "logger=none", "hydra.run.dir=first")[2] == 0
+    _, err, status = run("resume=first", "hydra.run.dir=rest")
+    assert status == 2
+    assert "that run has finished; its results are in first/results.json" in err
+    Path("first/checkpoints/last.ckpt").unlink()
+    _, err, status = run("resume=first", "hydra.run.dir=rest")
+    assert status == 2
+    assert "there is no checkpoints/last.ckpt in it, because the run stopped in its first epoch" in err
