@@ -94,3 +94,17 @@ def test_data_without_the_number_of_classes_is_refused_for_a_classifier(project)
     _, err, status = project("--config-dir", "my_conf", "data=blobs", "model=net", "+model.classes=3", *QUIET)
     assert status == 2
     assert "does not tell the number of classes" in err
+
+
+def test_a_module_without_a_test_has_its_curvature_all_the_same(project):
+    text = Path("my_project.py").read_text()
+    Path("my_project.py").write_text(text.replace("def test_step", "def no_test_step"))
+    own = ["--config-dir", "my_conf", "data=blobs", "model=regression", "trainer.max_epochs=1", *QUIET]
+    out, err, status = project(*own, "objective.metric=val/mse", "hydra.run.dir=here")
+    assert status == 0, err
+    assert json.loads(Path("here/results.json").read_text())["metrics"] == {}
+    assert "Hessian trace" in out
+    _, err, status = project(*own, "objective.metric=val/other")
+    assert status == 2
+    assert "val/other" in err
+    assert "Traceback" not in err

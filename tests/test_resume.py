@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from test_cli import QUICK, run  # noqa: F401
 
 from lightning_hessian.cli.classifier import Classifier
+from lightning_hessian.cli.results import Results
 
 
 class Killed(BaseException):
@@ -36,6 +38,29 @@ def test_a_run_goes_on_with_its_own_settings(interrupted):
     assert (ours.seed, ours.optimizer.lr, ours.model.width, ours.trainer.max_epochs) == (3, 0.05, 16, 3)
     ours.resume = None
     assert ours == theirs
+
+
+def test_the_best_epoch_before_the_interruption_still_counts(run, monkeypatch):  # noqa: F811
+    """The learning rate grows, so the first epoch is the best one."""
+    grows = ["scheduler=none", "optimizer.lr=0.3", "optimizer.weight_decay=0.5", "trainer.max_epochs=3", "tested=best"]
+    whole, _, _ = run(*QUICK, *grows, "logger=none", "hydra.run.dir=whole")
+
+    def kill(module):
+        if module.current_epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_train_epoch_start", kill)
+        with pytest.raises(Killed):
+            run(*QUICK, *grows, "logger=none", "hydra.run.dir=part")
+    resumed, err, status = run("resume=part", "hydra.run.dir=rest")
+    assert status == 0, err
+    assert whole.split("files")[0] == resumed.split("files")[0]
+    ends = [Results.load(Path(name)) for name in ("whole", "rest")]
+    assert ends[0].objective == ends[1].objective
+    assert ends[0].metrics == ends[1].metrics
+    assert ends[1].epoch < 3
+    assert "part" not in str(torch.load("rest/checkpoints/last.ckpt", weights_only=False)["callbacks"])
 
 
 def test_what_is_overridden_is_said(interrupted):

@@ -19,7 +19,7 @@ def check_checkpoint(path: str, module: nn.Module) -> None:
         ValueError: the file does not exist, is damaged, is not a checkpoint of Lightning's Trainer, or holds the
             weights of another model.
     """
-    state = _read(path).get("state_dict")
+    state = read_checkpoint(path).get("state_dict")
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     found = {name: tensor.shape for name, tensor in state.items()} if isinstance(state, dict) else {}
     for name in [*expected, *found]:
@@ -37,13 +37,18 @@ def check_checkpoint(path: str, module: nn.Module) -> None:
 def is_readable(path: Path) -> bool:
     """Whether the file is a whole checkpoint of Lightning's Trainer."""
     try:
-        _read(str(path))
+        read_checkpoint(str(path))
     except ValueError:
         return False
     return True
 
 
-def _read(path: str) -> dict[str, Any]:
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The contents of a checkpoint of Lightning's Trainer.
+
+    Raises:
+        ValueError: the file does not exist, is damaged, or is something else.
+    """
     if not Path(path).exists():
         raise _checkpoint_error(path, "there is no such checkpoint")
     if not zipfile.is_zipfile(path):

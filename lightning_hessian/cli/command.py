@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from lightning_hessian.cli import sweeps
 from lightning_hessian.cli.results import Results, comparison_table
-from lightning_hessian.cli.resume import resumed
+from lightning_hessian.cli.resume import moved, resumed
 from lightning_hessian.cli.run import train
 from lightning_hessian.cli.settings import config_directory
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
@@ -87,7 +87,7 @@ def _run_once(config: DictConfig, directory: Path, overrides: list[str]) -> Resu
     config, checkpoint, changes = resumed(config, overrides)
     for change in changes:
         _print(change)
-    return train(config, directory, checkpoint=checkpoint, overrides=overrides)
+    return train(config, directory, checkpoint=moved(checkpoint, directory), overrides=overrides)
 
 
 def _run_job(config: DictConfig, directory: Path, overrides: list[str]) -> Results:

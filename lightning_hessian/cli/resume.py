@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_hessian.cli.checkpoint import read_checkpoint
 from lightning_hessian.cli.results import FILE
 from lightning_hessian.cli.run import CONFIG, LAST
 
@@ -65,6 +69,29 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
     if (directory / FILE).is_file() and not longer:
         raise ValueError(f"resume={asked}: that run has finished; its results are in {directory / FILE}.")
     return settings, directory / LAST, changes
+
+
+def moved(checkpoint: Path, directory: Path) -> Path:
+    """A copy of a run's checkpoints in the folder where it goes on, so that the best epoch until then still counts."""
+    there, here = checkpoint.parent, directory / checkpoint.parent.name
+    if here.resolve() == there.resolve():
+        return checkpoint
+    state = read_checkpoint(str(checkpoint))
+    here.mkdir(parents=True, exist_ok=True)
+    for best in there.glob("best.ckpt"):
+        shutil.copy2(best, here)
+    for name, own in state["callbacks"].items():
+        if name.startswith("ModelCheckpoint"):
+            state["callbacks"][name] = _with_paths(own, str(there.resolve()), str(here.resolve()))
+    torch.save(state, here / checkpoint.name)
+    return here / checkpoint.name
+
+
+def _with_paths(state: Any, old: str, new: str) -> Any:
+    """The state with one folder in place of another, in values and keys."""
+    if isinstance(state, Mapping):
+        return {_with_paths(key, old, new): _with_paths(value, old, new) for key, value in state.items()}
+    return state.replace(old, new) if isinstance(state, str) else state
 
 
 def _directory(asked: str) -> Path:

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_hessian.cli.checkpoint import check_checkpoint
@@ -67,19 +68,20 @@ def train(
 
     trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if history.learning_rate is None and (directory / LAST).is_file():
-        _recover(directory / LAST, history, checkpoints)
-    objective = _objective(config, trainer, checkpoints)
+        _recover(directory / LAST, history)
+    objective = _objective(config, history, trainer)
     epoch = trainer.current_epoch
     best = checkpoints.best_model_path if config.tested == "best" else ""
     if best:
         epoch = torch.load(best, map_location="cpu", weights_only=False)["epoch"] + 1
-    (metrics,) = trainer.test(module, data, verbose=False, ckpt_path=best or None)
-    data.setup("fit")  # spawned processes set up their own copies only
+    metrics = _tested(trainer, module, data, best)
+    if trainer.world_size > 1:
+        data.setup("fit")  # spawned processes set up their own copies only
     curvature, images, training_loss = measure(
         trainer, module, data, config.trace.samples, config.trace.probes, config.seed, history.learning_rate
     )
     results = Results(
-        metrics={name: float(value) for name, value in metrics.items()},
+        metrics=metrics,
         curvature=curvature,
         images=images,
         directory=directory,
@@ -112,22 +114,33 @@ def _checkpoints(config: DictConfig, directory: Path) -> ModelCheckpoint:
     )
 
 
-def _recover(last: Path, history: History, checkpoints: ModelCheckpoint) -> None:
-    """Take from a checkpoint what these callbacks have seen in spawned processes."""
+def _recover(last: Path, history: History) -> None:
+    """Take from a checkpoint what the history has seen in spawned processes."""
     states = torch.load(last, map_location="cpu", weights_only=False)["callbacks"]
     history.load_state_dict(states.get(history.state_key, {}))
-    checkpoints.best_model_score = states.get(checkpoints.state_key, {}).get("best_model_score")
 
 
-def _objective(config: DictConfig, trainer: L.Trainer, checkpoints: ModelCheckpoint) -> Objective | None:
+def _tested(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, best: str) -> dict[str, float]:
+    """What the test logs; empty if the module or the data have none."""
+    if not is_overridden("test_step", module) or not is_overridden("test_dataloader", data):
+        return {}
+    found = trainer.test(module, data, verbose=False, ckpt_path=best or None)
+    return {name: float(value) for of_loader in found for name, value in of_loader.items()}
+
+
+def _objective(config: DictConfig, history: History, trainer: L.Trainer) -> Objective | None:
     metric, direction = config.objective.metric, config.objective.direction
     if metric is None:
         return None
-    found = checkpoints.best_model_score
-    if found is None:  # `fast_dev_run` keeps no checkpoints
-        found = trainer.callback_metrics.get(metric)
-    value = None if found is None or not math.isfinite(found) else float(found)
-    return Objective(metric=metric, direction=direction, value=value)
+    values = [epoch[metric] for epoch in history.epochs if metric in epoch]
+    if not values and metric not in trainer.callback_metrics:
+        known = ", ".join(sorted(name for name in trainer.callback_metrics if not name.startswith("train")))
+        raise ValueError(
+            f"objective.metric={metric} was not logged in validation. Logged were: {known or 'nothing'}. Set it to one "
+            "of these, or to null."
+        )
+    best = min if direction == "minimize" else max
+    return Objective(metric=metric, direction=direction, value=best(values) if values else None)
 
 
 def _log_end(loggers: Sequence[Logger], results: Results, config: DictConfig, step: int) -> None:
