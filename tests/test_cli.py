@@ -336,7 +336,7 @@ def test_every_experiment_composes(run, experiment):
         ("trainer.precision=7", "trainer: Precision 7 is invalid"),
         ("trace.probes=1", "trace.probes=1"),
         ("resume=nothing", "resume=nothing: there is no such folder. Give the folder of a run"),
-        (f"resume={__file__}", "so it is not the folder of a run"),
+        (f"resume={__file__}", "Give the folder of the run"),
         ("trainer.deterministic=true", "add this argument of Lightning's Trainer by +trainer.deterministic=..."),
         ("data.augment=maybe", "data: augment='maybe'"),
         ("regularizer.penalty.parameters=[]", "chooses none"),

@@ -152,14 +152,14 @@ def test_several_sweeps_and_different_objectives(sweep, tmp_path, capsys):
 
 
 def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):
-    (sweep / "stopped").mkdir()
+    (sweep / "stopped/.hydra").mkdir(parents=True)
     (sweep / "stopped/config.yaml").write_text("{}")
     (sweep / "broken").mkdir()
     (sweep / "broken/failure.json").write_text(json.dumps({"job": "job 3 (lr=-1)", "reason": "why", "status": 2}))
     (sweep / "strength=0,seed=0/results.json").write_text("{")
     command.main([str(sweep)])
     out, err = capsys.readouterr()
-    assert "Failed: 1" in out
+    assert "Failed: 2" in out
     assert "Not finished: 1" in out
     assert "left out:" in err
     assert "results.json cannot be read" in err

@@ -77,6 +77,35 @@ def test_started_again_finished_jobs_are_skipped_and_an_interrupted_one_goes_on(
             assert results_in(ours)[name] == results_in(theirs)[name]
 
 
+def test_a_run_goes_on_from_its_last_epoch_not_from_its_best(run, monkeypatch):  # noqa: F811
+    grows = [*SMALL, "scheduler=none", "optimizer.lr=0.3", "optimizer.weight_decay=0.5", "trainer.max_epochs=4"]
+    sweep = ["-m", *grows, "seed=0", "hydra.sweep.dir=sweep"]
+    epochs = []
+
+    def kill(module):
+        epochs.append(module.current_epoch)
+        if len(epochs) == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_train_epoch_start", kill)
+        with pytest.raises(Killed):
+            run(*sweep)
+        losses = torch.load(folders()[0] / "checkpoints/last.ckpt", weights_only=False)["callbacks"]["History"][
+            "epochs"
+        ]
+        assert losses[-1]["val/loss"] > losses[0]["val/loss"]
+        _, err, status = run(*sweep)
+    assert status == 0, err
+    assert epochs == [0, 1, 2, 3, 3]
+
+
+def test_a_sweep_does_not_resume_another_run(run):  # noqa: F811
+    _, err, status = run("-m", *SMALL, "seed=0", "resume=somewhere", "hydra.sweep.dir=sweep")
+    assert status == 2
+    assert "a sweep does not resume another run" in err
+
+
 def test_a_folder_with_a_run_of_other_settings_is_refused(run):  # noqa: F811
     sweep = ["-m", *SMALL, "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=same"]
     assert run(*sweep, "seed=0")[2] == 0

@@ -43,6 +43,10 @@ def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results
             f"compare={config.compare} is not a regularizer to compare with. Choose one of {', '.join(choices)}, or "
             "null for no comparison."
         )
+    if config.compare is not None and config.resume is not None:
+        raise ValueError(
+            f"compare={config.compare} starts a run anew, and resume={config.resume} goes on with one. Keep one."
+        )
     other = None if config.compare is None else _with_regularizer(config, directory)
     overrides = [*HydraConfig.get().overrides.task]
     found = {"this run": run(config, directory, overrides)}
@@ -84,7 +88,7 @@ def _run_once(config: DictConfig, directory: Path, overrides: list[str]) -> Resu
     """A run by itself, or one that goes on with another."""
     if config.resume is None:
         return train(config, directory, overrides=overrides)
-    config, checkpoint, changes = resumed(config, overrides)
+    config, checkpoint, changes, overrides = resumed(config, overrides)
     for change in changes:
         _print(change)
     return train(config, directory, checkpoint=moved(checkpoint, directory), overrides=overrides)
@@ -92,6 +96,11 @@ def _run_once(config: DictConfig, directory: Path, overrides: list[str]) -> Resu
 
 def _run_job(config: DictConfig, directory: Path, overrides: list[str]) -> Results:
     """A job of a sweep, which goes on where it was interrupted."""
+    if config.resume is not None:
+        raise ValueError(
+            f"resume={config.resume}: a sweep does not resume another run. Start the same sweep again with its "
+            "hydra.sweep.dir, and it goes on."
+        )
     results, checkpoint = sweeps.done_before(config, directory)
     if results is not None:
         _print(f"finished before     {directory}")
@@ -136,6 +145,7 @@ def _run(config: DictConfig) -> float:
         runs = _runs(config, directory, _run_job)
         _refuse_divergence(runs)
     except Exception as error:  # the other jobs are not lost
+        runs = {}  # the worst objective
         status = print_user_error(error, f"{name}: ")
         if status is None:
             traceback.print_exc()

@@ -1,55 +1,55 @@
-"""The course of a run, epoch by epoch, for its results."""
+"""The course of a run, epoch by epoch, and the time of its steps, for its results."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class History(Callback):
-    """Keeps every metric after each epoch, the time of training steps, and the initial learning rate.
+class _Kept(Callback):
+    """Keeps some attributes in checkpoints, so a resumed run has what was before."""
 
-    What it keeps is in checkpoints, so a resumed run has all of its epochs.
+    kept: ClassVar[tuple[str, ...]] = ()
+    _is_fitting = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._is_fitting:  # a checkpoint loaded for testing has what was until then
+            self.restore(state_dict)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the attributes from a state."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._is_fitting = stage == "fit"
+
+
+class StepTimer(_Kept):
+    """Measures the time of training steps. It must be the first of the callbacks, so as not to measure the others.
 
     Attributes:
-        epochs: for each epoch its number from 1 on, the optimizer steps until then, and the metrics by name.
         seconds: in training steps.
         steps: number of batches in them.
-        learning_rate: the largest of all parameter groups at the start; None without an optimizer.
     """
 
+    kept = ("seconds", "steps")
+
     def __init__(self) -> None:
-        self.epochs: list[dict[str, float]] = []
         self.seconds = 0.0
         self.steps = 0
-        self.learning_rate: float | None = None
         self._started = 0.0
-        self._is_fitting = False
 
     @property
     def seconds_per_step(self) -> float | None:
         """None without a step."""
         return self.seconds / self.steps if self.steps else None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("epochs", "seconds", "steps", "learning_rate")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._is_fitting:  # a checkpoint loaded for testing has the history until then
-            for name, value in state_dict.items():
-                setattr(self, name, value)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._is_fitting = stage == "fit"
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [float(group.get("initial_lr", group["lr"])) for group in groups if "lr" in group]
-        if self.learning_rate is None:
-            self.learning_rate = max(rates, default=None)
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._started = time.perf_counter()
@@ -57,6 +57,27 @@ class History(Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         self.seconds += time.perf_counter() - self._started
         self.steps += 1
+
+
+class History(_Kept):
+    """Keeps every metric after each epoch, and the initial learning rate.
+
+    Attributes:
+        epochs: for each epoch its number from 1 on, the optimizer steps until then, and the metrics by name.
+        learning_rate: the largest of all parameter groups at the start; None without an optimizer.
+    """
+
+    kept = ("epochs", "learning_rate")
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self.learning_rate: float | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [float(group.get("initial_lr", group["lr"])) for group in groups if "lr" in group]
+        if self.learning_rate is None:
+            self.learning_rate = max(rates, default=None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if not _is_of_training(name)}

@@ -105,6 +105,7 @@ class Results:
         state["objective"] = None if self.objective is None else dataclasses.asdict(self.objective)
         state["directory"] = str(self.directory)
         partial = self.directory / f"{FILE}.partial"
+        state["metrics"] = {k: x if math.isfinite(x) else None for k, x in self.metrics.items()}  # JSON has no NaN
         partial.write_text(json.dumps(state, indent=1))
         partial.replace(self.directory / FILE)
 
@@ -121,10 +122,13 @@ class Results:
         try:
             state = json.loads(path.read_text())
             state["curvature"] = Curvature.from_state_dict(state["curvature"])
+            state["metrics"] = {k: math.nan if x is None else x for k, x in state["metrics"].items()}
             state["objective"] = None if state["objective"] is None else Objective(**state["objective"])
             return cls(**{**state, "directory": directory})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}). Delete it, and run this run again.") from error
+            raise ValueError(
+                f"{path} cannot be read ({error}). It is damaged, or was written by another version of this package."
+            ) from error
 
     def __str__(self) -> str:
         trace, (eigenvalue, residual) = self.curvature.trace, self.curvature.largest[0]

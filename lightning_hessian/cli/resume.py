@@ -20,9 +20,19 @@ _OWN = ("resume", "compare")
 _GROUPS_OF_MANY = ("experiment", "baseline", "tuned", "sweep")
 """Groups whose choices set several parts of a run."""
 _LENGTH = ("trainer.max_epochs", "trainer.max_steps")
+_FIXED = {
+    "optimizer": "the checkpoint has the optimizer's state and learning rate",
+    "scheduler": "the checkpoint has the state of the schedule",
+    "seed": "the order of the data and the random state go on",
+    "data.batch_size": "it changes the number of steps, on which the schedule depends",
+    "data.train_samples": "it changes the number of steps, on which the schedule depends",
+    "trainer.accumulate_grad_batches": "it changes the number of steps, on which the schedule depends",
+    "trainer.limit_train_batches": "it changes the number of steps, on which the schedule depends",
+}
+"""What cannot change in the middle of a run, and why."""
 
 
-def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path, list[str]]:
+def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Path, list[str], list[str]]:
     """The settings of the run that ``config.resume`` names, with the overrides of the command line.
 
     Args:
@@ -30,7 +40,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
         overrides: those given on the command line.
 
     Returns:
-        The settings, the checkpoint, and a line about each setting that is changed.
+        The settings, the checkpoint, a line about each setting that is changed, and all overrides, the run's first.
 
     Raises:
         ValueError: there is no run to go on with, it has finished, or an override cannot be applied.
@@ -48,6 +58,9 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
             continue
         if name in _GROUPS_OF_MANY:
             raise ValueError(f"resume={asked}: {override} sets several parts of a run. Give the settings one by one.")
+        fixed = next((why for part, why in _FIXED.items() if name == part or name.startswith(f"{part}.")), None)
+        if fixed is not None:
+            raise ValueError(f"resume={asked}: {override} cannot change in the middle of a run: {fixed}.")
         old = OmegaConf.select(settings, name)
         if override.startswith("~"):
             parent, _, key = name.rpartition(".")
@@ -68,7 +81,10 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
         )
     if (directory / FILE).is_file() and not longer:
         raise ValueError(f"resume={asked}: that run has finished; its results are in {directory / FILE}.")
-    return settings, directory / LAST, changes
+    own = directory / ".hydra" / "overrides.yaml"
+    before_it = [*OmegaConf.load(own)] if own.is_file() else []
+    now = [one for one in overrides if one.lstrip("+~").partition("=")[0] not in _OWN]
+    return settings, directory / LAST, changes, [*map(str, before_it), *now]
 
 
 def moved(checkpoint: Path, directory: Path) -> Path:
@@ -98,6 +114,8 @@ def _directory(asked: str) -> Path:
     path = Path(asked)
     if not path.exists():
         raise ValueError(f"resume={asked}: there is no such folder. Give the folder of a run.")
+    if path.is_file() and path.name != Path(LAST).name:
+        raise ValueError(f"resume={asked}: a run goes on from its {LAST}. Give the folder of the run.")
     directory = path if path.is_dir() else path.parent.parent
     if not (directory / CONFIG).is_file():
         raise ValueError(

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_hessian.cli.checkpoint import check_checkpoint
 from lightning_hessian.cli.final_curvature import measure
-from lightning_hessian.cli.history import History
+from lightning_hessian.cli.history import History, StepTimer
 from lightning_hessian.cli.parts import make_callbacks, make_data, make_module
 from lightning_hessian.cli.results import Objective, Results
 from lightning_hessian.cli.settings import check_settings
@@ -54,8 +54,8 @@ def train(
     if checkpoint is not None:
         check_checkpoint(str(checkpoint), module)
     regularizers = {name: regularizer_of(config[name]) for name in ("regularizer", "baseline") if config[name]}
-    history, checkpoints = History(), _checkpoints(config, directory)
-    callbacks: list[Any] = [*regularizers.values(), *make_callbacks(config), history, checkpoints]
+    timer, history, checkpoints = StepTimer(), History(), _checkpoints(config, directory)
+    callbacks: list[Any] = [timer, *regularizers.values(), *make_callbacks(config), history, *checkpoints]
     logger = hydra.utils.instantiate(config.logger) if config.logger else False
     if logger:
         callbacks.append(LearningRateMonitor("step"))
@@ -68,10 +68,12 @@ def train(
 
     trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
     if history.learning_rate is None and (directory / LAST).is_file():
-        _recover(directory / LAST, history)
+        _recover(directory / LAST, timer, history)
     objective = _objective(config, history, trainer)
-    epoch = trainer.current_epoch
-    best = checkpoints.best_model_path if config.tested == "best" else ""
+    epoch = int(history.epochs[-1]["epoch"]) if history.epochs else trainer.current_epoch
+    best = checkpoints[0].best_model_path if config.tested == "best" else ""
+    if not Path(best).is_file():  # `fast_dev_run` keeps none, or it was deleted
+        best = ""
     if best:
         epoch = torch.load(best, map_location="cpu", weights_only=False)["epoch"] + 1
     metrics = _tested(trainer, module, data, best)
@@ -90,7 +92,7 @@ def train(
         tested=config.tested if best else "last",
         epoch=epoch,
         epochs=history.epochs,
-        seconds_per_step=history.seconds_per_step,
+        seconds_per_step=timer.seconds_per_step,
         settings=cast(dict[str, Any], asked),
         overrides=[*overrides],
         tensorboard=isinstance(trainer.logger, TensorBoardLogger),
@@ -101,23 +103,22 @@ def train(
     return results
 
 
-def _checkpoints(config: DictConfig, directory: Path) -> ModelCheckpoint:
-    """Keep the weights after the last epoch, and those of the epoch with the best objective."""
-    return ModelCheckpoint(
-        directory / "checkpoints",
-        filename="best",
-        monitor=config.objective.metric,
-        mode=config.objective.direction.removesuffix("imize"),
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,  # a run that goes on in its folder overwrites its files
-    )
+def _checkpoints(config: DictConfig, directory: Path) -> list[ModelCheckpoint]:
+    """Keep the weights of the epoch with the best objective, and all that training can go on from after each epoch."""
+    # A run that goes on in its folder overwrites its files.
+    settings: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    folder, mode = directory / Path(LAST).parent, config.objective.direction.removesuffix("imize")
+    last = ModelCheckpoint(folder, filename=Path(LAST).stem, **settings)
+    if config.objective.metric is None:
+        return [last]
+    return [ModelCheckpoint(folder, filename="best", monitor=config.objective.metric, mode=mode, **settings), last]
 
 
-def _recover(last: Path, history: History) -> None:
-    """Take from a checkpoint what the history has seen in spawned processes."""
+def _recover(last: Path, *callbacks: StepTimer | History) -> None:
+    """Take from a checkpoint what these callbacks have seen in spawned processes."""
     states = torch.load(last, map_location="cpu", weights_only=False)["callbacks"]
-    history.load_state_dict(states.get(history.state_key, {}))
+    for one in callbacks:
+        one.restore(states.get(one.state_key, {}))
 
 
 def _tested(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, best: str) -> dict[str, float]:

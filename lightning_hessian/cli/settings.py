@@ -69,11 +69,14 @@ def check_settings(config: DictConfig) -> None:
         value = OmegaConf.select(config, name)
         if value not in choices:
             raise ValueError(f"{name}={value} is none of {', '.join(choices)}.")
-    if config.objective.metric is not None and config.objective.metric.startswith("test"):
+    metric = config.objective.metric
+    if metric is not None and metric.startswith(("test", "train")):
         raise ValueError(
-            f"objective.metric={config.objective.metric}: test data must not choose anything. Take a validation "
-            "metric, such as val/loss."
+            f"objective.metric={metric}: only validation data may choose; test data must not choose anything. Take "
+            "a validation metric, such as val/loss."
         )
+    if metric is None and (config.tested == "best" or config.sweep):
+        raise ValueError("objective.metric=null: there is no best epoch or trial. Set it to a validation metric.")
     _check_trainer(config.trainer)
 
 

@@ -21,7 +21,9 @@ from lightning_hessian.cli.strengths import AUTO
 FAILURE = "failure.json"
 """In the folder of a job that failed: the exit status and the reason."""
 _LONGEST = 220
-"""File systems allow names of 255 characters."""
+"""File systems allow names of 255 bytes."""
+_MAKE_NO_DIFFERENCE = ("logger.save_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary")
+"""A job goes on where these are different."""
 
 statuses: list[int] = []
 """The exit status of each failed job of the sweep that has ended in this process."""
@@ -34,10 +36,10 @@ def folder_name(overrides: str) -> str:
         >>> folder_name("regularizer.strength=0.01,seed=1")
         'regularizer.strength=0.01,seed=1'
         >>> folder_name("data.root=/tmp/x")
-        'data.root=_tmp_x'
+        'data.root=_tmp_x-4a2be6b3'
     """
-    name = re.sub(r"[^\w.,=+\-\[\]]", "_", overrides) or "defaults"
-    if len(name) <= _LONGEST:
+    name = re.sub(r"[^a-zA-Z0-9_.,=+\-\[\]]", "_", overrides) or "defaults"
+    if name == (overrides or "defaults") and len(name) <= _LONGEST:
         return name
     return f"{name[:_LONGEST]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
@@ -61,6 +63,8 @@ OmegaConf.register_new_resolver("trials_left", trials_left, replace=True)
 
 def search_space(config: DictConfig, trial: Any) -> None:
     """What Optuna searches beside the strength: the method, and its dropout if it has one."""
+    if "HessianTrace" not in str(config.regularizer.get("penalty")):
+        return
     method = trial.suggest_categorical("regularizer.penalty.method", ["gauss_newton", "two_pass", "taylor"])
     if method == "taylor":
         trial.suggest_categorical("regularizer.penalty.keep", [1.0, 0.5])
@@ -101,7 +105,7 @@ def _difference(asked: Any, found: Any, name: str = "") -> str | None:
     if isinstance(asked, list) and isinstance(found, list) and len(asked) == len(found):
         pairs = enumerate(zip(asked, found, strict=True))
         return next((d for i, (a, b) in pairs if (d := _difference(a, b, f"{name}.{i}")) is not None), None)
-    if asked == found or AUTO in (asked if isinstance(asked, list) else [asked]):
+    if asked == found or name in _MAKE_NO_DIFFERENCE or AUTO in (asked if isinstance(asked, list) else [asked]):
         return None
     return f"{name}: {found} there, {asked} now"
 
@@ -109,7 +113,21 @@ def _difference(asked: Any, found: Any, name: str = "") -> str | None:
 def record_failure(directory: Path, job: str, reason: str, status: int) -> None:
     """Keep why a job failed, for the end of the sweep: the job may run in another process."""
     if directory.is_dir():
-        (directory / FAILURE).write_text(json.dumps({"job": job, "reason": reason, "status": status}))
+        partial = directory / f"{FAILURE}.partial"
+        partial.write_text(json.dumps({"job": job, "reason": reason, "status": status}))
+        partial.replace(directory / FAILURE)
+
+
+def failures_in(directory: Path) -> list[dict[str, Any]]:
+    """The failed jobs in a folder, at any depth, with the reason and the exit status of each."""
+    found = []
+    for path in sorted(directory.rglob(FAILURE)):
+        try:
+            state = json.loads(path.read_text())
+            found.append({name: state[name] for name in ("job", "reason", "status")})
+        except (json.JSONDecodeError, KeyError, TypeError):
+            found.append({"job": str(path.parent), "reason": f"its {FAILURE} cannot be read", "status": 1})
+    return found
 
 
 class SweepEnd(Callback):
@@ -119,12 +137,12 @@ class SweepEnd(Callback):
         statuses.clear()
         directory = Path(config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob(f"*/{FAILURE}"):
-            old.unlink()
+        for job in directory.glob("*/.hydra"):  # Hydra made this folder
+            (job.parent / FAILURE).unlink(missing_ok=True)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         directory = Path(config.hydra.sweep.dir)
-        failed = [json.loads(path.read_text()) for path in sorted(directory.glob(f"*/{FAILURE}"))]
+        failed = failures_in(directory)
         statuses.extend(one["status"] for one in failed)
         finished = len(list(directory.glob(f"*/{FILE}")))
         if failed:

@@ -14,6 +14,7 @@ from lightning_hessian.cli.report.table import (
     label_of,
     markdown,
     metrics_of,
+    reference_of,
     table_of,
     write_csv,
     write_runs,
@@ -93,8 +94,8 @@ def _answer(groups: Sequence[Group]) -> str:
         parts.append(f"{which}{', '.join(told)}.")
     tested = sorted({run.results.tested for group in groups for run in group.runs})
     parts.append(f"The test took the {' or the '.join(tested)} weights of each run.")
-    reference = next((group for group in groups if group.is_reference), None)
-    if reference is not None and reference is not best and "test/accuracy" in metrics_of([best]):
+    reference = reference_of(best, groups)
+    if reference is not None and "test/accuracy" in metrics_of([best]):
         difference = best.difference("test/accuracy", reference)
-        parts.append(f"Its test accuracy is {difference} above the runs without a penalty of the same seeds.")
+        parts.append(f"The test accuracy of the best less that without a penalty, over the same seeds: {difference}.")
     return " ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
-from lightning_hessian.cli.sweeps import FAILURE
+from lightning_hessian.cli.sweeps import FAILURE, failures_in
 
 _NOT_COMPARED = ("seed", "resume", "compare", "hydra", "data.root", "logger", "sweep")
 """Settings that do not make runs different: runs that differ in the seed only are averaged."""
@@ -53,6 +52,7 @@ def find_runs(directories: Sequence[Path]) -> Found:
         ValueError: a folder does not exist, or there is no finished run in any.
     """
     runs, failed, unfinished = [], [], []
+    seen: set[Path] = set()
     for directory in directories:
         if not directory.is_dir():
             raise ValueError(f"{directory} is not a folder. Give the folder of a sweep, or of a run.")
@@ -60,16 +60,18 @@ def find_runs(directories: Sequence[Path]) -> Found:
             if config.parent.name == ".hydra":  # Hydra's own copy
                 continue
             folder = config.parent
+            if folder.resolve() in seen or not _is_of_a_run(folder):
+                continue
+            seen.add(folder.resolve())
             if (folder / FILE).is_file():
                 try:
                     runs.append(_run(Results.load(folder)))
                 except ValueError as error:
                     print(f"lightning-hessian: left out: {error}", file=sys.stderr)
+                    failed.append((str(folder), str(error)))
             elif not (folder / FAILURE).is_file():
                 unfinished.append(folder)
-        for path in sorted(directory.rglob(FAILURE)):
-            state = json.loads(path.read_text())
-            failed.append((state["job"], state["reason"]))
+        failed += [(one["job"], one["reason"]) for one in failures_in(directory)]
     if not runs:
         names = ", ".join(map(str, directories))
         raise ValueError(
@@ -78,6 +80,11 @@ def find_runs(directories: Sequence[Path]) -> Found:
             "same hydra.sweep.dir to finish it, or give another folder."
         )
     return Found(runs, failed, unfinished)
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether a folder with settings has more that a run writes."""
+    return any((folder / name).exists() for name in (FILE, FAILURE, ".hydra", "checkpoints"))
 
 
 def _run(results: Results) -> Run:

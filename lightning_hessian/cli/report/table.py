@@ -16,7 +16,7 @@ DEFAULT = "default"
 _REFERENCES = {"regularizer": "none", "regularizer.strength": "0"}
 """Settings of runs without a penalty."""
 _GAP = "generalization gap"
-_FIRST = ("best/", "test/accuracy", "test/loss", "robust/", "final/trace", "final/largest_eigenvalue", _GAP)
+_FIRST = ("best/", "val", "test/accuracy", "test/loss", "robust/", "final/trace", "final/largest_eigenvalue", _GAP)
 _LEFT_OUT = ("final/trace_standard_error", "final/training_loss", "curvature/")
 _LABELS = {
     "test/accuracy": "test accuracy",
@@ -106,6 +106,8 @@ def scalars(run: Run) -> dict[str, float]:
     named = run.results.scalars()
     if run.results.training_loss is not None and "test/loss" in named:
         named[_GAP] = named["test/loss"] - run.results.training_loss
+    if run.results.epochs and run.results.tested == "last":
+        named |= {name: value for name, value in run.results.epochs[-1].items() if name.startswith("val")}
     if run.results.seconds_per_step is not None:
         named["ms per step"] = 1000 * run.results.seconds_per_step
     return named
@@ -146,17 +148,27 @@ def label_of(metric: str) -> str:
     return _LABELS.get(metric, metric.removeprefix("robust/").replace("best/", "best ").replace("final/", ""))
 
 
+def reference_of(group: Group, groups: Iterable[Group]) -> Group | None:
+    """The group without a penalty that has the same settings otherwise."""
+
+    def others(one: Group) -> dict[str, str]:
+        return {k: x for k, x in one.settings.items() if k != "regularizer" and not k.startswith("regularizer.")}
+
+    found = (one for one in groups if one is not group and one.is_reference and others(one) == others(group))
+    return None if group.is_reference else next(found, None)
+
+
 def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of the table of means."""
     metrics, settings = metrics_of(groups), list(groups[0].settings)
-    reference = next((group for group in groups if group.is_reference), None)
-    compares = reference is not None and len(groups) > 1 and "test/accuracy" in metrics
+    references = [reference_of(group, groups) for group in groups]
+    compares = any(one is not None for one in references) and "test/accuracy" in metrics
     header = [*settings, "runs", *map(label_of, metrics)] + ["test accuracy - without penalty"] * compares
     rows = []
-    for group in groups:
+    for group, reference in zip(groups, references, strict=True):
         row = [*group.settings.values(), str(len(group.runs)), *(str(group.mean(metric)) for metric in metrics)]
-        if compares and reference is not None:
-            row.append("" if group is reference else str(group.difference("test/accuracy", reference)))
+        if compares:
+            row.append("" if reference is None else str(group.difference("test/accuracy", reference)))
         rows.append(row)
     return header, rows
 
