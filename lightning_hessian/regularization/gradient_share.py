@@ -14,10 +14,12 @@ from lightning_hessian.penalties import Penalty
 
 _NEW = 0.3
 """The weight of a new measurement in the mean, from the third on."""
-_RISE, _FALL = 2.0, 10.0
-"""The factors by which one measurement may change the strength, after the first."""
+_RISE = 2.0
+"""The factor by which one measurement may raise the strength, after the first."""
 _FAR = math.log(1.5)
 """How far from the mean a measurement is looked at again on the next step."""
+_EACH = 10
+"""This many steps are measured at the start, one after the other: the ratio may grow a thousandfold in one."""
 _FREE, _AFTER = 20, 20
 """This many measurements are taken as often as needed, and then at most one in so many acting steps."""
 _UNMEASURED = 1e-4
@@ -35,17 +37,21 @@ class GradientShare:
     with the task loss L and the penalty P, over all parameters that are trained and all ranks' batches together. The
     share has no unit, so it carries over from one model and data set to another, where a strength does not.
 
-    The ratio is measured on every ``every_n_steps``-th step on which the penalty acts, and more often at first, or
-    where it changes. The strength follows the geometric mean of the ratios, in which a new one counts 30 %. Where one
-    is off the mean by more than 1.5, the next step is measured, too; if that is off to the same side, it takes the
-    place of the mean. (Derivatives by the inputs grow a hundredfold in the first epoch.) After the first, one
-    measurement raises the strength by a factor of at most 2, and lowers it by at most 10. A measurement that is not
-    finite, zero, or a rounding error (of ``two_pass`` in 16 bits) changes nothing. With gradient accumulation the
-    gradients are those of all micro-batches of a step together.
+    The ratio is measured on every ``every_n_steps``-th step on which the penalty acts, on each of the first ten, and
+    more often where it changes. The strength follows the geometric mean of the ratios, in which a new one counts 30 %.
+    Where one is off the mean by more than 1.5, the next step is measured, too; if that is off to the same side, it
+    takes the place of the mean. After the first, one measurement raises the strength by a factor of at most 2. A fall
+    is not bounded, because derivatives by the inputs may grow a thousandfold in a step, and one step with a strength
+    that is too large destroys the weights. A measurement that is not finite, zero, or a rounding error (of ``two_pass``
+    in 16 bits) changes nothing. With gradient accumulation the gradients are those of all micro-batches of a step
+    together.
 
     A measurement costs a plain step, or its backward pass: at the default about 2 % of a plain step on average, and at
     most 5 % where the ratio keeps changing, after about twenty measurements at the start. The strength is logged as
     ``train/strength`` (with several such penalties as ``train/<penalty name>_strength``), and kept in checkpoints.
+
+    A penalty whose derivatives are zero at first, such as one on the inputs of a network with a last layer of zeros, may
+    keep the network there at any share. Let it start later, with ``start=0.1``.
 
     ``warmup_steps`` and ``every_n_steps`` of the regularizer multiply the strength, and with it the share.
 
@@ -123,9 +129,10 @@ class ShareControl:
             self.log_ratio = now
         else:
             self.log_ratio += max(_NEW, 1 / (self.measured + 1)) * change
-        wanted = self.rule.share / math.exp(self.log_ratio)
+        # On the measured step itself the share is at most 1.5 times the one asked for.
+        wanted = self.rule.share / math.exp(max(self.log_ratio, now - _FAR))
         if self.measured:
-            wanted = min(max(wanted, self.strength / _FALL), self.strength * _RISE)
+            wanted = min(wanted, self.strength * _RISE)
         self.strength = wanted
         self.measured += 1
         self.side = side
@@ -138,7 +145,8 @@ class ShareControl:
             self.strength = min(2 * self.strength, _MOST_UNMEASURED)
 
     def _wait(self, is_far: bool) -> None:
-        self.interval = 1 if is_far else min(math.ceil(1.5 * self.interval), self.rule.every_n_steps)
+        is_short = is_far or self.measured < _EACH
+        self.interval = 1 if is_short else min(math.ceil(1.5 * self.interval), self.rule.every_n_steps)
         not_before = min(_AFTER * (self.measured - _FREE), self.steps + self.rule.every_n_steps)
         self.next_at = max(self.steps + self.interval, not_before)
 
