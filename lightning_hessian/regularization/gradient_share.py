@@ -50,8 +50,8 @@ class GradientShare:
     most 5 % where the ratio keeps changing, after about twenty measurements at the start. The strength is logged as
     ``train/strength`` (with several such penalties as ``train/<penalty name>_strength``), and kept in checkpoints.
 
-    A penalty whose derivatives are zero at first, such as one on the inputs of a network with a last layer of zeros, may
-    keep the network there at any share. Let it start later, with ``start=0.1``.
+    A penalty may keep a network where its derivatives are zero at first, at any share: a penalty on the inputs does so
+    where the last layer is zero. Let it start later, with ``start=0.1``.
 
     ``warmup_steps`` and ``every_n_steps`` of the regularizer multiply the strength, and with it the share.
 
