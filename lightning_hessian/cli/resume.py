@@ -72,7 +72,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
             changes.append(f"resumed with {override} (the run had {_short(old)})")
     if "save_dir" in config.logger and "save_dir" in settings.logger:
         settings.logger.save_dir = config.logger.save_dir  # this command's folder
-    settings.resume, settings.compare = asked, config.compare
+    settings.resume, settings.compare = asked, None
     longer = [name for name in _LENGTH if OmegaConf.select(before, name) != OmegaConf.select(settings, name)]
     if longer and settings.scheduler:
         raise ValueError(
@@ -82,9 +82,9 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
     if (directory / FILE).is_file() and not longer:
         raise ValueError(f"resume={asked}: that run has finished; its results are in {directory / FILE}.")
     own = directory / ".hydra" / "overrides.yaml"
-    before_it = [*OmegaConf.load(own)] if own.is_file() else []
-    now = [one for one in overrides if one.lstrip("+~").partition("=")[0] not in _OWN]
-    return settings, directory / LAST, changes, [*map(str, before_it), *now]
+    first = [*OmegaConf.load(own)] if own.is_file() else []
+    then = [one for one in overrides if one.lstrip("+~").partition("=")[0] not in _OWN]
+    return settings, directory / LAST, changes, [*map(str, first), *then]
 
 
 def moved(checkpoint: Path, directory: Path) -> Path:

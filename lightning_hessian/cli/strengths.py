@@ -73,7 +73,8 @@ def choose_strengths(
     The number is the lowest suggestion while a copy of the model trains without a penalty, so the penalty's share of
     the gradient stays within the requested share along the way. The initial weights alone do not suffice: input
     derivatives there are 100 to 1,000 times smaller than soon after (0 for the vision transformer), and a strength
-    that fits them destroys training. A resumed run starts from the same weights and chooses the same number.
+    that fits them destroys training. A job of a sweep that goes on starts from the same weights and chooses the same
+    number; ``resume=`` takes the number that was chosen.
 
     Raises:
         ValueError: the module or the data are not the command line's own.

@@ -26,6 +26,7 @@ from lightning_hessian.curvature.parameters import check_filter
 from lightning_hessian.curvature.spectrum import check_eigenvalues
 from lightning_hessian.monitoring import images
 from lightning_hessian.monitoring.measurement import Curvature, Loss, Measurement, MeasurementConfig, fixed_batches
+from lightning_hessian.step.learning_rates import learning_rates
 from lightning_hessian.step.repeatable import BatchSkipped
 
 Stage = Literal["train", "val", "test"]
@@ -318,7 +319,7 @@ class CurvatureMonitor(Callback):
             )
         groups = self._measurement.config.spaces
         try:
-            curvature, spaces = self._measurement.measure(step, max(_learning_rates(trainer), default=None))
+            curvature, spaces = self._measurement.measure(step, max(learning_rates(trainer), default=None))
         except BatchSkipped as skipped:
             if self._is_first:
                 raise MisconfigurationException(_NO_LOSS) from skipped
@@ -439,7 +440,7 @@ class CurvatureMonitor(Callback):
         return batches
 
     def _report_learning_rates(self, trainer: Trainer) -> None:
-        rates = _learning_rates(trainer)
+        rates = learning_rates(trainer)
         if not rates:
             rank_zero_info("CurvatureMonitor logs no stability, because no optimizer has a learning rate.")
         elif len(set(rates)) > 1 or len(trainer.optimizers) > 1:
@@ -478,11 +479,6 @@ _NO_LOSS = (
     "The training step returned None for a batch that CurvatureMonitor measures on, so there is no loss. Pass "
     "CurvatureMonitor loss=lambda module, batch: ..., which returns the mean loss of a batch."
 )
-
-
-def _learning_rates(trainer: Trainer) -> list[float]:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [float(group["lr"]) for group in groups if group.get("lr") is not None]
 
 
 def _key(stage: Stage, name: str) -> str:

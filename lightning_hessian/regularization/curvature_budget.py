@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_hessian.arguments import is_number
 from lightning_hessian.penalties import HessianNorm, HessianTrace, Penalty
 from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
+from lightning_hessian.step.learning_rates import learning_rates
 
 _LEAST, _MOST = 0.01, 2.0
 """The smallest share of the gradient, which is that of the beginning, and the largest one."""
@@ -120,7 +121,7 @@ class CurvatureBudget:
         Raises:
             MisconfigurationException: it is not.
         """
-        if self.stability is not None and not _learning_rates(trainer):
+        if self.stability is not None and not learning_rates(trainer):
             raise MisconfigurationException(
                 f"{self!r} holds the learning rate times an eigenvalue, and no optimizer has a learning rate. Hold the "
                 "trace, or take strength=GradientShare(0.1)."
@@ -189,7 +190,7 @@ class BudgetControl:
         if not math.isfinite(value):
             return
         if self.rule.stability is not None:
-            value *= max(_learning_rates(trainer)) / 2
+            value *= max(learning_rates(trainer)) / 2
         self.curvature = value if self.curvature is None else self.curvature + _NEW * (value - self.curvature)
         self._change(self.curvature, _RATE, _GAIN)
 
@@ -220,11 +221,6 @@ class BudgetControl:
         self.share = state.get("share", _LEAST)
         self.curvature = state.get("curvature")
         self.seen = state.get("seen", -1)
-
-
-def _learning_rates(trainer: Trainer) -> list[float]:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [float(group["lr"]) for group in groups if group.get("lr") is not None]
 
 
 def _monitor_of(trainer: Trainer) -> _Monitor | None:
