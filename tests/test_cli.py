@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import Killed, killed_at
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_hessian as lh
 from lightning_hessian.__main__ import main as entry_point
 from lightning_hessian.cli import command
-from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.data import DEBIAN_FASHION_MNIST, Digits, FashionMNIST, _random_crop
 from lightning_hessian.cli.robustness import PixelAdversarialAccuracy
 
@@ -111,15 +111,8 @@ def test_same_seed_same_numbers_and_another_seed_others(run):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch):
     whole, _, _ = run(*QUICK, "hydra.run.dir=whole")
-
-    def interrupt(module):
-        if module.current_epoch == 1:
-            raise ConnectionError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", interrupt)
-        with pytest.raises(ConnectionError):
-            run(*QUICK, "hydra.run.dir=part")
+    with killed_at(2, monkeypatch), pytest.raises(Killed):
+        run(*QUICK, "hydra.run.dir=part")
     for number, there in enumerate(("part", "part/checkpoints/last.ckpt")):
         resumed, err, status = run(f"hydra.run.dir=rest{number}", f"resume={there}")
         assert status == 0, err

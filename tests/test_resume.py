@@ -4,29 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import Killed, killed_at
 from omegaconf import OmegaConf
 from test_cli import QUICK, run  # noqa: F401
 
-from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.results import Results
-
-
-class Killed(BaseException):
-    """Nothing is left to the process."""
 
 
 @pytest.fixture
 def interrupted(run, monkeypatch):  # noqa: F811
     """A run that was killed in its second epoch of three, in the folder `part`."""
-
-    def kill(module):
-        if module.current_epoch == 1:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", kill)
-        with pytest.raises(Killed):
-            run(*QUICK, "seed=3", "optimizer.lr=0.05", "trainer.max_epochs=3", "logger=none", "hydra.run.dir=part")
+    with killed_at(2, monkeypatch), pytest.raises(Killed):
+        run(*QUICK, "seed=3", "optimizer.lr=0.05", "trainer.max_epochs=3", "logger=none", "hydra.run.dir=part")
     return run
 
 
@@ -44,15 +33,8 @@ def test_the_best_epoch_before_the_interruption_still_counts(run, monkeypatch): 
     """The learning rate grows, so the first epoch is the best one."""
     grows = ["scheduler=none", "optimizer.lr=0.3", "optimizer.weight_decay=0.5", "trainer.max_epochs=3", "tested=best"]
     whole, _, _ = run(*QUICK, *grows, "logger=none", "hydra.run.dir=whole")
-
-    def kill(module):
-        if module.current_epoch == 2:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", kill)
-        with pytest.raises(Killed):
-            run(*QUICK, *grows, "logger=none", "hydra.run.dir=part")
+    with killed_at(3, monkeypatch), pytest.raises(Killed):
+        run(*QUICK, *grows, "logger=none", "hydra.run.dir=part")
     resumed, err, status = run("resume=part", "hydra.run.dir=rest")
     assert status == 0, err
     assert whole.split("files")[0] == resumed.split("files")[0]

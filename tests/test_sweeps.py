@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interruptions import Killed, killed_at
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import QUICK, run, scalars  # noqa: F401
@@ -20,10 +21,6 @@ from lightning_hessian.cli.classifier import Classifier
 from lightning_hessian.cli.data import Digits
 
 SMALL = [*QUICK, "logger=none", "trace.samples=16", "trace.probes=2"]
-
-
-class Killed(BaseException):
-    """Nothing is left to the process."""
 
 
 def folders(sweep="sweep"):
@@ -52,17 +49,8 @@ def test_folder_names_are_names_of_one_folder(overrides):
 def test_started_again_finished_jobs_are_skipped_and_an_interrupted_one_goes_on(run, monkeypatch):  # noqa: F811
     sweep = ["-m", *SMALL, "regularizer.warmup_steps=2", "seed=0,1,2", "hydra.sweep.dir=sweep"]
     run(*[one.replace("sweep.dir=sweep", "sweep.dir=whole") for one in sweep])
-    started = []
-
-    def interrupt(module):
-        started.append(module.current_epoch)
-        if len(started) == 4:  # the second epoch of the second job
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", interrupt)
-        with pytest.raises(Killed):
-            run(*sweep)
+    with killed_at(4, monkeypatch), pytest.raises(Killed):
+        run(*sweep)
     assert [(folder / "results.json").is_file() for folder in folders()] == [True, False]
     epochs = []
     with monkeypatch.context() as patch:
@@ -80,15 +68,7 @@ def test_started_again_finished_jobs_are_skipped_and_an_interrupted_one_goes_on(
 def test_a_run_goes_on_from_its_last_epoch_not_from_its_best(run, monkeypatch):  # noqa: F811
     grows = [*SMALL, "scheduler=none", "optimizer.lr=0.3", "optimizer.weight_decay=0.5", "trainer.max_epochs=4"]
     sweep = ["-m", *grows, "seed=0", "hydra.sweep.dir=sweep"]
-    epochs = []
-
-    def kill(module):
-        epochs.append(module.current_epoch)
-        if len(epochs) == 4:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", kill)
+    with killed_at(4, monkeypatch) as epochs:
         with pytest.raises(Killed):
             run(*sweep)
         losses = torch.load(folders()[0] / "checkpoints/last.ckpt", weights_only=False)["callbacks"]["History"][
@@ -185,17 +165,8 @@ def test_optuna_searches_by_validation_and_goes_on_after_an_interruption(run, mo
     import optuna
 
     sweep = ["+sweep=optuna", *SMALL, "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "sweep.trials=4"]
-    started = []
-
-    def interrupt(module):
-        started.append(module)
-        if len(started) == 3:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Classifier, "on_train_epoch_start", interrupt)
-        with pytest.raises(Killed):
-            run(*sweep)
+    with killed_at(3, monkeypatch), pytest.raises(Killed):
+        run(*sweep)
     _, err, status = run(*sweep)
     assert status == 0, err
     study = optuna.load_study("lightning_hessian", "sqlite:///sweep/optuna.db")
