@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 STEPS = ("T_max", "total_steps", "total_iters", "num_training_steps")
 """How schedules call the number of optimizer steps in training."""
@@ -23,7 +23,8 @@ _COSINE: Callable[..., LRScheduler] = partial(CosineAnnealingLR, T_max=cast(int,
 class Classifier(LightningModule):
     """A network, a loss, an optimizer, and a schedule that is stepped after each optimizer step.
 
-    Validation, test and the final curvature use the cross-entropy, whatever the training loss is. (A CurvatureMonitor
+    Validation, test and the final curvature use the cross-entropy, whatever the training loss is. The test has the
+    expected calibration error, too (15 bins; Guo et al. 2017, arXiv 1706.04599). (A CurvatureMonitor
     of training data measures the training loss.)
 
     Args:
@@ -57,6 +58,7 @@ class Classifier(LightningModule):
         self.accuracy = nn.ModuleDict(
             {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
         )
+        self.calibration_error = MulticlassCalibrationError(classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
@@ -67,15 +69,20 @@ class Classifier(LightningModule):
         return F.cross_entropy(self(images), labels)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self._step(batch, "train", self.training_loss)
+        loss, _ = self._step(batch, "train", self.training_loss)
+        return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._step(batch, "val", F.cross_entropy)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._step(batch, "test", F.cross_entropy)
+        _, logits = self._step(batch, "test", F.cross_entropy)
+        labels = batch[1]
+        self.calibration_error(logits, labels)
+        self.log("test/calibration_error", self.calibration_error, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str, loss_of: Callable[..., Tensor]) -> Tensor:
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str, loss_of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss and the logits."""
         images, labels = batch
         logits = self(images)
         loss = loss_of(logits, labels)
@@ -89,7 +96,7 @@ class Classifier(LightningModule):
         }
         self.log(f"{stage}/loss", loss, sync_dist=True, **in_epoch)
         self.log(f"{stage}/accuracy", accuracy, **in_epoch)
-        return loss
+        return loss, logits
 
     def optimizer(self) -> Optimizer:
         """A new optimizer at the initial learning rate."""

@@ -18,7 +18,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from lightning_hessian.arguments import whole_number
+from lightning_hessian.arguments import is_number, whole_number
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Files of Debian's package dataset-fashion-mnist."""
@@ -59,6 +59,8 @@ class ImageData(LightningDataModule):
             torchvision's ``v2.RandomErasing``.
         mix: augmentation of a batch of training images and of their labels, which are then probabilities of shape
             (batch, classes): torchvision's ``v2.MixUp`` or ``v2.CutMix``.
+        label_noise: share of the training labels, in [0, 1), that are replaced by another class, drawn uniformly. The
+            same labels are wrong for every seed. Validation and test labels stay as they are.
         normalize: to mean 0 and standard deviation 1 over the training images. If false, pixels are in [0, 1].
         root: folder of the data sets, and where downloads go.
         seed: of the order of training batches. The order depends on seed and epoch only, so a resumed run repeats it.
@@ -82,6 +84,7 @@ class ImageData(LightningDataModule):
         augment: bool = False,
         transform: Callable[[Tensor], Tensor] | None = None,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        label_noise: float = 0.0,
         normalize: bool = True,
         root: str = "data",
         seed: int = 0,
@@ -93,6 +96,8 @@ class ImageData(LightningDataModule):
         for name, switch in {"augment": augment, "normalize": normalize}.items():
             if not isinstance(switch, bool):
                 raise ValueError(f"{name}={switch!r} must be true or false.")
+        if not is_number(label_noise) or not 0 <= float(label_noise) < 1:
+            raise ValueError(f"label_noise={label_noise!r} must be a share of the training labels, from 0 to below 1.")
         for name, function in {"transform": transform, "mix": mix}.items():
             if function is not None and not callable(function):
                 raise ValueError(f"{name}={function!r} must be a function of images, or null.")
@@ -102,6 +107,7 @@ class ImageData(LightningDataModule):
         self.augment = augment
         self.transform = transform
         self.mix = mix
+        self.label_noise = float(label_noise)
         self.normalize = normalize
         self.root = Path(root)
         self.seed = seed
@@ -130,9 +136,16 @@ class ImageData(LightningDataModule):
                 )
             training = training[: self.train_samples]
         self._sets = {
-            "train": TensorBatches(images[training], labels[training]),
+            "train": TensorBatches(images[training], self._with_noise(labels[training])),
             "val": TensorBatches(images[validation], labels[validation]),
         }
+
+    def _with_noise(self, labels: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        wrong = torch.randperm(len(labels), generator=generator)[: round(self.label_noise * len(labels))]
+        noisy = labels.clone()
+        noisy[wrong] += torch.randint(1, self.classes, (len(wrong),), generator=generator)
+        return noisy % self.classes
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer

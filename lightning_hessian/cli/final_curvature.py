@@ -34,7 +34,14 @@ def measure(
     """
     batches = _batches(module, data, samples, seed)
     config = MeasurementConfig(
-        probes=probes, eigenvalues=1, iterations=LANCZOS, density_runs=0, layers={}, spaces={}, seed=seed
+        probes=probes,
+        eigenvalues=1,
+        iterations=LANCZOS,
+        density_runs=0,
+        layers={},
+        spaces={},
+        seed=seed,
+        relative=True,
     )
     measurement = Measurement(
         trainer,

@@ -72,6 +72,7 @@ class History(_Kept):
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.learning_rate: float | None = None
+        self._validated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -81,10 +82,16 @@ class History(_Kept):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = {name: float(value) for name, value in trainer.callback_metrics.items() if not _is_of_training(name)}
+        if not self._validated:  # Lightning still has the last validation's metrics
+            found = {name: value for name, value in found.items() if not name.startswith("val")}
         self.epochs.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **_finite(found)})
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = False
         self._take_training_metrics(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_training_metrics(trainer)

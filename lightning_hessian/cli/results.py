@@ -182,6 +182,8 @@ def comparison_table(runs: Mapping[str, Results]) -> str:
     """
     rows = [["", *runs]]
     for name, key in _USUAL.items():
+        if not any(key in one.metrics for one in runs.values()):
+            continue
         rows.append([name, *(f"{one.metrics.get(key, math.nan):.4f}" for one in runs.values())])
     traces = [one.curvature.trace for one in runs.values()]
     rows.append(["Hessian trace", *(f"{trace.estimate:.4g} +- {trace.standard_error:.2g}" for trace in traces)])
@@ -197,11 +199,21 @@ def _main(curvature: Curvature) -> dict[str, float]:
         "trace": curvature.trace.estimate,
         "trace_standard_error": curvature.trace.standard_error,
         "largest_eigenvalue": curvature.largest[0][0],
+        "smallest_eigenvalue": curvature.smallest[0][0],
     }
-    return named if curvature.stability is None else {**named, "stability": curvature.stability}
+    if curvature.stability is not None:
+        named["stability"] = curvature.stability
+    if curvature.relative_trace is not None and curvature.relative_largest is not None:
+        named["relative_trace"] = curvature.relative_trace.estimate
+        named["relative_largest_eigenvalue"] = curvature.relative_largest[0]
+    return named
 
 
-_USUAL = {"test accuracy": "test/accuracy", "test loss": "test/loss"}
+_USUAL = {
+    "test accuracy": "test/accuracy",
+    "test loss": "test/loss",
+    "calibration error": "test/calibration_error",
+}
 
 # The executable of this environment, which may not be on the PATH.
 _TENSORBOARD = shutil.which("tensorboard") or Path(sys.executable).with_name("tensorboard")

@@ -53,6 +53,34 @@ class MatrixOperator:
         return self.matrix @ v
 
 
+class ScaledOperator:
+    """D A D with a diagonal matrix D: A in scaled coordinates.
+
+    Args:
+        operator: A.
+        scales: the diagonal of D, of shape (n,).
+
+    Example:
+        >>> matrix = MatrixOperator(torch.diag(torch.tensor([1.0, 2.0])))
+        >>> ScaledOperator(matrix, torch.tensor([3.0, 1.0])).matvec(torch.ones(2))
+        tensor([9., 2.])
+    """
+
+    def __init__(self, operator: LinearOperator, scales: Tensor) -> None:
+        self.operator = operator
+        self.scales = scales
+        self.size = operator.size
+        self.device = operator.device
+        self.dtype = operator.dtype
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.matmat(v.unsqueeze(0)).squeeze(0)
+
+    def matmat(self, rows: Tensor) -> Tensor:
+        """Return D A D v for each row v."""
+        return self.scales * matmat(self.operator, self.scales * rows)
+
+
 class _TensorOperator:
     """Base of the Hessians. Their rows and columns are the concatenated entries of a list of tensors."""
 

@@ -28,9 +28,13 @@ from lightning_hessian.curvature import (
     extreme_eigenvalues,
     higher_order,
     hutchinson_moments,
+    hutchinson_trace,
     spectral_density,
 )
 from lightning_hessian.curvature.modes import evaluation_mode
+from lightning_hessian.curvature.operators import ScaledOperator
+from lightning_hessian.curvature.vectors import pack
+from lightning_hessian.penalties.trace_estimators import filter_sizes
 from lightning_hessian.step.batches import samples_in
 from lightning_hessian.step.isolation import random_state_kept, seed_all, without_penalties
 from lightning_hessian.step.repeatability import check_repeatable
@@ -53,6 +57,7 @@ class MeasurementConfig:
         layers: groups of parameters whose traces to measure: group name -> parameter names.
         spaces: groups whose top eigenvectors to compute: group name -> (parameter names, number of eigenvectors).
         seed: of all random vectors.
+        relative: whether to measure the trace and the largest eigenvalue along relative changes, too.
     """
 
     probes: int
@@ -62,6 +67,7 @@ class MeasurementConfig:
     layers: Mapping[str, Sequence[str]]
     spaces: Mapping[str, tuple[Sequence[str], int]]
     seed: int
+    relative: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +88,9 @@ class Curvature:
         density: the spectral density.
         matvecs: number of Hessian-vector products used.
         scheduled: whether a run without interruption measures at this step, too.
+        relative_trace: tr(D H D) with the sizes D of the filters, as ``HessianTrace(scale="parameter")``: the curvature
+            along relative changes of the parameters.
+        relative_largest: the largest eigenvalue of D H D, with its residual.
     """
 
     step: int
@@ -96,6 +105,8 @@ class Curvature:
     density: SpectralDensity | None = None
     matvecs: int = 0
     scheduled: bool = True
+    relative_trace: Estimate | None = None
+    relative_largest: tuple[float, float] | None = None
 
     def scalars(self) -> dict[str, float]:
         """All scalars by their log names."""
@@ -110,6 +121,11 @@ class Curvature:
                 named |= {name: value, f"{name}_residual": residual}
         if self.stability is not None:
             named["stability"] = self.stability
+        if self.relative_trace is not None and self.relative_largest is not None:
+            named |= {
+                "relative_trace": self.relative_trace.estimate,
+                "relative_largest_eigenvalue": self.relative_largest[0],
+            }
         named |= {f"trace/{name}": estimate.estimate for name, estimate in self.layers.items()}
         return named | {f"overlap/{name}": overlap for name, overlap in self.overlaps.items()}
 
@@ -120,13 +136,14 @@ class Curvature:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Curvature:
         """Restore a measurement from :meth:`state_dict`."""
-        density = state["density"]
+        density, relative = state["density"], state["relative_trace"]
         return cls(
             **{
                 **state,
                 "trace": Estimate(**state["trace"]),
                 "frobenius_norm": Estimate(**state["frobenius_norm"]),
                 "layers": {name: Estimate(**estimate) for name, estimate in state["layers"].items()},
+                "relative_trace": None if relative is None else Estimate(**relative),
                 "density": None if density is None else SpectralDensity(**density),
             }
         )
@@ -183,6 +200,15 @@ class Measurement:
             found = hutchinson_moments(operator, config.probes, seed, self._rows(config.layers))
             ends = extreme_eigenvalues(operator, config.eigenvalues, config.eigenvalues, config.iterations, seed)
             density, matvecs = None, config.probes + ends.matvecs
+            relative_trace, relative_largest = None, None
+            if config.relative:
+                tensors = [*self.parameters.values()]
+                sizes = [size.expand_as(tensor) for size, tensor in zip(filter_sizes(tensors), tensors, strict=True)]
+                relative = ScaledOperator(operator, pack(sizes, operator.dtype))
+                relative_trace = hutchinson_trace(relative, config.probes, seed)
+                top = extreme_eigenvalues(relative, 1, 0, config.iterations, seed)
+                (relative_largest,) = _listed(top.largest)
+                matvecs += config.probes + top.matvecs
             if config.density_runs:
                 density = spectral_density(operator, config.density_runs, config.iterations, seed)
                 matvecs += density.matvecs
@@ -205,6 +231,8 @@ class Measurement:
             learning_rate=learning_rate,
             density=density,
             matvecs=matvecs,
+            relative_trace=relative_trace,
+            relative_largest=relative_largest,
         )
         return curvature, spaces
 

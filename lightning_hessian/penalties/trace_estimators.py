@@ -33,7 +33,7 @@ def no_sizes(tensors: Sequence[Tensor]) -> Sizes:
     return None
 
 
-def filter_sizes(tensors: Sequence[Tensor]) -> Sizes:
+def filter_sizes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The size of each filter: root mean square over all dimensions but the first. For vectors, the absolute value of
     each entry. The results are constants, without a graph."""
     return [_filter_size(local(tensor)) for tensor in tensors]
