@@ -18,7 +18,9 @@ time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -31,6 +33,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from scipy import stats  # noqa: E402
 
 from lightning_hessian.cli import command  # noqa: E402
 from lightning_hessian.cli.results import FILE, Results  # noqa: E402
@@ -255,13 +260,164 @@ def run(arguments: argparse.Namespace) -> None:
                 study.run(name)
 
 
+def by_seed(rows: Iterable[dict], metric: str) -> dict[int, float]:
+    return {row["seed"]: row[metric] for row in rows if metric in row}
+
+
+def interval(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
+    """Mean and half of the 95 % interval of Student's t; in bold where the interval excludes 0."""
+    if len(values) < 2:
+        return "-"
+    mean = factor * statistics.mean(values)
+    half = factor * statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
+    text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def difference(rows: Iterable[dict], others: Iterable[dict], metric: str) -> list[float]:
+    """Over the seeds that both have."""
+    mine, theirs = by_seed(rows, metric), by_seed(others, metric)
+    return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+
+
+def table(study: Study) -> None:
+    """The reported runs of all methods."""
+    names = [name for name in METHODS if study.rows(name, "final")]
+    reported = {name: study.rows(name, "final") for name in names}
+    if "none" not in reported:
+        return
+    none, sam = reported["none"], reported.get("SAM", [])
+    print(f"\n{study.network}, {100 * study.noise:g} % wrong labels. Means over {len(none)} seeds.\n")
+    header = (
+        *("method", "strength", "test accuracy (%)", "less none", "less SAM", "test loss", "less none"),
+        *("calibration error", "trace", "largest eigenvalue", "relative trace", "relative largest", "step (none = 1)"),
+    )
+    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    reached = {name: statistics.mean(by_seed(reported[name], "test/accuracy").values()) for name in names}
+    for name in sorted(names, key=lambda name: -reached[name]):
+        rows = reported[name]
+        mean = {metric: statistics.mean(by_seed(rows, metric).values()) for metric in rows[0] if "/" in metric}
+        steps, plain = by_seed(rows, "ms per step"), by_seed(none, "ms per step")
+        cells = [
+            *(name, f"{rows[0]['strength']:g}" if rows[0]["strength"] else "-", f"{100 * reached[name]:.2f}"),
+            "" if name == "none" else interval(difference(rows, none, "test/accuracy"), 2, 100),
+            "" if name == "SAM" else interval(difference(rows, sam, "test/accuracy"), 2, 100),
+            f"{mean['test/loss']:.3f}",
+            "" if name == "none" else interval(difference(rows, none, "test/loss"), 3),
+            f"{mean['test/calibration_error']:.3f}",
+            *(f"{mean[f'final/{what}']:.3g}" for what in SHARPNESS),
+            f"{statistics.median(steps.values()) / statistics.median(plain.values()):.1f}",
+        ]
+        print(f"| {' | '.join(cells)} |")
+
+
+SHARPNESS = {
+    "trace": "trace",
+    "largest_eigenvalue": "largest eigenvalue",
+    "relative_trace": "relative trace",
+    "relative_largest_eigenvalue": "relative largest eigenvalue",
+}
+GAPS = {
+    "loss gap": lambda row: row["test/loss"] - row["final/training_loss"],
+    "test loss": lambda row: row["test/loss"],
+    "test error": lambda row: -row["test/accuracy"],
+}
+
+
+def correlations(study: Study) -> None:
+    """Whether sharpness ranks runs: of one method with different strengths, and of different methods."""
+    rows = [row for name in METHODS for stage in ("tune", "final") for row in study.rows(name, stage)]
+    rows = [row for row in rows if "final/trace" in row and all(math.isfinite(row[f"final/{s}"]) for s in SHARPNESS)]
+    methods = {name: [row for row in rows if row["method"] == name] for name in METHODS}
+    tuned = {name: own for name, own in methods.items() if len({row["strength"] for row in own}) >= 4}
+    best = [[row for row in own if row["stage"] == "final"] for own in methods.values()]
+    best = [own for own in best if own]
+    if len(tuned) < 3:
+        return
+    print(f"\nSpearman's rank correlation, {study.network}, {100 * study.noise:g} % wrong labels: {len(rows)} runs.\n")
+    print("| sharpness | with | runs of one method, median (range) | all runs | methods at their best |")
+    print("| --- |" + " --- |" * 4)
+    for (key, sharpness), (gap, of) in itertools.product(SHARPNESS.items(), GAPS.items()):
+
+        def rank(some: Sequence[Sequence[dict]]) -> float:
+            pairs = [
+                [statistics.mean(f(row) for row in own) for own in some]
+                for f in (lambda row: row[f"final/{key}"], of)  # noqa: B023
+            ]
+            return float(stats.spearmanr(*pairs).statistic)
+
+        within = [rank([[row] for row in own]) for own in tuned.values()]
+        told = f"{statistics.median(within):+.2f} ({min(within):+.2f} to {max(within):+.2f})"
+        print(f"| {sharpness} | {gap} | {told} | {rank([[row] for row in rows]):+.2f} | {rank(best):+.2f} |")
+
+
+def grids(study: Study) -> None:
+    """What was tuned: the validation accuracy of each strength."""
+    print(f"\nTuning, {study.network}, {100 * study.noise:g} % wrong labels: strength, validation accuracy (%).\n")
+    for name in METHODS:
+        of: dict[float, list[float]] = {}
+        for row in study.rows(name, "tune"):
+            of.setdefault(row["strength"], []).append(100 * row["val/accuracy"])
+        if of:
+            print(f"- {name}: " + ", ".join(f"{x:g} {statistics.mean(of[x]):.2f}" for x in sorted(of)))
+
+
+def figures() -> None:
+    """The differences from plain training with their intervals, and sharpness against the gap."""
+    studies = [study for study in (Study(*setting, 1) for setting in SETTINGS) if study.rows("SAM", "final")]
+    figure, axes = plt.subplots(1, len(studies), figsize=(4.6 * len(studies), 4.6), layout="constrained", squeeze=False)
+    for axis, study in zip(axes[0], studies, strict=True):
+        none = study.rows("none", "final")
+        found = {name: difference(study.rows(name, "final"), none, "test/accuracy") for name in METHODS[1:]}
+        found = {name: values for name, values in found.items() if len(values) > 1}
+        for i, name in enumerate(sorted(found, key=lambda name: statistics.mean(found[name]))):
+            values = [100 * value for value in found[name]]
+            half = statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
+            axis.errorbar(statistics.mean(values), i, xerr=half, fmt="o", color=color_of(name), capsize=2)
+            axis.text(0, i + 0.25, name, fontsize="x-small", color="gray", transform=axis.get_yaxis_transform())
+        axis.axvline(0, color="gray", linewidth=0.8)
+        wrong = f", {100 * study.noise:g} % wrong labels" if study.noise else ""
+        axis.set(title=f"{study.network}{wrong}", xlabel="test accuracy less none (points), 95 % interval", yticks=[])
+    figure.savefig(RESULTS.parent / "generalization.png", dpi=110)
+
+    figure, axes = plt.subplots(1, len(studies), figsize=(4.2 * len(studies), 3.6), layout="constrained", squeeze=False)
+    for axis, study in zip(axes[0], studies, strict=True):
+        for name in METHODS:
+            rows = [row for stage in ("tune", "final") for row in study.rows(name, stage) if "final/trace" in row]
+            rows = [row for row in rows if row["final/trace"] > 0]
+            gap = [GAPS["loss gap"](row) for row in rows]
+            axis.plot([row["final/trace"] for row in rows], gap, ".", color=color_of(name), label=name)
+        axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.network)
+    figure.savefig(RESULTS.parent / "sharpness.png", dpi=110)
+
+
+def color_of(name: str) -> str:
+    """By the kind of the method."""
+    if name == "none":
+        return "black"
+    if name in ("SAM", "ASAM"):
+        return "C1"
+    if name == COMBINATION:
+        return "C3"
+    return "C0" if name.startswith(("trace", "two_pass", "gauss_newton", "HessianNorm")) else "C2"
+
+
+def report() -> None:
+    studies = [Study(*setting, 1) for setting in SETTINGS]
+    for show in (table, correlations, grids):
+        for study in studies:
+            show(study)
+    figures()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run"])
+    parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    run(parser.parse_args())
+    arguments = parser.parse_args()
+    run(arguments) if arguments.what == "run" else report()
 
 
 if __name__ == "__main__":
