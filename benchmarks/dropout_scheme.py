@@ -32,6 +32,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 import lightning as L  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.ticker import FixedLocator, NullLocator  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
@@ -109,25 +110,34 @@ def measured(name: str) -> list[tuple[str, str, float, float, float, float]]:
     return [(m, d, q, deviation, cost, error / whole[m]) for m, d, q, deviation, cost, error in rows]
 
 
-def main() -> None:
-    figure, axes = plt.subplots(1, len(NETWORKS), figsize=(10, 3.4), layout="constrained", sharey=True)
-    print("| network | method | parts | q | deviation / tr(H) | step (plain = 1) | error at equal time |")
-    print("| --- |" + " --- |" * 6)
-    for axis, name in zip(axes, NETWORKS, strict=True):
-        rows = measured(name)
-        for m, d, q, deviation, cost, error in rows:
-            if q < 1 or d == "element":
-                print(
-                    f"| {name} | {m} | {d if q < 1 else 'whole'} | {q:g} | {deviation:.2f} | {cost:.1f} | {error:.2f} |"
-                )
+def draw(found: dict[str, list[tuple[str, str, float, float, float, float]]]) -> None:
+    figure, axes = plt.subplots(1, len(found), figsize=(10, 3.4), layout="constrained", sharey=True)
+    for axis, (name, rows) in zip(axes, found.items(), strict=True):
         for m, d in SCHEMES:
             points = [(q, error) for a, b, q, _, _, error in rows if (a, b) == (m, d)]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{m}, {d}")
         axis.axhline(1, color="gray", linewidth=0.8)
         axis.set(title=name, xlabel="q", xscale="log", yscale="log")
+        for one, ticks in ((axis.xaxis, (0.05, 0.1, 0.2, 0.5, 1)), (axis.yaxis, (1, 2, 4, 8))):
+            one.set_major_locator(FixedLocator(ticks))
+            one.set_major_formatter("{x:g}")
+            one.set_minor_locator(NullLocator())
     axes[0].set_ylabel("error at equal time\n(one whole probe = 1)")
     axes[0].legend(fontsize="small", frameon=False)
     figure.savefig(ROOT / "docs" / "trace" / "dropout.png", dpi=110)
+
+
+def main() -> None:
+    print("| network | method | parts | q | deviation / tr(H) | step (plain = 1) | error at equal time |")
+    print("| --- |" + " --- |" * 6)
+    found = {}
+    for name in NETWORKS:
+        found[name] = measured(name)
+        for m, d, q, deviation, cost, error in found[name]:
+            if q < 1 or d == "element":
+                what = d if q < 1 else "whole"
+                print(f"| {name} | {m} | {what} | {q:g} | {deviation:.2f} | {cost:.1f} | {error:.2f} |", flush=True)
+    draw(found)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ METHODS = (
 )
 SETTINGS = (("cnn", 0.0), ("vit", 0.0), ("cnn", 0.2), ("cnn", 0.4))
 """Networks and shares of wrong labels."""
-UNDER_NOISE = ("none", "SAM", "gauss_newton", "trace", "two_pass", "weight decay", "mixup", "label smoothing")
+UNDER_NOISE = ("none", "SAM", "gauss_newton", "trace", "mixup", "label smoothing")
 
 
 def read() -> list[dict]:
