@@ -21,8 +21,11 @@ from lightning_hessian.monitoring.measurement import Curvature
 ACCURACIES = {"0": (0.90, 0.92, 0.91), "0.01": (0.93, 0.94, 0.95), "0.1": (0.80, 0.82, 0.81)}
 
 
-def finished(directory, strength, seed, accuracy, metric="val/loss", direction="minimize"):
+def finished(directory, strength, seed, accuracy, metric="val/loss", direction="minimize", given=True, **settings):
+    """A finished run; `strength` None is regularizer=none, and `given` whether the strength was on the command line."""
     directory.mkdir(parents=True)
+    penalty = {"_target_": "lightning_hessian.HessianTrace"}
+    regularizer = {} if strength is None else {"penalty": penalty, "strength": float(strength), "seed": seed}
     zero = Estimate(0.0, 0.0, 2)
     curvature = Curvature(
         step=9,
@@ -43,8 +46,9 @@ def finished(directory, strength, seed, accuracy, metric="val/loss", direction="
         objective=Objective(metric=metric, direction=direction, value=1 - accuracy),
         epochs=[{"epoch": epoch, "val/loss": 1 / epoch, "val/accuracy": accuracy} for epoch in (1, 2, 3)],
         seconds_per_step=0.01,
-        settings={"seed": seed},
-        overrides=["model=mlp", f"regularizer.strength={strength}", f"seed={seed}"],
+        settings={"seed": seed, "model": {"width": 16}, "regularizer": regularizer, **settings},
+        overrides=["model=mlp", f"seed={seed}", *([f"regularizer.strength={strength}"] if given else [])],
+        choices={"model": "mlp", "regularizer": "none" if strength is None else "hessian_trace", "experiment": None},
     ).save()
     (directory / "config.yaml").write_text("{}")
 
@@ -86,6 +90,37 @@ def test_the_table_has_means_and_standard_errors_over_seeds_best_objective_first
         f"{name}_{mode}.png" for name in ("strength", "epochs", "sharpness") for mode in ("light", "dark")
     }
     assert all(f"({name}_light.png)" in text for name in ("strength", "epochs", "sharpness"))
+
+
+def test_groups_are_told_apart_by_their_resolved_settings(sweep, capsys):
+    """The default strength is one that another run was given, and an own config changes without an override."""
+    finished(sweep / "default", "0.1", 3, 0.83, given=False)
+    finished(sweep / "none", None, 0, 0.7, given=False)
+    finished(sweep / "edited", "0.1", 0, 0.6, given=False, model={"width": 32})
+    finished(sweep / "elsewhere", "1", 0, 0.5, data={"root": "/data"}, logger={"save_dir": "x"})
+    finished(sweep / "one", "1.0", 1, 0.5, data={"root": "/home"}, trainer={"enable_progress_bar": False})
+    command.main([str(sweep)])
+    rows = rows_of(sweep / "report/table.csv")
+    shown = [(row["regularizer"], row["regularizer.strength"], row["model.width"], row["runs"]) for row in rows]
+    assert shown == [
+        ("hessian_trace", "0.01", "16", "3"),
+        ("hessian_trace", "0", "16", "3"),
+        ("hessian_trace", "0.1", "16", "4"),
+        ("none", "-", "16", "1"),
+        ("hessian_trace", "0.1", "32", "1"),
+        ("hessian_trace", "1", "16", "2"),
+    ]
+    assert [*rows[0]][:4] == ["regularizer", "model.width", "regularizer.strength", "runs"]
+    assert "regularizer=hessian_trace, model.width=16, regularizer.strength=0.01" in capsys.readouterr().out
+
+
+def test_what_follows_from_a_choice_is_no_column(tmp_path):
+    for regularizer, strength in (("none", None), ("sam", "1")):
+        for seed in (0, 1):
+            finished(tmp_path / f"{regularizer}{seed}", strength, seed, 0.9, given=False)
+    command.main([str(tmp_path)])
+    rows = rows_of(tmp_path / "report/table.csv")
+    assert [[*row.values()][:2] for row in rows] == [["none", "2"], ["hessian_trace", "2"]]
 
 
 class Links(HTMLParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import hydra
@@ -30,7 +31,12 @@ LAST = "checkpoints/last.ckpt"
 
 
 def train(
-    config: DictConfig, directory: Path, *, checkpoint: Path | None = None, overrides: Sequence[str] = ()
+    config: DictConfig,
+    directory: Path,
+    *,
+    checkpoint: Path | None = None,
+    overrides: Sequence[str] = (),
+    choices: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Results:
     """Run once: train, test, and measure the curvature. Files go to ``directory``, the results as the last one.
 
@@ -39,6 +45,7 @@ def train(
         directory: the run's folder.
         checkpoint: where training goes on from; None to start anew.
         overrides: the settings given on the command line, for the results.
+        choices: what was chosen of each group of settings, for the results.
 
     Raises:
         ValueError: a setting is wrong.
@@ -95,6 +102,7 @@ def train(
         seconds_per_step=timer.seconds_per_step,
         settings=cast(dict[str, Any], asked),
         overrides=[*overrides],
+        choices={**choices},
         tensorboard=isinstance(trainer.logger, TensorBoardLogger),
     )
     if trainer.is_global_zero:

@@ -65,8 +65,7 @@ def _over_strength(groups: Sequence[Group]) -> Figure | None:
     for group in groups:
         strength = _number(group.settings.get(name or "", ""))
         if strength is not None:
-            others = ", ".join(f"{k}={x}" for k, x in group.settings.items() if k != name)
-            lines.setdefault(others, []).append((strength, group))
+            lines.setdefault(group.label_without(name), []).append((strength, group))
     lines = {others: points for others, points in lines.items() if len(points) > 1}
     known = {name for run in groups[0].runs for name in scalars(run)}
     metrics = [metric for metric in ("test/accuracy", "final/trace") if metric in known]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
 from lightning_hessian.cli.sweeps import FAILURE, failures_in
 
-_NOT_COMPARED = ("seed", "resume", "compare", "hydra", "data.root", "logger", "sweep")
+_NOT_COMPARED = (
+    *("seed", "resume", "compare", "hydra", "data.root", "logger", "sweep"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "monitor.png_directory"),
+)
 """Settings that do not make runs different: runs that differ in the seed only are averaged."""
+_NOT_NAMED = ("logger", "sweep", "tuned")
+"""Groups of settings whose choices say nothing that the settings do not."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +28,19 @@ class Run:
 
     Args:
         results: its results.
-        overrides: its settings as given on the command line, without those that make no difference.
+        settings: its resolved settings by their dotted names, without those that make no difference.
+        overridden: the names of those of them that were given on the command line.
+        choices: what was chosen of each group of settings.
         seed: its seed.
+        written: when it finished.
     """
 
     results: Results
-    overrides: dict[str, str]
+    settings: dict[str, str]
+    overridden: frozenset[str]
+    choices: dict[str, str]
     seed: int
+    written: float
 
 
 @dataclass(frozen=True)
@@ -88,10 +101,34 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def _run(results: Results) -> Run:
-    given = dict(one.lstrip("+~").partition("=")[::2] for one in results.overrides)
-    compared = {
-        name: value
-        for name, value in given.items()
-        if not any(name == other or name.startswith(f"{other}.") for other in _NOT_COMPARED)
-    }
-    return Run(results, compared, int(results.settings.get("seed", 0)))
+    settings = {name: text for name, text in _flat(results.settings) if not _is_in(name, _NOT_COMPARED)}
+    choices = {name: one for name, one in results.choices.items() if one and not _is_in(name, _NOT_NAMED)}
+    given = [one.lstrip("+~").partition("=")[0] for one in results.overrides]
+    own = [name for name in given if name not in results.choices]
+    return Run(
+        results=results,
+        settings=settings,
+        overridden=frozenset(name for name in settings if _is_in(name, own)),
+        choices=choices,
+        seed=int(results.settings.get("seed", 0)),
+        written=(results.directory / FILE).stat().st_mtime,
+    )
+
+
+def _is_in(name: str, parts: Sequence[str]) -> bool:
+    """Whether a setting is one of these, or lies beneath one."""
+    return any(name == part or name.startswith((f"{part}.", f"{part}/")) for part in parts)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted names with values as text, where equal numbers are equal: but the Trainer tells 1 from 1.0."""
+    found = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{name}.")
+        elif isinstance(value, float) and value.is_integer() and not name.startswith("trainer."):
+            found.append((name, str(int(value))))
+        else:
+            found.append((name, value if isinstance(value, str) else json.dumps(value)))
+    return found
