@@ -182,8 +182,20 @@ def test_several_sweeps_and_different_objectives(sweep, tmp_path, capsys):
     finished(tmp_path / "other/a", "1", 0, 0.99, metric="val/accuracy", direction="maximize")
     command.main([str(sweep), str(tmp_path / "other"), "--output", str(tmp_path / "both")])
     out, _ = capsys.readouterr()
-    assert re.search(r"10 runs in 4 groups\. They have different objectives \(val/\w+, val/\w+\)", out)
+    objectives = "(minimize val/loss, maximize val/accuracy)"
+    assert f"10 runs in 4 groups. They have different objectives {objectives}, so they are in no order." in out
+    assert "best" not in out.split("no order")[1]
     assert len(rows_of(tmp_path / "both/runs.csv")) == 10
+    found = [row["regularizer.strength"] for row in rows_of(tmp_path / "both/table.csv")]
+    assert found == ["0", "0.01", "0.1", "1"]  # the order of the folders' names
+
+
+def test_a_run_that_was_run_again_counts_once(sweep, tmp_path, capsys):
+    finished(tmp_path / "again/a", "0", 0, 0.5)
+    command.main([str(tmp_path / "again"), str(sweep)])
+    assert "9 runs in 3 groups. Left out: 1 with the same settings and seed as a newer run." in capsys.readouterr().out
+    (group,) = [row for row in rows_of(tmp_path / "again/report/runs.csv") if row["directory"] == f"{tmp_path}/again/a"]
+    assert (group["regularizer.strength"], group["seed"], float(group["test/accuracy"])) == ("0", "0", 0.5)
 
 
 def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):

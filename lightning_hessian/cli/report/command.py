@@ -14,6 +14,7 @@ from lightning_hessian.cli.report.table import (
     label_of,
     markdown,
     metrics_of,
+    objectives_of,
     reference_of,
     table_of,
     write_csv,
@@ -47,7 +48,7 @@ def write_report(found: Found, output: Path, title: str) -> str:
     output.mkdir(parents=True, exist_ok=True)
     groups = groups_of(found.runs)
     header, rows = table_of(groups)
-    answer = _answer(groups)
+    answer = _answer(groups, len(found.runs))
     notes = {
         "Failed": [f"{job}: {reason}" for job, reason in found.failed],
         "Not finished": [str(folder) for folder in found.unfinished],
@@ -78,15 +79,16 @@ def write_report(found: Found, output: Path, title: str) -> str:
     return "\n".join([table, "", answer, *told, f"page                {(output / 'report.html').resolve()}"])
 
 
-def _answer(groups: Sequence[Group]) -> str:
+def _answer(groups: Sequence[Group], finished: int) -> str:
     """The best group, and how it compares with no penalty."""
-    best, runs = groups[0], sum(len(group.runs) for group in groups)
-    objectives = dict.fromkeys(run.results.objective.metric for g in groups for run in g.runs if run.results.objective)
+    best, runs, objectives = groups[0], sum(len(group.runs) for group in groups), objectives_of(groups)
     parts = [f"{runs} runs in {len(groups)} groups."] if len(groups) > 1 else [f"{runs} runs."]
+    if finished > runs:
+        parts.append(f"Left out: {finished - runs} with the same settings and seed as a newer run.")
     if len(objectives) > 1:
-        parts.append(f"They have different objectives ({', '.join(objectives)}), so the order means nothing.")
+        parts.append(f"They have different objectives ({', '.join(objectives)}), so they are in no order.")
     elif objectives:
-        (metric,) = objectives
+        metric = objectives[0].partition(" ")[2]
         told = [f"best {metric} {best.mean(f'best/{metric}')}"]
         known = metrics_of([best])
         told += [f"{label_of(name)} {best.mean(name)}" for name in ("test/accuracy", "final/trace") if name in known]
@@ -94,7 +96,7 @@ def _answer(groups: Sequence[Group]) -> str:
         parts.append(f"{which}{', '.join(told)}.")
     tested = sorted({run.results.tested for group in groups for run in group.runs})
     parts.append(f"The test took the {' or the '.join(tested)} weights of each run.")
-    reference = reference_of(best, groups)
+    reference = reference_of(best, groups) if len(objectives) < 2 else None
     if reference is not None and "test/accuracy" in metrics_of([best]):
         difference = best.difference("test/accuracy", reference)
         parts.append(f"The test accuracy of the best less that without a penalty, over the same seeds: {difference}.")

@@ -17,7 +17,7 @@ from lightning_hessian.cli.report.table import Group, Mean, label_of, scalars
 MODES = {"light": ("#1b1f24", "#ffffff"), "dark": ("#e6e8ea", "#15181c")}
 """Colors of the text and of the page."""
 _MOST = 8
-"""More groups than this make a plot unreadable: the best are drawn."""
+"""More groups than this make a plot unreadable: the first are drawn."""
 _COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f")
 
 
@@ -48,7 +48,7 @@ def _figures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
     if (figure := _over_strength(groups)) is not None:
         yield "strength", "Means over the seeds, with their standard errors. Strength 0 is at the left edge.", figure
     if (figure := _over_epochs(groups)) is not None:
-        shown = f" The {_MOST} groups with the best objective." if len(groups) > _MOST else ""
+        shown = f" The first {_MOST} groups of the table." if len(groups) > _MOST else ""
         yield "epochs", f"Validation after each epoch, means over the seeds.{shown}", figure
     if (figure := _sharpness(groups)) is not None:
         yield (

@@ -112,14 +112,18 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     """The groups, best objective first: runs with the same settings but for the seed, whichever way they were given.
 
     A group is named by the choices in which groups differ, and by the settings that were given on the command line or
-    that the choices leave open.
+    that the choices leave open. Of several runs with the same settings and seed it has the newest. Different objectives
+    do not compare: then the groups are in the order in which they were found.
     """
-    found: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    found: dict[frozenset[tuple[str, str]], dict[int, Run]] = {}
     following = _following_the_seed(runs)
     for run in runs:
         left = following - run.overridden
-        found.setdefault(frozenset(pair for pair in run.settings.items() if pair[0] not in left), []).append(run)
-    first = [members[0] for members in found.values()]
+        same = found.setdefault(frozenset(pair for pair in run.settings.items() if pair[0] not in left), {})
+        if run.seed not in same or run.written >= same[run.seed].written:
+            same[run.seed] = run
+    members = [[*same.values()] for same in found.values()]
+    first = [runs_here[0] for runs_here in members]
 
     def values(name: str) -> list[str]:
         return [run.settings.get(name, NONE) for run in first]
@@ -139,10 +143,15 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     ]
     columns = {**{name: chosen(name) for name in choices}, **{name: values(name) for name in differing}}
     groups = [
-        Group({name: column[i] for name, column in columns.items()}, members)
-        for i, members in enumerate(found.values())
+        Group({name: column[i] for name, column in columns.items()}, runs_here) for i, runs_here in enumerate(members)
     ]
-    return sorted(groups, key=_rank)
+    return groups if len(objectives_of(groups)) > 1 else sorted(groups, key=_rank)
+
+
+def objectives_of(groups: Iterable[Group]) -> list[str]:
+    """The objectives of the runs, such as ``minimize val/loss``."""
+    found = [run.results.objective for group in groups for run in group.runs]
+    return [*dict.fromkeys(f"{one.direction} {one.metric}" for one in found if one is not None)]
 
 
 def _names(each: Iterable[Iterable[str]]) -> list[str]:
