@@ -215,6 +215,15 @@ def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):
     assert str(sweep / "stopped") in page
 
 
+def test_a_run_that_finished_in_another_folder_is_finished(sweep, capsys):
+    for name, before in (("first", None), ("second", "first")):
+        (sweep / name / "checkpoints").mkdir(parents=True)
+        (sweep / name / "config.yaml").write_text(f"resume: {sweep / before if before else 'null'}")
+    finished(sweep / "third", "1", 0, 0.9, resume=str(sweep / "second"))
+    command.main([str(sweep)])
+    assert "Not finished" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [

@@ -25,6 +25,7 @@ def test_a_run_goes_on_with_its_own_settings(interrupted):
     assert "resumed with" not in out
     ours, theirs = (OmegaConf.load(f"{name}/config.yaml") for name in ("rest", "part"))
     assert (ours.seed, ours.optimizer.lr, ours.model.width, ours.trainer.max_epochs) == (3, 0.05, 16, 3)
+    assert ours.resume == str(Path("part").resolve())  # a report started in another folder finds it
     ours.resume = None
     assert ours == theirs
 

@@ -72,7 +72,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
             changes.append(f"resumed with {override} (the run had {_short(old)})")
     if "save_dir" in config.logger and "save_dir" in settings.logger:
         settings.logger.save_dir = config.logger.save_dir  # this command's folder
-    settings.resume, settings.compare = asked, None
+    settings.resume, settings.compare = str(directory.resolve()), None
     longer = [name for name in _LENGTH if OmegaConf.select(before, name) != OmegaConf.select(settings, name)]
     if longer and settings.scheduler:
         raise ValueError(

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
 from lightning_hessian.cli.sweeps import FAILURE, failures_in
@@ -50,7 +52,8 @@ class Found:
     Args:
         runs: the finished runs.
         failed: for each failed job its settings and the reason.
-        unfinished: the folders of runs that were interrupted, or are still running.
+        unfinished: the folders of runs that were interrupted, or are still running. Those that were resumed elsewhere
+            and finished there are left out.
     """
 
     runs: list[Run]
@@ -92,7 +95,20 @@ def find_runs(directories: Sequence[Path]) -> Found:
             f"{len(unfinished)} runs have not finished, and {len(failed)} have failed. Start the sweep again with the "
             "same hydra.sweep.dir to finish it, or give another folder."
         )
-    return Found(runs, failed, unfinished)
+    resumed = _resumed(runs)
+    return Found(runs, failed, [folder for folder in unfinished if folder.resolve() not in resumed])
+
+
+def _resumed(runs: Sequence[Run]) -> set[Path]:
+    """The folders of the runs that these have gone on with, and those that these went on with in their turn."""
+    found: set[Path] = set()
+    for run in runs:
+        before = run.results.settings.get("resume")
+        while before is not None and (folder := Path(before).resolve()) not in found:
+            found.add(folder)
+            config = OmegaConf.load(folder / CONFIG) if (folder / CONFIG).is_file() else OmegaConf.create()
+            before = OmegaConf.select(config, "resume")
+    return found
 
 
 def _is_of_a_run(folder: Path) -> bool:
