@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from lightning_hessian.__main__ import main as entry_point
 from lightning_hessian.cli.report import command
@@ -112,6 +113,15 @@ def test_groups_are_told_apart_by_their_resolved_settings(sweep, capsys):
     ]
     assert [*rows[0]][:4] == ["regularizer", "model.width", "regularizer.strength", "runs"]
     assert "regularizer=hessian_trace, model.width=16, regularizer.strength=0.01" in capsys.readouterr().out
+
+
+def test_runs_without_a_penalty_are_a_line_across_the_strengths(sweep, monkeypatch):
+    finished(sweep / "none", None, 0, 0.7, given=False)
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda axis, y, label, **style: drawn.append((round(y, 6), label)))
+    command.main([str(sweep)])
+    assert drawn[:2] == [(0.7, "regularizer=none"), (7.0, "regularizer=none")]  # accuracy and trace
+    assert "Dashed: no penalty." in (sweep / "report/report.md").read_text()
 
 
 def test_what_follows_from_a_choice_is_no_column(tmp_path):

@@ -192,13 +192,14 @@ def label_of(metric: str) -> str:
     return _LABELS.get(metric, metric.removeprefix("robust/").replace("best/", "best ").replace("final/", ""))
 
 
+def others_of(group: Group) -> dict[str, str]:
+    """A group's settings but for its regularizer's."""
+    return {k: x for k, x in group.settings.items() if k != "regularizer" and not k.startswith("regularizer.")}
+
+
 def reference_of(group: Group, groups: Iterable[Group]) -> Group | None:
     """The group without a penalty that has the same settings otherwise."""
-
-    def others(one: Group) -> dict[str, str]:
-        return {k: x for k, x in one.settings.items() if k != "regularizer" and not k.startswith("regularizer.")}
-
-    found = (one for one in groups if one is not group and one.is_reference and others(one) == others(group))
+    found = (one for one in groups if one is not group and one.is_reference and others_of(one) == others_of(group))
     return None if group.is_reference else next(found, None)
 
 
