@@ -188,6 +188,22 @@ def test_in_a_browser_the_table_sorts_and_fits_a_phone(sweep, tmp_path):
     assert found["wide"] <= found["window"]  # the table scrolls by itself
 
 
+def test_a_folder_with_other_files_is_refused_and_a_report_is_renewed(sweep, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    for name in ("report.md", "report.html"):
+        (tmp_path / "thesis" / name).write_text("mine")
+        with pytest.raises(SystemExit) as stop:
+            command.main([str(sweep), "--output", str(tmp_path / "thesis")])
+        assert stop.value.code == 2
+        _, err = capsys.readouterr()
+        assert "has files that are no report's" in err
+        assert len(err.splitlines()) == 1
+        assert (tmp_path / "thesis" / name).read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        command.main([str(sweep), "--output", str(tmp_path / "empty")])
+
+
 def test_several_sweeps_and_different_objectives(sweep, tmp_path, capsys):
     finished(tmp_path / "other/a", "1", 0, 0.99, metric="val/accuracy", direction="maximize")
     command.main([str(sweep), str(tmp_path / "other"), "--output", str(tmp_path / "both")])

@@ -41,11 +41,22 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_report(found: Found, output: Path, title: str) -> str:
-    """Write report.md, table.csv, runs.csv, the plots and report.html into a folder; what to print."""
-    from lightning_hessian.cli.report.figures import draw_all
-    from lightning_hessian.cli.report.page import page
+    """Write report.md, table.csv, runs.csv, the plots and report.html into a folder; what to print.
 
+    Raises:
+        ValueError: the folder has files, and no report.
+    """
+    from lightning_hessian.cli.report.figures import draw_all
+    from lightning_hessian.cli.report.page import MARK, page
+
+    html = output / "report.html"
+    if output.is_dir() and any(output.iterdir()) and not (html.is_file() and MARK in html.read_text(errors="replace")):
+        raise ValueError(
+            f"{output} has files that are no report's, and a report could overwrite them. Give another folder as "
+            "--output."
+        )
     output.mkdir(parents=True, exist_ok=True)
+    html.write_text(MARK)  # the folder is a report's from now on, also if this is interrupted
     groups = groups_of(found.runs)
     header, rows = table_of(groups)
     answer = _answer(groups, len(found.runs))
@@ -63,7 +74,7 @@ def write_report(found: Found, output: Path, title: str) -> str:
     images = [f"![{caption}]({name}_light.png)\n\n*{caption}*" for name, caption in captions.items()]
     parts = [f"# {title}", answer, table, "Means over the seeds ± standard error.", *images, *lists]
     (output / "report.md").write_text("\n\n".join(parts) + "\n")
-    (output / "report.html").write_text(
+    html.write_text(
         page(
             title,
             answer,
@@ -76,7 +87,7 @@ def write_report(found: Found, output: Path, title: str) -> str:
         )
     )
     told = [f"{name}: {len(entries)}" for name, entries in notes.items() if entries]
-    return "\n".join([table, "", answer, *told, f"page                {(output / 'report.html').resolve()}"])
+    return "\n".join([table, "", answer, *told, f"page                {html.resolve()}"])
 
 
 def _answer(groups: Sequence[Group], finished: int) -> str:
