@@ -176,6 +176,15 @@ def test_optuna_searches_by_validation_and_goes_on_after_an_interruption(run, mo
     found = [results_in(folder) for folder in folders() if (folder / "results.json").is_file()]
     assert study.best_value == min(one["objective"]["value"] for one in found)
     assert OmegaConf.load("sweep/optimization_results.yaml").best_value == study.best_value
+    others = {
+        "optimizer.lr=0.01": "optimizer.lr: 0.1 there, 0.01 now",
+        "objective.direction=maximize": "objective.direction: minimize there, maximize now",
+    }
+    for other, told in others.items():
+        _, err, status = run(*sweep, "sweep.trials=5", other)
+        assert status == 2
+        assert f"sweep has trials of a sweep with other settings ({told}), and Optuna would mix them" in err
+        assert len(err.splitlines()) == 1
 
 
 def test_tensorboards_hparams_has_the_settings_and_the_final_numbers(run):  # noqa: F811
