@@ -7,6 +7,7 @@ import torch
 from interruptions import Killed, killed_at
 from omegaconf import OmegaConf
 from test_cli import QUICK, run  # noqa: F401
+from test_report import rows_of
 
 from lightning_hessian.cli.results import Results
 
@@ -44,6 +45,24 @@ def test_the_best_epoch_before_the_interruption_still_counts(run, monkeypatch): 
     assert ends[0].metrics == ends[1].metrics
     assert ends[1].epoch < 3
     assert "part" not in str(torch.load("rest/checkpoints/last.ckpt", weights_only=False)["callbacks"])
+
+
+@pytest.mark.parametrize("where", ["part", "rest"])
+def test_the_rows_of_a_csv_log_go_on(run, monkeypatch, where):  # noqa: F811
+    with killed_at(3, monkeypatch), pytest.raises(Killed):
+        run(*QUICK, "trainer.max_epochs=3", "logger=csv", "hydra.run.dir=part")
+    before = rows_of(Path("part/metrics.csv"))
+    _, err, status = run("resume=part", f"hydra.run.dir={where}")
+    assert status == 0, err
+    assert "Previous log files" not in err
+    rows = rows_of(Path(where) / "metrics.csv")
+    for name, steps in (("train/penalty", [*range(1, 12)]), ("val/loss", [3, 7, 11]), ("train/loss", [3, 7, 11])):
+        assert [int(row["step"]) for row in rows if row[name]] == steps
+    assert [row["train/penalty"] for row in rows[:12]] == [row["train/penalty"] for row in before[:12]]
+    assert (
+        float(next(row["final/trace"] for row in rows if row["final/trace"]))
+        == Results.load(Path(where)).curvature.trace.estimate
+    )
 
 
 def test_what_is_overridden_is_said(interrupted):

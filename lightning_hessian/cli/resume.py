@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_hessian.cli.checkpoint import read_checkpoint
+from lightning_hessian.cli.csv_log import FILE as METRICS
 from lightning_hessian.cli.results import FILE
 from lightning_hessian.cli.run import CONFIG, LAST
 
@@ -88,7 +89,10 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
 
 
 def moved(checkpoint: Path, directory: Path) -> Path:
-    """A copy of a run's checkpoints in the folder where it goes on, so that the best epoch until then still counts."""
+    """A copy of a run's checkpoints in the folder where it goes on, so that the best epoch until then still counts.
+
+    The rows that ``logger=csv`` has written come along.
+    """
     there, here = checkpoint.parent, directory / checkpoint.parent.name
     if here.resolve() == there.resolve():
         return checkpoint
@@ -96,6 +100,8 @@ def moved(checkpoint: Path, directory: Path) -> Path:
     here.mkdir(parents=True, exist_ok=True)
     for best in there.glob("best.ckpt"):
         shutil.copy2(best, here)
+    for rows in there.parent.glob(METRICS):
+        shutil.copy2(rows, directory)
     for name, own in state["callbacks"].items():
         if name.startswith("ModelCheckpoint"):
             state["callbacks"][name] = _with_paths(own, str(there.resolve()), str(here.resolve()))

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_hessian.cli.checkpoint import check_checkpoint
+from lightning_hessian.cli.checkpoint import check_checkpoint, read_checkpoint
+from lightning_hessian.cli.csv_log import CSVLog
 from lightning_hessian.cli.final_curvature import measure
 from lightning_hessian.cli.history import History, StepTimer
 from lightning_hessian.cli.parts import make_callbacks, make_data, make_module
@@ -64,6 +65,8 @@ def train(
     timer, history, checkpoints = StepTimer(), History(), _checkpoints(config, directory)
     callbacks: list[Any] = [timer, *regularizers.values(), *make_callbacks(config), history, *checkpoints]
     logger = hydra.utils.instantiate(config.logger) if config.logger else False
+    if isinstance(logger, CSVLog):
+        logger.keep_rows_before(0 if checkpoint is None else read_checkpoint(str(checkpoint))["global_step"])
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     trainer = hydra.utils.instantiate(
