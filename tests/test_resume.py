@@ -79,9 +79,30 @@ def test_what_is_overridden_is_said(interrupted):
     assert OmegaConf.load("other/config.yaml").regularizer.penalty._target_.endswith("JacobianNorm")
 
 
+def test_what_is_changed_refers_to_what_the_run_has_chosen(run, monkeypatch):  # noqa: F811
+    """A folder named as that of a sweep's job, and a run that is resumed twice."""
+    chosen = ["logger=none", "regularizer=sam", "regularizer.start=0.25", "hydra.run.dir='a=1,b=2'"]
+    with killed_at(2, monkeypatch), pytest.raises(Killed):
+        run(*QUICK, "trainer.max_epochs=3", *chosen)
+    with killed_at(2, monkeypatch), pytest.raises(Killed):
+        run("resume=a=1,b=2", "hydra.run.dir=second")
+    out, err, status = run("regularizer.penalty.rho=0.1", "resume=second", "hydra.run.dir=third")
+    assert status == 0, err
+    assert out.count("resumed with") == 1
+    assert "resumed with regularizer.penalty.rho=0.1 (the run had 0.05)" in out
+    found = Results.load(Path("third"))
+    assert found.choices["regularizer"] == "sam"
+    assert found.choices["model"] == "mlp"
+    assert found.settings["regularizer"]["start"] == 0.25
+    _, err, status = run("resume='second'", "regularizer=jacobian", "hydra.run.dir=fourth")
+    assert status == 0, err
+    assert Results.load(Path("fourth")).settings["regularizer"]["start"] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("~regularizer", "resume=part: ~regularizer takes a part of the run away, and a run needs all of them"),
         ("trainer.max_epochs=5", "trainer.max_epochs was 3, and the schedule of the learning rate ends there"),
         ("experiment=fmnist_cnn", "sets several parts of a run. Give the settings one by one"),
         ("baseline=mixup", "sets several parts of a run"),

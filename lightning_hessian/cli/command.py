@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from lightning_hessian.cli import sweeps
 from lightning_hessian.cli.results import Results, comparison_table
-from lightning_hessian.cli.resume import moved, resumed
+from lightning_hessian.cli.resume import moved, resumed, save_overrides, with_the_runs_own
 from lightning_hessian.cli.run import train
 from lightning_hessian.cli.settings import config_directory
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
@@ -57,6 +57,7 @@ def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results
         name = f"compare={config.compare}"
         others = [one for one in overrides if not one.lstrip("+~").startswith(("regularizer", "compare", "resume"))]
         others.append(f"regularizer={config.compare}")
+        save_overrides(others, directory / _folder(config))
         found[name] = run(other, directory / _folder(config), others, {**chosen, "regularizer": config.compare})
         _print(comparison_table(found))
     return found
@@ -180,6 +181,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # models of the user's own; an installed command does not look there
     sweeps.statuses.clear()
     with exit_on_user_error():
+        sys.argv[1:] = with_the_runs_own(sys.argv[1:])
         _run()
     if sweeps.statuses:
         sys.exit(max(sweeps.statuses))

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
+from lightning_hessian.cli.settings import is_within
 from lightning_hessian.cli.sweeps import FAILURE, failures_in
 
 _NOT_COMPARED = (
@@ -117,23 +118,18 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def _run(results: Results) -> Run:
-    settings = {name: text for name, text in _flat(results.settings) if not _is_in(name, _NOT_COMPARED)}
-    choices = {name: one for name, one in results.choices.items() if one and not _is_in(name, _NOT_NAMED)}
+    settings = {name: text for name, text in _flat(results.settings) if not is_within(name, _NOT_COMPARED)}
+    choices = {name: one for name, one in results.choices.items() if one and not is_within(name, _NOT_NAMED)}
     given = [one.lstrip("+~").partition("=")[0] for one in results.overrides]
     own = [name for name in given if name not in results.choices]
     return Run(
         results=results,
         settings=settings,
-        overridden=frozenset(name for name in settings if _is_in(name, own)),
+        overridden=frozenset(name for name in settings if is_within(name, own)),
         choices=choices,
         seed=int(results.settings.get("seed", 0)),
         written=(results.directory / FILE).stat().st_mtime,
     )
-
-
-def _is_in(name: str, parts: Sequence[str]) -> bool:
-    """Whether a setting is one of these, or lies beneath one."""
-    return any(name == part or name.startswith((f"{part}.", f"{part}/")) for part in parts)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
