@@ -142,6 +142,15 @@ def test_the_objective_is_the_best_validation_metric_and_tests_may_take_its_weig
     assert best["epoch"] + 1 == found["epoch"]
 
 
+def test_if_the_best_weights_were_deleted_the_last_are_tested(run, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_fit_end", lambda self: Path("here/checkpoints/best.ckpt").unlink())
+        out, err, status = run(*SMALL, "tested=best", "hydra.run.dir=here")
+    assert status == 0, err
+    assert "here/checkpoints/best.ckpt was deleted: the last weights are tested instead." in err
+    assert "the last weights of epoch 2" in out
+
+
 def test_the_test_images_are_not_read_before_the_end(run, monkeypatch):  # noqa: F811
     order = []
     load, test_step = Digits.load, Classifier.test_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -82,7 +83,9 @@ def train(
     objective = _objective(config, history, trainer)
     epoch = int(history.epochs[-1]["epoch"]) if history.epochs else trainer.current_epoch
     best = checkpoints[0].best_model_path if config.tested == "best" else ""
-    if not Path(best).is_file():  # `fast_dev_run` keeps none, or it was deleted
+    if not Path(best).is_file():
+        if best and trainer.is_global_zero:  # `fast_dev_run` keeps none
+            print(f"{best} was deleted: the last weights are tested instead.", file=sys.stderr)
         best = ""
     if best:
         epoch = torch.load(best, map_location="cpu", weights_only=False)["epoch"] + 1
