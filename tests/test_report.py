@@ -124,6 +124,18 @@ def test_runs_without_a_penalty_are_a_line_across_the_strengths(sweep, monkeypat
     assert "Dashed: no penalty." in (sweep / "report/report.md").read_text()
 
 
+def test_a_resumed_run_that_chose_its_strength_is_with_the_others(tmp_path):
+    for seed, strength in enumerate((0.012, "auto", "auto")):
+        regularizer = {"penalty": {"_target_": "lightning_hessian.HessianTrace"}, "strength": strength}
+        finished(tmp_path / str(seed), "1", seed, 0.9, regularizer=regularizer)
+        path = tmp_path / str(seed) / "results.json"
+        path.write_text(path.read_text().replace("regularizer.strength=1", "regularizer.strength=auto"))
+    finished(tmp_path / "other", "1", 0, 0.9)
+    command.main([str(tmp_path)])
+    rows = rows_of(tmp_path / "report/table.csv")
+    assert [(row["regularizer.strength"], row["runs"]) for row in rows] == [("auto", "3"), ("1", "1")]
+
+
 def test_what_follows_from_a_choice_is_no_column(tmp_path):
     for regularizer, strength in (("none", None), ("sam", "1")):
         for seed in (0, 1):

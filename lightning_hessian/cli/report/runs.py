@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
 from lightning_hessian.cli.settings import is_within
+from lightning_hessian.cli.strengths import AUTO
 from lightning_hessian.cli.sweeps import FAILURE, failures_in
 
 _NOT_COMPARED = (
@@ -120,8 +121,9 @@ def _is_of_a_run(folder: Path) -> bool:
 def _run(results: Results) -> Run:
     settings = {name: text for name, text in _flat(results.settings) if not is_within(name, _NOT_COMPARED)}
     choices = {name: one for name, one in results.choices.items() if one and not is_within(name, _NOT_NAMED)}
-    given = [one.lstrip("+~").partition("=")[0] for one in results.overrides]
+    given = dict(one.lstrip("+~").partition("=")[::2] for one in results.overrides)
     own = [name for name in given if name not in results.choices]
+    settings |= {name: AUTO for name in settings if given.get(name) == AUTO}  # a resumed run has the number
     return Run(
         results=results,
         settings=settings,
