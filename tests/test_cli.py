@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from interruptions import Killed, killed_at
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -528,6 +530,20 @@ def test_without_the_extra_the_command_names_it(monkeypatch, capsys):
     assert message.count("\n") == 1
     with pytest.raises(ModuleNotFoundError, match=r"lightning-hessian\[train\]"):
         importlib.import_module("lightning_hessian.cli.command")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "name"),
+    [(["+sweep=optuna"], "sweeper", "optuna"), (["-m", "seed=0,1", "hydra/launcher=joblib"], "launcher", "joblib")],
+)
+def test_without_the_extra_sweep_the_command_names_it(run, monkeypatch, arguments, kind, name):
+    Plugins.instance()  # loads the plugins, which store their settings
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"][kind], f"{name}.yaml")  # as if it were not installed
+    _, err, status = run(*arguments, *QUICK)
+    assert status == 2
+    assert f"Could not find 'hydra/{kind}/{name}'" in err
+    assert err.endswith('Install it: pip install "lightning-hessian[sweep]"\n')
+    assert len(err.splitlines()) == 1
 
 
 def test_data_that_cannot_be_had_give_one_line(run, monkeypatch):

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from lightning_hessian.__main__ import main as entry_point
 from lightning_hessian.cli.report import command
@@ -21,8 +22,11 @@ from lightning_hessian.monitoring.measurement import Curvature
 ACCURACIES = {"0": (0.90, 0.92, 0.91), "0.01": (0.93, 0.94, 0.95), "0.1": (0.80, 0.82, 0.81)}
 
 
-def finished(directory, strength, seed, accuracy, metric="val/loss", direction="minimize"):
+def finished(directory, strength, seed, accuracy, metric="val/loss", direction="minimize", given=True, **settings):
+    """A finished run; `strength` None is regularizer=none, and `given` whether the strength was on the command line."""
     directory.mkdir(parents=True)
+    penalty = {"_target_": "lightning_hessian.HessianTrace"}
+    regularizer = {} if strength is None else {"penalty": penalty, "strength": float(strength), "seed": seed}
     zero = Estimate(0.0, 0.0, 2)
     curvature = Curvature(
         step=9,
@@ -43,8 +47,9 @@ def finished(directory, strength, seed, accuracy, metric="val/loss", direction="
         objective=Objective(metric=metric, direction=direction, value=1 - accuracy),
         epochs=[{"epoch": epoch, "val/loss": 1 / epoch, "val/accuracy": accuracy} for epoch in (1, 2, 3)],
         seconds_per_step=0.01,
-        settings={"seed": seed},
-        overrides=["model=mlp", f"regularizer.strength={strength}", f"seed={seed}"],
+        settings={"seed": seed, "model": {"width": 16}, "regularizer": regularizer, **settings},
+        overrides=["model=mlp", f"seed={seed}", *([f"regularizer.strength={strength}"] if given else [])],
+        choices={"model": "mlp", "regularizer": "none" if strength is None else "hessian_trace", "experiment": None},
     ).save()
     (directory / "config.yaml").write_text("{}")
 
@@ -86,6 +91,58 @@ def test_the_table_has_means_and_standard_errors_over_seeds_best_objective_first
         f"{name}_{mode}.png" for name in ("strength", "epochs", "sharpness") for mode in ("light", "dark")
     }
     assert all(f"({name}_light.png)" in text for name in ("strength", "epochs", "sharpness"))
+
+
+def test_groups_are_told_apart_by_their_resolved_settings(sweep, capsys):
+    """The default strength is one that another run was given, and an own config changes without an override."""
+    finished(sweep / "default", "0.1", 3, 0.83, given=False)
+    finished(sweep / "none", None, 0, 0.7, given=False)
+    finished(sweep / "edited", "0.1", 0, 0.6, given=False, model={"width": 32})
+    finished(sweep / "elsewhere", "1", 0, 0.5, data={"root": "/data"}, logger={"save_dir": "x"})
+    finished(sweep / "one", "1.0", 1, 0.5, data={"root": "/home"}, trainer={"enable_progress_bar": False})
+    command.main([str(sweep)])
+    rows = rows_of(sweep / "report/table.csv")
+    shown = [(row["regularizer"], row["regularizer.strength"], row["model.width"], row["runs"]) for row in rows]
+    assert shown == [
+        ("hessian_trace", "0.01", "16", "3"),
+        ("hessian_trace", "0", "16", "3"),
+        ("hessian_trace", "0.1", "16", "4"),
+        ("none", "-", "16", "1"),
+        ("hessian_trace", "0.1", "32", "1"),
+        ("hessian_trace", "1", "16", "2"),
+    ]
+    assert [*rows[0]][:4] == ["regularizer", "model.width", "regularizer.strength", "runs"]
+    assert "regularizer=hessian_trace, model.width=16, regularizer.strength=0.01" in capsys.readouterr().out
+
+
+def test_runs_without_a_penalty_are_a_line_across_the_strengths(sweep, monkeypatch):
+    finished(sweep / "none", None, 0, 0.7, given=False)
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda axis, y, label, **style: drawn.append((round(y, 6), label)))
+    command.main([str(sweep)])
+    assert drawn[:2] == [(0.7, "regularizer=none"), (7.0, "regularizer=none")]  # accuracy and trace
+    assert "Dashed: no penalty." in (sweep / "report/report.md").read_text()
+
+
+def test_a_resumed_run_that_chose_its_strength_is_with_the_others(tmp_path):
+    for seed, strength in enumerate((0.012, "auto", "auto")):
+        regularizer = {"penalty": {"_target_": "lightning_hessian.HessianTrace"}, "strength": strength}
+        finished(tmp_path / str(seed), "1", seed, 0.9, regularizer=regularizer)
+        path = tmp_path / str(seed) / "results.json"
+        path.write_text(path.read_text().replace("regularizer.strength=1", "regularizer.strength=auto"))
+    finished(tmp_path / "other", "1", 0, 0.9)
+    command.main([str(tmp_path)])
+    rows = rows_of(tmp_path / "report/table.csv")
+    assert [(row["regularizer.strength"], row["runs"]) for row in rows] == [("auto", "3"), ("1", "1")]
+
+
+def test_what_follows_from_a_choice_is_no_column(tmp_path):
+    for regularizer, strength in (("none", None), ("sam", "1")):
+        for seed in (0, 1):
+            finished(tmp_path / f"{regularizer}{seed}", strength, seed, 0.9, given=False)
+    command.main([str(tmp_path)])
+    rows = rows_of(tmp_path / "report/table.csv")
+    assert [[*row.values()][:2] for row in rows] == [["none", "2"], ["hessian_trace", "2"]]
 
 
 class Links(HTMLParser):
@@ -143,12 +200,40 @@ def test_in_a_browser_the_table_sorts_and_fits_a_phone(sweep, tmp_path):
     assert found["wide"] <= found["window"]  # the table scrolls by itself
 
 
+def test_a_folder_with_other_files_is_refused_and_a_report_is_renewed(sweep, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    for name in ("report.md", "report.html"):
+        (tmp_path / "thesis" / name).write_text("mine")
+        with pytest.raises(SystemExit) as stop:
+            command.main([str(sweep), "--output", str(tmp_path / "thesis")])
+        assert stop.value.code == 2
+        _, err = capsys.readouterr()
+        assert "has files that are no report's" in err
+        assert len(err.splitlines()) == 1
+        assert (tmp_path / "thesis" / name).read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for _ in range(2):
+        command.main([str(sweep), "--output", str(tmp_path / "empty")])
+
+
 def test_several_sweeps_and_different_objectives(sweep, tmp_path, capsys):
     finished(tmp_path / "other/a", "1", 0, 0.99, metric="val/accuracy", direction="maximize")
     command.main([str(sweep), str(tmp_path / "other"), "--output", str(tmp_path / "both")])
     out, _ = capsys.readouterr()
-    assert re.search(r"10 runs in 4 groups\. They have different objectives \(val/\w+, val/\w+\)", out)
+    objectives = "(minimize val/loss, maximize val/accuracy)"
+    assert f"10 runs in 4 groups. They have different objectives {objectives}, so they are in no order." in out
+    assert "best" not in out.split("no order")[1]
     assert len(rows_of(tmp_path / "both/runs.csv")) == 10
+    found = [row["regularizer.strength"] for row in rows_of(tmp_path / "both/table.csv")]
+    assert found == ["0", "0.01", "0.1", "1"]  # the order of the folders' names
+
+
+def test_a_run_that_was_run_again_counts_once(sweep, tmp_path, capsys):
+    finished(tmp_path / "again/a", "0", 0, 0.5)
+    command.main([str(tmp_path / "again"), str(sweep)])
+    assert "9 runs in 3 groups. Left out: 1 with the same settings and seed as a newer run." in capsys.readouterr().out
+    (group,) = [row for row in rows_of(tmp_path / "again/report/runs.csv") if row["directory"] == f"{tmp_path}/again/a"]
+    assert (group["regularizer.strength"], group["seed"], float(group["test/accuracy"])) == ("0", "0", 0.5)
 
 
 def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):
@@ -166,6 +251,15 @@ def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):
     page = (sweep / "report/report.html").read_text()
     assert "job 3 (lr=-1): why" in page
     assert str(sweep / "stopped") in page
+
+
+def test_a_run_that_finished_in_another_folder_is_finished(sweep, capsys):
+    for name, before in (("first", None), ("second", "first")):
+        (sweep / name / "checkpoints").mkdir(parents=True)
+        (sweep / name / "config.yaml").write_text(f"resume: {sweep / before if before else 'null'}")
+    finished(sweep / "third", "1", 0, 0.9, resume=str(sweep / "second"))
+    command.main([str(sweep)])
+    assert "Not finished" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,15 @@ def test_the_objective_is_the_best_validation_metric_and_tests_may_take_its_weig
     assert best["epoch"] + 1 == found["epoch"]
 
 
+def test_if_the_best_weights_were_deleted_the_last_are_tested(run, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, "on_fit_end", lambda self: Path("here/checkpoints/best.ckpt").unlink())
+        out, err, status = run(*SMALL, "tested=best", "hydra.run.dir=here")
+    assert status == 0, err
+    assert "here/checkpoints/best.ckpt was deleted: the last weights are tested instead." in err
+    assert "the last weights of epoch 2" in out
+
+
 def test_the_test_images_are_not_read_before_the_end(run, monkeypatch):  # noqa: F811
     order = []
     load, test_step = Digits.load, Classifier.test_step
@@ -176,6 +185,15 @@ def test_optuna_searches_by_validation_and_goes_on_after_an_interruption(run, mo
     found = [results_in(folder) for folder in folders() if (folder / "results.json").is_file()]
     assert study.best_value == min(one["objective"]["value"] for one in found)
     assert OmegaConf.load("sweep/optimization_results.yaml").best_value == study.best_value
+    others = {
+        "optimizer.lr=0.01": "optimizer.lr: 0.1 there, 0.01 now",
+        "objective.direction=maximize": "objective.direction: minimize there, maximize now",
+    }
+    for other, told in others.items():
+        _, err, status = run(*sweep, "sweep.trials=5", other)
+        assert status == 2
+        assert f"sweep has trials of a sweep with other settings ({told}), and Optuna would mix them" in err
+        assert len(err.splitlines()) == 1
 
 
 def test_tensorboards_hparams_has_the_settings_and_the_final_numbers(run):  # noqa: F811

@@ -26,13 +26,15 @@ from omegaconf import DictConfig
 
 from lightning_hessian.cli import sweeps
 from lightning_hessian.cli.results import Results, comparison_table
-from lightning_hessian.cli.resume import moved, resumed
+from lightning_hessian.cli.resume import moved, resumed, save_overrides, with_the_runs_own
 from lightning_hessian.cli.run import train
 from lightning_hessian.cli.settings import config_directory
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
 
-Runner = Callable[[DictConfig, Path, list[str]], Results]
-"""Runs settings in a folder, with the overrides that are kept in the results."""
+Choices = dict[str, str | None]
+"""What was chosen of each group of settings."""
+Runner = Callable[[DictConfig, Path, list[str], Choices], Results]
+"""Runs settings in a folder, with the overrides and the choices that are kept in the results."""
 
 
 def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results]:
@@ -48,15 +50,27 @@ def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results
             f"compare={config.compare} starts a run anew, and resume={config.resume} goes on with one. Keep one."
         )
     other = None if config.compare is None else _with_regularizer(config, directory)
-    overrides = [*HydraConfig.get().overrides.task]
-    found = {"this run": run(config, directory, overrides)}
+    overrides, chosen = [*HydraConfig.get().overrides.task], _choices()
+    found = {"this run": run(config, directory, overrides, chosen)}
     _print(found["this run"])
     if other is not None:
         name = f"compare={config.compare}"
         others = [one for one in overrides if not one.lstrip("+~").startswith(("regularizer", "compare", "resume"))]
-        found[name] = run(other, directory / name.replace("=", "_"), [*others, f"regularizer={config.compare}"])
+        others.append(f"regularizer={config.compare}")
+        save_overrides(others, directory / _folder(config))
+        found[name] = run(other, directory / _folder(config), others, {**chosen, "regularizer": config.compare})
         _print(comparison_table(found))
     return found
+
+
+def _choices() -> Choices:
+    """What was chosen of each group of this command's settings."""
+    return {name: one for name, one in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")}
+
+
+def _folder(config: DictConfig) -> str:
+    """The name of the comparison's folder."""
+    return f"compare_{config.compare}"
 
 
 def _defaults_of(regularizer: str) -> Any:
@@ -72,7 +86,7 @@ def _print(text: object) -> None:
 
 def _with_regularizer(config: DictConfig, directory: Path) -> DictConfig:
     """The same settings with the other regularizer, not resumed, and with all files in a folder of ``directory``."""
-    name = f"compare_{config.compare}"
+    name = _folder(config)
     (directory / name).mkdir(exist_ok=True)
     other = copy.deepcopy(config)
     other.regularizer = _defaults_of(config.compare)
@@ -84,17 +98,18 @@ def _with_regularizer(config: DictConfig, directory: Path) -> DictConfig:
     return other
 
 
-def _run_once(config: DictConfig, directory: Path, overrides: list[str]) -> Results:
+def _run_once(config: DictConfig, directory: Path, overrides: list[str], chosen: Choices) -> Results:
     """A run by itself, or one that goes on with another."""
     if config.resume is None:
-        return train(config, directory, overrides=overrides)
+        return train(config, directory, overrides=overrides, choices=chosen)
     config, checkpoint, changes, overrides = resumed(config, overrides)
     for change in changes:
         _print(change)
-    return train(config, directory, checkpoint=moved(checkpoint, directory), overrides=overrides)
+    checkpoint = moved(checkpoint, directory)
+    return train(config, directory, checkpoint=checkpoint, overrides=overrides, choices=chosen)
 
 
-def _run_job(config: DictConfig, directory: Path, overrides: list[str]) -> Results:
+def _run_job(config: DictConfig, directory: Path, overrides: list[str], chosen: Choices) -> Results:
     """A job of a sweep, which goes on where it was interrupted."""
     if config.resume is not None:
         raise ValueError(
@@ -107,7 +122,7 @@ def _run_job(config: DictConfig, directory: Path, overrides: list[str]) -> Resul
         return results
     if checkpoint is not None:
         _print(f"goes on from        {checkpoint}")
-    return train(config, directory, checkpoint=checkpoint, overrides=overrides)
+    return train(config, directory, checkpoint=checkpoint, overrides=overrides, choices=chosen)
 
 
 def _refuse_divergence(runs: dict[str, Results]) -> None:
@@ -166,6 +181,7 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # models of the user's own; an installed command does not look there
     sweeps.statuses.clear()
     with exit_on_user_error():
+        sys.argv[1:] = with_the_runs_own(sys.argv[1:])
         _run()
     if sweeps.statuses:
         sys.exit(max(sweeps.statuses))

@@ -56,6 +56,7 @@ class Results:
         seconds_per_step: of training; None without a step.
         settings: as asked for.
         overrides: the settings given on the command line, in order.
+        choices: what was chosen of each group of settings, by the group's name.
         directory: the run's files.
         tensorboard: whether the run wrote TensorBoard events.
     """
@@ -72,6 +73,7 @@ class Results:
     seconds_per_step: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
+    choices: dict[str, str | None] = field(default_factory=dict)
     tensorboard: bool = False
 
     @property

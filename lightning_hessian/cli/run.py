@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import hydra
@@ -15,13 +18,15 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_hessian.cli.checkpoint import check_checkpoint
+from lightning_hessian.cli.checkpoint import check_checkpoint, read_checkpoint
+from lightning_hessian.cli.csv_log import CSVLog
 from lightning_hessian.cli.final_curvature import measure
 from lightning_hessian.cli.history import History, StepTimer
 from lightning_hessian.cli.parts import make_callbacks, make_data, make_module
 from lightning_hessian.cli.results import Objective, Results
 from lightning_hessian.cli.settings import check_settings
 from lightning_hessian.cli.strengths import choose_strengths, regularizer_of
+from lightning_hessian.monitoring.measurement import Curvature
 
 CONFIG = "config.yaml"
 """The resolved settings of a run, in its folder."""
@@ -30,7 +35,12 @@ LAST = "checkpoints/last.ckpt"
 
 
 def train(
-    config: DictConfig, directory: Path, *, checkpoint: Path | None = None, overrides: Sequence[str] = ()
+    config: DictConfig,
+    directory: Path,
+    *,
+    checkpoint: Path | None = None,
+    overrides: Sequence[str] = (),
+    choices: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Results:
     """Run once: train, test, and measure the curvature. Files go to ``directory``, the results as the last one.
 
@@ -39,16 +49,60 @@ def train(
         directory: the run's folder.
         checkpoint: where training goes on from; None to start anew.
         overrides: the settings given on the command line, for the results.
+        choices: what was chosen of each group of settings, for the results.
 
     Raises:
         ValueError: a setting is wrong.
     """
     check_settings(config)
     asked = OmegaConf.to_container(config, resolve=True)
+    run = _prepare(config, directory, checkpoint)
+    _fit(run, checkpoint)
+    objective = _objective(config, run.history, run.trainer)
+    best = _best_weights(run)
+    metrics = _test(run, best)
+    curvature, images, training_loss = _measure(run)
+    results = Results(
+        metrics=metrics,
+        curvature=curvature,
+        images=images,
+        directory=directory,
+        training_loss=training_loss,
+        objective=objective,
+        tested="last" if best is None else "best",
+        epoch=_epoch(run, best),
+        epochs=run.history.epochs,
+        seconds_per_step=run.timer.seconds_per_step,
+        settings=cast(dict[str, Any], asked),
+        overrides=[*overrides],
+        choices={**choices},
+        tensorboard=isinstance(run.trainer.logger, TensorBoardLogger),
+    )
+    if run.trainer.is_global_zero:
+        _log_end(run.trainer.loggers, results, config, run.trainer.global_step)
+        results.save()
+    return results
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What a run is made of, ready to train. ``checkpoints`` has the best weights first, if there is an objective."""
+
+    config: DictConfig
+    directory: Path
+    data: L.LightningDataModule
+    module: L.LightningModule
+    timer: StepTimer
+    history: History
+    checkpoints: list[ModelCheckpoint]
+    trainer: L.Trainer
+
+
+def _prepare(config: DictConfig, directory: Path, checkpoint: Path | None) -> _Run:
+    """Make all parts, choose the strengths, and save the settings."""
     # The tails of softplus and sigmoid are denormal numbers, which slow a CPU down many times.
     torch.set_flush_denormal(True)
     L.seed_everything(config.seed, workers=True, verbose=False)
-
     data = make_data(config.data)
     module = make_module(config, data)
     if checkpoint is not None:
@@ -56,7 +110,7 @@ def train(
     regularizers = {name: regularizer_of(config[name]) for name in ("regularizer", "baseline") if config[name]}
     timer, history, checkpoints = StepTimer(), History(), _checkpoints(config, directory)
     callbacks: list[Any] = [timer, *regularizers.values(), *make_callbacks(config), history, *checkpoints]
-    logger = hydra.utils.instantiate(config.logger) if config.logger else False
+    logger = _logger(config, checkpoint)
     if logger:
         callbacks.append(LearningRateMonitor("step"))
     trainer = hydra.utils.instantiate(
@@ -65,42 +119,24 @@ def train(
     for name, regularizer in regularizers.items():
         choose_strengths(config[name], regularizer, module, data, trainer)
     OmegaConf.save(config, directory / CONFIG, resolve=True)
-
-    trainer.fit(module, data, ckpt_path=None if checkpoint is None else str(checkpoint))
-    if history.learning_rate is None and (directory / LAST).is_file():
-        _recover(directory / LAST, timer, history)
-    objective = _objective(config, history, trainer)
-    epoch = int(history.epochs[-1]["epoch"]) if history.epochs else trainer.current_epoch
-    best = checkpoints[0].best_model_path if config.tested == "best" else ""
-    if not Path(best).is_file():  # `fast_dev_run` keeps none, or it was deleted
-        best = ""
-    if best:
-        epoch = torch.load(best, map_location="cpu", weights_only=False)["epoch"] + 1
-    metrics = _tested(trainer, module, data, best)
-    if trainer.world_size > 1:
-        data.setup("fit")  # spawned processes set up their own copies only
-    curvature, images, training_loss = measure(
-        trainer, module, data, config.trace.samples, config.trace.probes, config.seed, history.learning_rate
-    )
-    results = Results(
-        metrics=metrics,
-        curvature=curvature,
-        images=images,
+    return _Run(
+        config=config,
         directory=directory,
-        training_loss=training_loss,
-        objective=objective,
-        tested=config.tested if best else "last",
-        epoch=epoch,
-        epochs=history.epochs,
-        seconds_per_step=timer.seconds_per_step,
-        settings=cast(dict[str, Any], asked),
-        overrides=[*overrides],
-        tensorboard=isinstance(trainer.logger, TensorBoardLogger),
+        data=data,
+        module=module,
+        timer=timer,
+        history=history,
+        checkpoints=checkpoints,
+        trainer=trainer,
     )
-    if trainer.is_global_zero:
-        _log_end(trainer.loggers, results, config, trainer.global_step)
-        results.save()
-    return results
+
+
+def _logger(config: DictConfig, checkpoint: Path | None) -> Any:
+    """The logger; False for none, as Trainer takes it."""
+    logger = hydra.utils.instantiate(config.logger) if config.logger else False
+    if isinstance(logger, CSVLog):
+        logger.keep_rows_before(0 if checkpoint is None else read_checkpoint(str(checkpoint))["global_step"])
+    return logger
 
 
 def _checkpoints(config: DictConfig, directory: Path) -> list[ModelCheckpoint]:
@@ -114,19 +150,48 @@ def _checkpoints(config: DictConfig, directory: Path) -> list[ModelCheckpoint]:
     return [ModelCheckpoint(folder, filename="best", monitor=config.objective.metric, mode=mode, **settings), last]
 
 
-def _recover(last: Path, *callbacks: StepTimer | History) -> None:
-    """Take from a checkpoint what these callbacks have seen in spawned processes."""
-    states = torch.load(last, map_location="cpu", weights_only=False)["callbacks"]
-    for one in callbacks:
-        one.restore(states.get(one.state_key, {}))
+def _fit(run: _Run, checkpoint: Path | None) -> None:
+    run.trainer.fit(run.module, run.data, ckpt_path=None if checkpoint is None else str(checkpoint))
+    last = run.directory / LAST
+    if run.history.learning_rate is None and last.is_file():  # the callbacks were in spawned processes
+        states = torch.load(last, map_location="cpu", weights_only=False)["callbacks"]
+        for one in (run.timer, run.history):
+            one.restore(states.get(one.state_key, {}))
 
 
-def _tested(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, best: str) -> dict[str, float]:
-    """What the test logs; empty if the module or the data have none."""
-    if not is_overridden("test_step", module) or not is_overridden("test_dataloader", data):
+def _best_weights(run: _Run) -> str | None:
+    """The checkpoint to test; None for the last weights."""
+    if run.config.tested != "best":
+        return None
+    path = run.checkpoints[0].best_model_path
+    if Path(path).is_file():
+        return path
+    if path and run.trainer.is_global_zero:  # `fast_dev_run` keeps none
+        print(f"{path} was deleted: the last weights are tested instead.", file=sys.stderr)
+    return None
+
+
+def _epoch(run: _Run, best: str | None) -> int:
+    """The epoch after which the weights are that were tested."""
+    if best is not None:
+        return int(torch.load(best, map_location="cpu", weights_only=False)["epoch"]) + 1
+    return int(run.history.epochs[-1]["epoch"]) if run.history.epochs else run.trainer.current_epoch
+
+
+def _test(run: _Run, best: str | None) -> dict[str, float]:
+    """What the test logs; empty if the module or the data have none. The module has the weights that were tested."""
+    if not is_overridden("test_step", run.module) or not is_overridden("test_dataloader", run.data):
         return {}
-    found = trainer.test(module, data, verbose=False, ckpt_path=best or None)
+    found = run.trainer.test(run.module, run.data, verbose=False, ckpt_path=best)
     return {name: float(value) for of_loader in found for name, value in of_loader.items()}
+
+
+def _measure(run: _Run) -> tuple[Curvature, int, float]:
+    """The curvature and the loss on training samples, and their number."""
+    if run.trainer.world_size > 1:
+        run.data.setup("fit")  # spawned processes set up their own copies only
+    trace, seed, rate = run.config.trace, run.config.seed, run.history.learning_rate
+    return measure(run.trainer, run.module, run.data, trace.samples, trace.probes, seed, rate)
 
 
 def _objective(config: DictConfig, history: History, trainer: L.Trainer) -> Objective | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -52,6 +53,16 @@ def config_directory() -> Path:
     package = Path(__file__).parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
+
+
+def is_within(name: str, parts: Sequence[str]) -> bool:
+    """Whether a setting, or a group of settings, is one of these or lies beneath one.
+
+    Example:
+        >>> is_within("data.root", ["data"]), is_within("data.root", ["data.root"]), is_within("database", ["data"])
+        (True, True, False)
+    """
+    return any(name == part or name.startswith((f"{part}.", f"{part}/")) for part in parts)
 
 
 def check_settings(config: DictConfig) -> None:

@@ -17,13 +17,19 @@ from lightning_hessian.cli.checkpoint import is_readable
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG, LAST
 from lightning_hessian.cli.strengths import AUTO
+from lightning_hessian.cli.user_errors import exit_on_user_error
 
 FAILURE = "failure.json"
 """In the folder of a job that failed: the exit status and the reason."""
+SETTINGS = "sweep.yaml"
+"""In the folder of an Optuna sweep: the settings that all of its trials have."""
 _LONGEST = 220
 """File systems allow names of 255 bytes."""
-_MAKE_NO_DIFFERENCE = ("logger.save_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary")
-"""A job goes on where these are different."""
+_MAKE_NO_DIFFERENCE = (
+    *("logger.save_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    "sweep.trials",
+)
+"""A job, or a sweep, goes on where these are different."""
 
 statuses: list[int] = []
 """The exit status of each failed job of the sweep that has ended in this process."""
@@ -110,6 +116,25 @@ def _difference(asked: Any, found: Any, name: str = "") -> str | None:
     return f"{name}: {found} there, {asked} now"
 
 
+def check_search(config: DictConfig, directory: Path) -> None:
+    """Keep the settings of an Optuna sweep in its folder, and refuse others when it is started again.
+
+    The trials are optimized together, so they must have the same settings but for those that Optuna searches.
+
+    Raises:
+        ValueError: the folder has a sweep with other settings.
+    """
+    asked = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    path = directory / SETTINGS
+    if not path.is_file():
+        OmegaConf.save(OmegaConf.create(asked), path)
+    elif (other := _difference(asked, OmegaConf.to_container(OmegaConf.load(path)))) is not None:
+        raise ValueError(
+            f"{directory} has trials of a sweep with other settings ({other}), and Optuna would mix them with the new "
+            "ones. Choose another hydra.sweep.dir, or delete the folder."
+        )
+
+
 def record_failure(directory: Path, job: str, reason: str, status: int) -> None:
     """Keep why a job failed, for the end of the sweep: the job may run in another process."""
     if directory.is_dir():
@@ -131,12 +156,15 @@ def failures_in(directory: Path) -> list[dict[str, Any]]:
 
 
 class SweepEnd(Callback):
-    """Makes a sweep's folder, and says at the end which jobs failed and how to see the results."""
+    """Makes and checks a sweep's folder, and says at the end which jobs failed and how to see the results."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         statuses.clear()
         directory = Path(config.hydra.sweep.dir)
         directory.mkdir(parents=True, exist_ok=True)
+        if "optuna" in config.hydra.sweeper._target_:
+            with exit_on_user_error():  # Hydra warns of exceptions in callbacks, and goes on
+                check_search(config, directory)
         for job in directory.glob("*/.hydra"):  # Hydra made this folder
             (job.parent / FAILURE).unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from lightning_hessian.cli.report.table import (
     label_of,
     markdown,
     metrics_of,
+    objectives_of,
     reference_of,
     table_of,
     write_csv,
@@ -40,14 +41,25 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_report(found: Found, output: Path, title: str) -> str:
-    """Write report.md, table.csv, runs.csv, the plots and report.html into a folder; what to print."""
-    from lightning_hessian.cli.report.figures import draw_all
-    from lightning_hessian.cli.report.page import page
+    """Write report.md, table.csv, runs.csv, the plots and report.html into a folder; what to print.
 
+    Raises:
+        ValueError: the folder has files, and no report.
+    """
+    from lightning_hessian.cli.report.figures import draw_all
+    from lightning_hessian.cli.report.page import MARK, page
+
+    html = output / "report.html"
+    if output.is_dir() and any(output.iterdir()) and not (html.is_file() and MARK in html.read_text(errors="replace")):
+        raise ValueError(
+            f"{output} has files that are no report's, and a report could overwrite them. Give another folder as "
+            "--output."
+        )
     output.mkdir(parents=True, exist_ok=True)
+    html.write_text(MARK)  # the folder is a report's from now on, also if this is interrupted
     groups = groups_of(found.runs)
     header, rows = table_of(groups)
-    answer = _answer(groups)
+    answer = _answer(groups, len(found.runs))
     notes = {
         "Failed": [f"{job}: {reason}" for job, reason in found.failed],
         "Not finished": [str(folder) for folder in found.unfinished],
@@ -62,7 +74,7 @@ def write_report(found: Found, output: Path, title: str) -> str:
     images = [f"![{caption}]({name}_light.png)\n\n*{caption}*" for name, caption in captions.items()]
     parts = [f"# {title}", answer, table, "Means over the seeds ± standard error.", *images, *lists]
     (output / "report.md").write_text("\n\n".join(parts) + "\n")
-    (output / "report.html").write_text(
+    html.write_text(
         page(
             title,
             answer,
@@ -75,18 +87,19 @@ def write_report(found: Found, output: Path, title: str) -> str:
         )
     )
     told = [f"{name}: {len(entries)}" for name, entries in notes.items() if entries]
-    return "\n".join([table, "", answer, *told, f"page                {(output / 'report.html').resolve()}"])
+    return "\n".join([table, "", answer, *told, f"page                {html.resolve()}"])
 
 
-def _answer(groups: Sequence[Group]) -> str:
+def _answer(groups: Sequence[Group], finished: int) -> str:
     """The best group, and how it compares with no penalty."""
-    best, runs = groups[0], sum(len(group.runs) for group in groups)
-    objectives = dict.fromkeys(run.results.objective.metric for g in groups for run in g.runs if run.results.objective)
+    best, runs, objectives = groups[0], sum(len(group.runs) for group in groups), objectives_of(groups)
     parts = [f"{runs} runs in {len(groups)} groups."] if len(groups) > 1 else [f"{runs} runs."]
+    if finished > runs:
+        parts.append(f"Left out: {finished - runs} with the same settings and seed as a newer run.")
     if len(objectives) > 1:
-        parts.append(f"They have different objectives ({', '.join(objectives)}), so the order means nothing.")
+        parts.append(f"They have different objectives ({', '.join(objectives)}), so they are in no order.")
     elif objectives:
-        (metric,) = objectives
+        metric = objectives[0].partition(" ")[2]
         told = [f"best {metric} {best.mean(f'best/{metric}')}"]
         known = metrics_of([best])
         told += [f"{label_of(name)} {best.mean(name)}" for name in ("test/accuracy", "final/trace") if name in known]
@@ -94,7 +107,7 @@ def _answer(groups: Sequence[Group]) -> str:
         parts.append(f"{which}{', '.join(told)}.")
     tested = sorted({run.results.tested for group in groups for run in group.runs})
     parts.append(f"The test took the {' or the '.join(tested)} weights of each run.")
-    reference = reference_of(best, groups)
+    reference = reference_of(best, groups) if len(objectives) < 2 else None
     if reference is not None and "test/accuracy" in metrics_of([best]):
         difference = best.difference("test/accuracy", reference)
         parts.append(f"The test accuracy of the best less that without a penalty, over the same seeds: {difference}.")

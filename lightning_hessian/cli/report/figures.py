@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from lightning_hessian.cli.report.runs import Run
-from lightning_hessian.cli.report.table import Group, Mean, label_of, scalars
+from lightning_hessian.cli.report.table import NONE, Group, Mean, label_of, others_of, scalars
 
 MODES = {"light": ("#1b1f24", "#ffffff"), "dark": ("#e6e8ea", "#15181c")}
 """Colors of the text and of the page."""
 _MOST = 8
-"""More groups than this make a plot unreadable: the best are drawn."""
+"""More groups than this make a plot unreadable: the first are drawn."""
 _COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948", "#9c755f")
 
 
@@ -46,9 +46,10 @@ def draw_all(groups: Sequence[Group], directory: Path) -> dict[str, str]:
 
 def _figures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
     if (figure := _over_strength(groups)) is not None:
-        yield "strength", "Means over the seeds, with their standard errors. Strength 0 is at the left edge.", figure
+        caption = "Means over the seeds, with their standard errors. Strength 0 is at the left edge."
+        yield "strength", caption + " Dashed: no penalty." * bool(_without_strength(groups)), figure
     if (figure := _over_epochs(groups)) is not None:
-        shown = f" The {_MOST} groups with the best objective." if len(groups) > _MOST else ""
+        shown = f" The first {_MOST} groups of the table." if len(groups) > _MOST else ""
         yield "epochs", f"Validation after each epoch, means over the seeds.{shown}", figure
     if (figure := _sharpness(groups)) is not None:
         yield (
@@ -58,16 +59,29 @@ def _figures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
         )
 
 
+def _strength_of(groups: Sequence[Group]) -> str:
+    """The name of the strength in the groups' settings; empty if they do not differ in it."""
+    return next((name for name in groups[0].settings if name.endswith("strength")), "")
+
+
+def _without_strength(groups: Sequence[Group]) -> list[Group]:
+    name = _strength_of(groups)
+    return [group for group in groups if group.is_reference and group.settings.get(name) == NONE]
+
+
 def _over_strength(groups: Sequence[Group]) -> Figure | None:
-    """Accuracy and trace over the strength, one line for each combination of the other settings."""
-    name = next((name for name in groups[0].settings if name.endswith("strength")), None)
+    """Accuracy and trace over the strength, one line for each combination of the other settings.
+
+    Runs with no penalty at all have no strength: they are a dashed line across.
+    """
+    name = _strength_of(groups)
     lines: dict[str, list[tuple[float, Group]]] = {}
     for group in groups:
-        strength = _number(group.settings.get(name or "", ""))
+        strength = _number(group.settings.get(name, ""))
         if strength is not None:
-            others = ", ".join(f"{k}={x}" for k, x in group.settings.items() if k != name)
-            lines.setdefault(others, []).append((strength, group))
+            lines.setdefault(group.label_without(name), []).append((strength, group))
     lines = {others: points for others, points in lines.items() if len(points) > 1}
+    plain = _without_strength(groups)
     known = {name for run in groups[0].runs for name in scalars(run)}
     metrics = [metric for metric in ("test/accuracy", "final/trace") if metric in known]
     if not lines or not metrics:
@@ -78,10 +92,14 @@ def _over_strength(groups: Sequence[Group]) -> Figure | None:
         for others, points in list(lines.items())[:_MOST]:
             xs, groups_here = zip(*sorted(points, key=lambda pair: pair[0]), strict=True)
             _line(axis, list(xs), [group.mean(metric) for group in groups_here], others)
+        for group in plain[:_MOST]:
+            like_it = [i for i, points in enumerate(lines.values()) if others_of(points[0][1]) == others_of(group)]
+            color = _COLORS[like_it[0] % len(_COLORS)] if len(plain) > 1 and len(like_it) == 1 else "gray"
+            axis.axhline(group.mean(metric).value, color=color, linestyle="--", label=group.label_without(name))
         if positive:
             axis.set_xscale("symlog", linthresh=min(positive))
         axis.set(xlabel=name, ylabel=label_of(metric))
-    if any(lines):
+    if any(lines) or plain:
         axes[0][0].legend(fontsize="small")
     return figure
 

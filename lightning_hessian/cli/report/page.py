@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+MARK = '<meta name="generator" content="lightning-hessian report">'
+"""Tells that a page, and so its folder, is a report's."""
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --quiet: #5b6570; --line: #d8dde3;
   --tint: #f3f5f8; }
@@ -74,6 +76,7 @@ def page(
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{MARK}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{_STYLE}</style>

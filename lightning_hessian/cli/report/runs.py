@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
+from lightning_hessian.cli.settings import is_within
+from lightning_hessian.cli.strengths import AUTO
 from lightning_hessian.cli.sweeps import FAILURE, failures_in
 
-_NOT_COMPARED = ("seed", "resume", "compare", "hydra", "data.root", "logger", "sweep")
+_NOT_COMPARED = (
+    *("seed", "resume", "compare", "hydra", "data.root", "logger", "sweep"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "monitor.png_directory"),
+)
 """Settings that do not make runs different: runs that differ in the seed only are averaged."""
+_NOT_NAMED = ("logger", "sweep", "tuned")
+"""Groups of settings whose choices say nothing that the settings do not."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +32,19 @@ class Run:
 
     Args:
         results: its results.
-        overrides: its settings as given on the command line, without those that make no difference.
+        settings: its resolved settings by their dotted names, without those that make no difference.
+        overridden: the names of those of them that were given on the command line.
+        choices: what was chosen of each group of settings.
         seed: its seed.
+        written: when it finished.
     """
 
     results: Results
-    overrides: dict[str, str]
+    settings: dict[str, str]
+    overridden: frozenset[str]
+    choices: dict[str, str]
     seed: int
+    written: float
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,8 @@ class Found:
     Args:
         runs: the finished runs.
         failed: for each failed job its settings and the reason.
-        unfinished: the folders of runs that were interrupted, or are still running.
+        unfinished: the folders of runs that were interrupted, or are still running. Those that were resumed elsewhere
+            and finished there are left out.
     """
 
     runs: list[Run]
@@ -79,7 +97,20 @@ def find_runs(directories: Sequence[Path]) -> Found:
             f"{len(unfinished)} runs have not finished, and {len(failed)} have failed. Start the sweep again with the "
             "same hydra.sweep.dir to finish it, or give another folder."
         )
-    return Found(runs, failed, unfinished)
+    resumed = _resumed(runs)
+    return Found(runs, failed, [folder for folder in unfinished if folder.resolve() not in resumed])
+
+
+def _resumed(runs: Sequence[Run]) -> set[Path]:
+    """The folders of the runs that these have gone on with, and those that these went on with in their turn."""
+    found: set[Path] = set()
+    for run in runs:
+        before = run.results.settings.get("resume")
+        while before is not None and (folder := Path(before).resolve()) not in found:
+            found.add(folder)
+            config = OmegaConf.load(folder / CONFIG) if (folder / CONFIG).is_file() else OmegaConf.create()
+            before = OmegaConf.select(config, "resume")
+    return found
 
 
 def _is_of_a_run(folder: Path) -> bool:
@@ -88,10 +119,30 @@ def _is_of_a_run(folder: Path) -> bool:
 
 
 def _run(results: Results) -> Run:
+    settings = {name: text for name, text in _flat(results.settings) if not is_within(name, _NOT_COMPARED)}
+    choices = {name: one for name, one in results.choices.items() if one and not is_within(name, _NOT_NAMED)}
     given = dict(one.lstrip("+~").partition("=")[::2] for one in results.overrides)
-    compared = {
-        name: value
-        for name, value in given.items()
-        if not any(name == other or name.startswith(f"{other}.") for other in _NOT_COMPARED)
-    }
-    return Run(results, compared, int(results.settings.get("seed", 0)))
+    own = [name for name in given if name not in results.choices]
+    settings |= {name: AUTO for name in settings if given.get(name) == AUTO}  # a resumed run has the number
+    return Run(
+        results=results,
+        settings=settings,
+        overridden=frozenset(name for name in settings if is_within(name, own)),
+        choices=choices,
+        seed=int(results.settings.get("seed", 0)),
+        written=(results.directory / FILE).stat().st_mtime,
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted names with values as text, where equal numbers are equal: but the Trainer tells 1 from 1.0."""
+    found = []
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{name}.")
+        elif isinstance(value, float) and value.is_integer() and not name.startswith("trainer."):
+            found.append((name, str(int(value))))
+        else:
+            found.append((name, value if isinstance(value, str) else json.dumps(value)))
+    return found

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from lightning_hessian.cli.report.runs import Run
 
-DEFAULT = "default"
-"""A setting that was not given."""
-_REFERENCES = {"regularizer": "none", "regularizer.strength": "0"}
-"""Settings of runs without a penalty."""
+NONE = "-"
+"""In place of a setting that a run does not have."""
 _GAP = "generalization gap"
 _FIRST = ("best/", "val", "test/accuracy", "test/loss", "robust/", "final/trace", "final/largest_eigenvalue", _GAP)
 _LEFT_OUT = ("final/trace_standard_error", "final/training_loss", "curvature/")
@@ -71,12 +69,18 @@ class Group:
     @property
     def label(self) -> str:
         """Its settings in one line."""
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items()) or "all runs"
+        return self.label_without(None) or "all runs"
+
+    def label_without(self, left_out: str | None) -> str:
+        """Its settings but for one, in one line."""
+        pairs = [(name, value) for name, value in self.settings.items() if name != left_out]
+        return ", ".join(f"{name}={value}" for name, value in pairs if value != NONE)
 
     @property
     def is_reference(self) -> bool:
         """Whether its runs have no penalty."""
-        return any(_is_reference(name, value) for name, value in self.settings.items())
+        regularizer = self.runs[0].results.settings.get("regularizer")
+        return regularizer == {} or (regularizer is not None and regularizer.get("strength") == 0)
 
     def values(self, metric: str) -> dict[int, float]:
         """A final number of its runs, by seed."""
@@ -92,15 +96,6 @@ class Group:
         return Mean.of([mine[seed] - theirs[seed] for seed in mine if seed in theirs])
 
 
-def _is_reference(name: str, value: str) -> bool:
-    if name not in _REFERENCES:
-        return False
-    try:
-        return float(value) == float(_REFERENCES[name])
-    except ValueError:
-        return value == _REFERENCES[name]
-
-
 def scalars(run: Run) -> dict[str, float]:
     """All final numbers of a run."""
     named = run.results.scalars()
@@ -114,14 +109,63 @@ def scalars(run: Run) -> dict[str, float]:
 
 
 def groups_of(runs: Sequence[Run]) -> list[Group]:
-    """The groups, best objective first. They are told apart by the settings that are not the same in all runs."""
-    names = dict.fromkeys(name for run in runs for name in run.overrides)
-    differing = [name for name in names if len({run.overrides.get(name, DEFAULT) for run in runs}) > 1]
-    found: dict[tuple[str, ...], list[Run]] = {}
+    """The groups, best objective first: runs with the same settings but for the seed, whichever way they were given.
+
+    A group is named by the choices in which groups differ, and by the settings that were given on the command line or
+    that the choices leave open. Of several runs with the same settings and seed it has the newest. Different objectives
+    do not compare: then the groups are in the order in which they were found.
+    """
+    found: dict[frozenset[tuple[str, str]], dict[int, Run]] = {}
+    following = _following_the_seed(runs)
     for run in runs:
-        found.setdefault(tuple(run.overrides.get(name, DEFAULT) for name in differing), []).append(run)
-    groups = [Group(dict(zip(differing, key, strict=True)), members) for key, members in found.items()]
-    return sorted(groups, key=_rank)
+        left = following - run.overridden
+        same = found.setdefault(frozenset(pair for pair in run.settings.items() if pair[0] not in left), {})
+        if run.seed not in same or run.written >= same[run.seed].written:
+            same[run.seed] = run
+    members = [[*same.values()] for same in found.values()]
+    first = [runs_here[0] for runs_here in members]
+
+    def values(name: str) -> list[str]:
+        return [run.settings.get(name, NONE) for run in first]
+
+    def chosen(name: str) -> list[str]:
+        return [run.choices.get(name, NONE) for run in first]
+
+    choices = [name for name in _names(reversed(run.choices) for run in first) if len({*chosen(name)}) > 1]
+    combinations = [*zip(*map(chosen, choices), strict=True)] or [()] * len(first)
+    given = frozenset[str]().union(*(run.overridden for run in runs))
+    differing = [
+        name
+        for name in _names(run.settings for run in first)
+        if len({*values(name)}) > 1
+        and name not in following - given
+        and (name in given or len({*zip(combinations, values(name), strict=True)}) > len({*combinations}))
+    ]
+    columns = {**{name: chosen(name) for name in choices}, **{name: values(name) for name in differing}}
+    groups = [
+        Group({name: column[i] for name, column in columns.items()}, runs_here) for i, runs_here in enumerate(members)
+    ]
+    return groups if len(objectives_of(groups)) > 1 else sorted(groups, key=_rank)
+
+
+def objectives_of(groups: Iterable[Group]) -> list[str]:
+    """The objectives of the runs, such as ``minimize val/loss``."""
+    found = [run.results.objective for group in groups for run in group.runs]
+    return [*dict.fromkeys(f"{one.direction} {one.metric}" for one in found if one is not None)]
+
+
+def _names(each: Iterable[Iterable[str]]) -> list[str]:
+    return [*dict.fromkeys(name for names in each for name in names)]
+
+
+def _following_the_seed(runs: Sequence[Run]) -> frozenset[str]:
+    """The settings that are the run's seed wherever they were not given on the command line."""
+
+    def follows(name: str) -> bool:
+        pairs = {(run.settings[name], run.seed) for run in runs if name in run.settings and name not in run.overridden}
+        return len(pairs) > 1 and all(value == str(seed) for value, seed in pairs)
+
+    return frozenset(filter(follows, _names(run.settings for run in runs)))
 
 
 def _rank(group: Group) -> float:
@@ -148,13 +192,14 @@ def label_of(metric: str) -> str:
     return _LABELS.get(metric, metric.removeprefix("robust/").replace("best/", "best ").replace("final/", ""))
 
 
+def others_of(group: Group) -> dict[str, str]:
+    """A group's settings but for its regularizer's."""
+    return {k: x for k, x in group.settings.items() if k != "regularizer" and not k.startswith("regularizer.")}
+
+
 def reference_of(group: Group, groups: Iterable[Group]) -> Group | None:
     """The group without a penalty that has the same settings otherwise."""
-
-    def others(one: Group) -> dict[str, str]:
-        return {k: x for k, x in one.settings.items() if k != "regularizer" and not k.startswith("regularizer.")}
-
-    found = (one for one in groups if one is not group and one.is_reference and others(one) == others(group))
+    found = (one for one in groups if one is not group and one.is_reference and others_of(one) == others_of(group))
     return None if group.is_reference else next(found, None)
 
 
