@@ -14,14 +14,22 @@ from lightning_hessian.cli.report.runs import Run
 NONE = "-"
 """In place of a setting that a run does not have."""
 _GAP = "generalization gap"
-_FIRST = ("best/", "val", "test/accuracy", "test/loss", "robust/", "final/trace", "final/largest_eigenvalue", _GAP)
+_FIRST = (
+    "best/",
+    "val",
+    "test/accuracy",
+    "test/loss",
+    "test/",
+    "robust/",
+    "final/trace",
+    "final/largest_eigenvalue",
+    _GAP,
+)
 _LEFT_OUT = ("final/trace_standard_error", "final/training_loss", "curvature/")
 _LABELS = {
     "test/accuracy": "test accuracy",
     "test/loss": "test loss",
-    "final/trace": "trace",
-    "final/largest_eigenvalue": "largest eigenvalue",
-    "final/stability": "stability",
+    "test/calibration_error": "calibration error",
 }
 
 
@@ -186,10 +194,12 @@ def label_of(metric: str) -> str:
     """A metric's name in tables and plots.
 
     Example:
-        >>> label_of("final/trace"), label_of("robust/pgd_linf_0.1/accuracy"), label_of("best/val/loss")
-        ('trace', 'pgd_linf_0.1/accuracy', 'best val/loss')
+        >>> label_of("final/relative_trace"), label_of("robust/pgd_linf_0.1/accuracy"), label_of("best/val/loss")
+        ('relative trace', 'pgd_linf_0.1/accuracy', 'best val/loss')
     """
-    return _LABELS.get(metric, metric.removeprefix("robust/").replace("best/", "best ").replace("final/", ""))
+    if metric.startswith("final/"):
+        return metric.removeprefix("final/").replace("_", " ")
+    return _LABELS.get(metric, metric.removeprefix("robust/").replace("best/", "best "))
 
 
 def others_of(group: Group) -> dict[str, str]:
