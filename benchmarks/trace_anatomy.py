@@ -39,6 +39,7 @@ warnings.filterwarnings("ignore")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 import lightning as L  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -56,9 +57,9 @@ DIGITS = [
     ("exact", 1e-4, 0, 1),
     ("exact", 3e-4, 0, 1),
     ("exact", 1e-3, 0, 1),
-    ("exact", 1e-3, 0, 8),
-    ("exact", 1e-3, 100, 1),
-    ("exact", 1e-3, 100, 8),
+    ("exact", 1e-3, 0, 4),
+    ("exact", 1e-3, 200, 1),
+    ("exact", 1e-3, 200, 4),
     ("absolute", 1e-3, 0, 1),
     ("clamped", 1e-3, 0, 1),
     ("positive", 1e-3, 0, 1),
@@ -66,6 +67,7 @@ DIGITS = [
     ("rest", 1e-3, 0, 1),
     ("gauss_newton", 1e-3, 0, 1),
     ("gauss_newton", 1e-2, 0, 1),
+    ("gauss_newton", 1e-2, 200, 1),
 ]
 FASHION = [
     ("none", 0.0, 0, 1),
@@ -119,13 +121,13 @@ class SplitTrace(lh.HessianTrace):
 class Watch(L.Callback):
     """Measures both parts on the batch of a step with `gauss_newton`, which does not compute them."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: int) -> None:
+        self.every = every
         self.seen: list[tuple[float, float]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
-        if trainer.global_step % 10 == 0:
-            g, rest = traces(module.net, [batch], probes=1, training=True, seed=trainer.global_step)
-            self.seen += [(g, rest)] * 10
+        if trainer.global_step % self.every == 0:
+            self.seen.append(traces(module.net, [batch], probes=4, training=True, seed=trainer.global_step))
 
 
 def traces(net: nn.Module, batches: Sequence[Any], probes: int, training: bool, seed: int = 0) -> tuple[float, float]:
@@ -149,7 +151,7 @@ def train(task: str, variant: str, strength: float, warmup: int, probes: int, se
     torch.set_flush_denormal(True)
     L.seed_everything(seed, verbose=False)
     if task == "digits":
-        source: data.ImageData = data.Digits(seed=seed)
+        source: data.ImageData = data.Digits(batch_size=32, seed=seed)
         net, epochs = models.cnn(source.shape, source.classes), 10
     else:
         source = data.FashionMNIST(
@@ -157,7 +159,8 @@ def train(task: str, variant: str, strength: float, warmup: int, probes: int, se
         )
         net, epochs = models.cnn(source.shape, source.classes, 16), 20
     module = Classifier(net, source.classes)
-    watch = Watch()
+    every = 10  # steps in a point of the curve
+    watch = Watch(every)
     if variant == "gauss_newton":
         penalty: lh.HessianTrace = lh.HessianTrace(probes, "gauss_newton")
         callbacks: list[Any] = [watch]
@@ -177,7 +180,7 @@ def train(task: str, variant: str, strength: float, warmup: int, probes: int, se
     )
     trainer.fit(module, source)
     trainer.test(module, source, verbose=False)
-    batches = source.training_samples(500)[: 3 if task == "digits" else 5]
+    batches = source.training_samples(500)[: 15 if task == "digits" else 5]
     found: dict[str, Any] = {
         "test/accuracy": float(trainer.callback_metrics["test/accuracy"]),
         "test/loss": float(trainer.callback_metrics["test/loss"]),
@@ -188,14 +191,13 @@ def train(task: str, variant: str, strength: float, warmup: int, probes: int, se
     for mode, training in {"evaluation": False, "training": True}.items():
         g, rest = traces(net, batches, probes=20, training=training)
         found |= {f"G, {mode}": g, f"rest, {mode}": rest}
-    seen = penalty.seen if isinstance(penalty, SplitTrace) else watch.seen
-    size = max(1, len(seen) // 40)
-    curve = [
-        [statistics.mean(part) for part in zip(*seen[i : i + size], strict=True)] for i in range(0, len(seen), size)
-    ]
+    curve = [list(pair) for pair in watch.seen]
+    if isinstance(penalty, SplitTrace):
+        parts_of = (penalty.seen[i : i + every] for i in range(0, len(penalty.seen), every))
+        curve = [[statistics.mean(part) for part in zip(*some, strict=True)] for some in parts_of]
     row = {"task": task, "variant": variant, "strength": strength, "warmup": warmup, "probes": probes, "seed": seed}
     numbers = {name: float(f"{value:.5g}") for name, value in found.items()}
-    return row | numbers | {"steps": size, "curve": [[float(f"{x:.4g}") for x in pair] for pair in curve]}
+    return row | numbers | {"steps": every, "curve": [[float(f"{x:.4g}") for x in pair] for pair in curve]}
 
 
 def read() -> list[dict]:
@@ -214,11 +216,66 @@ def run() -> None:
                     file.write(json.dumps(row) + "\n")
 
 
+def groups(task: str) -> dict[tuple, list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for row in read():
+        if row["task"] == task:
+            found.setdefault((row["variant"], row["strength"], row["warmup"], row["probes"]), []).append(row)
+    return found
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{error}"
+
+
+def report() -> None:
+    for task in SEEDS:
+        of = groups(task)
+        if not of:
+            continue
+        print(f"\n{task}: means ± standard errors over {max(map(len, of.values()))} seeds\n")
+        columns = ("penalized", "strength", "warm-up", "probes", "test accuracy (%)", "test loss", "training loss")
+        print(f"| {' | '.join((*columns, 'tr(H)', 'tr(G)', 'tr(H), training mode', 'tr(G), training mode'))} |")
+        print("|" + " --- |" * 11)
+        for (variant, strength, warmup, probes), rows in of.items():
+            cells = [variant, f"{strength:g}", f"{warmup}", f"{probes}"]
+            cells.append(spread([100 * row["test/accuracy"] for row in rows], 2))
+            cells += [spread([row[name] for row in rows], 3) for name in ("test/loss", "training loss")]
+            for mode in ("evaluation", "training"):
+                cells.append(spread([row[f"G, {mode}"] + row[f"rest, {mode}"] for row in rows], 1))
+                cells.append(spread([row[f"G, {mode}"] for row in rows], 1))
+            print(f"| {' | '.join(cells)} |")
+    draw()
+
+
+def draw() -> None:
+    """Both parts along training on digits."""
+    of = groups("digits")
+    shown = {
+        "none": ("none", 0.0, 0, 1),
+        "exact, 1e-3": ("exact", 1e-3, 0, 1),
+        "exact, 1e-3, warm-up": ("exact", 1e-3, 200, 1),
+        "gauss_newton, 1e-3": ("gauss_newton", 1e-3, 0, 1),
+        "gauss_newton, 1e-2": ("gauss_newton", 1e-2, 0, 1),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for part, (axis, name) in enumerate(zip(axes, ("v'Gv", "v'Hv - v'Gv"), strict=True)):
+        for label, key in shown.items():
+            curves = [row["curve"] for row in of.get(key, [])]
+            means = [statistics.mean(point[part] for point in points) for points in zip(*curves, strict=False)]
+            axis.plot([(i + 0.5) * of[key][0]["steps"] for i in range(len(means))], means, label=label, linewidth=1.2)
+        axis.set(xlabel="step", title=name, yscale="symlog" if part else "log")
+    axes[1].axhline(0, color="gray", linewidth=0.6)
+    axes[0].legend(fontsize="small", frameon=False)
+    figure.savefig(RESULTS.parent / "split.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run"])
-    parser.parse_args()
-    run()
+    parser.add_argument("what", choices=["run", "report"])
+    run() if parser.parse_args().what == "run" else report()
 
 
 if __name__ == "__main__":
