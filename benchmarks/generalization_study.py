@@ -150,6 +150,8 @@ METHODS = (
 )
 SETTINGS = (("cnn", 0.0), ("vit", 0.0), ("cnn", 0.2), ("cnn", 0.4))
 """Networks and shares of wrong labels."""
+ONLY_CNN = ("trace, dropout", "trace, 4 probes", "HessianNorm", "Jacobian", "confidence penalty")
+"""For their cost, or because they are weak on the CNN."""
 UNDER_NOISE = ("none", "SAM", "gauss_newton", "trace", "mixup", "label smoothing")
 
 
@@ -256,7 +258,8 @@ def run(arguments: argparse.Namespace) -> None:
     for network, noise in SETTINGS:
         if network in arguments.networks:
             study = Study(network, noise, arguments.jobs)
-            for name in arguments.methods or (UNDER_NOISE if noise else METHODS):
+            methods = [name for name in METHODS if network == "cnn" or name not in ONLY_CNN]
+            for name in arguments.methods or (UNDER_NOISE if noise else methods):
                 study.run(name)
 
 
