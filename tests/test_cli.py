@@ -63,7 +63,7 @@ def test_a_run_leaves_events_a_checkpoint_and_its_config_and_prints_its_end(run,
     assert status == 0
     assert re.search(r"test accuracy +0\.\d+", out)
     assert re.search(r"test loss +\d+\.\d+", out)
-    assert re.search(r"Hessian trace +\S+ \+- \S+ \(10 probes, 64 training images, evaluation mode\)", out)
+    assert re.search(r"Hessian trace +\S+ \+- \S+ \(10 probes, 64 training samples, evaluation mode\)", out)
     eigenvalue, residual = re.search(r"largest eigenvalue +(\S+) \(residual (\S+)\)", out).groups()
     stability = re.search(r"stability +(\S+) \(learning rate 0.1 x largest eigenvalue / 2", out).group(1)
     assert float(stability) == pytest.approx(0.05 * float(eigenvalue), rel=0.01)

@@ -78,6 +78,9 @@ def test_what_others_can_do_these_can_too(project):
         (["model=regression"], "val/loss"),
         (["model=regression", "objective.metric=null", "regularizer.strength=auto"], "take share:0.1"),
         (["model=net", "optimizer.lr=abc"], "optimizer.lr='abc' must be a number"),
+        (["model=net", "model._target_=nope.Net"], "model._target_=nope.Net cannot be imported"),
+        (["model=net", "data._target_=my_project.Nope"], "data._target_=my_project.Nope cannot be imported"),
+        (["model=net", "optimizer._target_=torch.optim.No"], "optimizer._target_=torch.optim.No cannot be imported"),
         (["model=net", "optimizer=adam", "+optimizer.momentum=0.9"], "optimizer: "),
     ],
 )  # fmt: skip
@@ -88,6 +91,7 @@ def test_what_cannot_work_gives_one_line(project, arguments, message):
     assert len(told) == 1
     assert message in told[0]
     assert "Traceback" not in err
+    assert "[ERROR]" not in err
 
 
 def test_data_without_the_number_of_classes_is_refused_for_a_classifier(project):

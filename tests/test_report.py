@@ -1,6 +1,7 @@
 """The report: groups over seeds, the table of means, the files, the page."""
 
 import csv
+import dataclasses
 import json
 import math
 import re
@@ -234,6 +235,27 @@ def test_a_run_that_was_run_again_counts_once(sweep, tmp_path, capsys):
     assert "9 runs in 3 groups. Left out: 1 with the same settings and seed as a newer run." in capsys.readouterr().out
     (group,) = [row for row in rows_of(tmp_path / "again/report/runs.csv") if row["directory"] == f"{tmp_path}/again/a"]
     assert (group["regularizer.strength"], group["seed"], float(group["test/accuracy"])) == ("0", "0", 0.5)
+
+
+def test_what_follows_the_seed_makes_no_group_whichever_way_it_was_given(tmp_path, capsys):
+    for seed in (0, 1):
+        finished(tmp_path / f"plain{seed}", "0.1", seed, 0.9, data={"seed": seed})
+        finished(tmp_path / f"given{seed}", "0.2", seed, 0.8, data={"seed": seed})
+        results = Results.load(tmp_path / f"given{seed}")
+        dataclasses.replace(results, overrides=[*results.overrides, f"data.seed={seed}"]).save()
+    command.main([str(tmp_path)])
+    assert "4 runs in 2 groups" in capsys.readouterr().out
+    assert "data.seed" not in rows_of(tmp_path / "report/table.csv")[0]
+
+
+def test_the_reference_is_the_one_with_the_same_seeds(tmp_path, capsys):
+    finished(tmp_path / "a", "0", 0, 0.99)
+    finished(tmp_path / "b", None, 1, 0.7)
+    finished(tmp_path / "c", "0.1", 1, 0.9)
+    command.main([str(tmp_path)])
+    capsys.readouterr()
+    row = next(row for row in rows_of(tmp_path / "report/table.csv") if row["regularizer.strength"] == "0.1")
+    assert float(row["test accuracy - without penalty"]) == pytest.approx(0.2)
 
 
 def test_what_did_not_finish_is_said(sweep, tmp_path, capsys):

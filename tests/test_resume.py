@@ -105,6 +105,7 @@ def test_what_is_changed_refers_to_what_the_run_has_chosen(run, monkeypatch):  #
         ("~regularizer", "resume=part: ~regularizer takes a part of the run away, and a run needs all of them"),
         ("trainer.max_epochs=5", "trainer.max_epochs was 3, and the schedule of the learning rate ends there"),
         ("experiment=fmnist_cnn", "sets several parts of a run. Give the settings one by one"),
+        ("data.validation=100", "data.validation=100 cannot change in the middle of a run: the run has trained on"),
         ("baseline=mixup", "sets several parts of a run"),
     ],
 )

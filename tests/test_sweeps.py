@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from interruptions import Killed, killed_at
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -122,11 +124,36 @@ def test_failed_jobs_are_named_at_the_end_with_the_reason_and_run_again(run, mon
     assert re.search(r"1 of the jobs failed:\n  job 0 \(.*seed=0.*\): a bug", err)
     out, err, status = run(*jobs, "optimizer.lr=-1,0.1")
     assert status == 2
-    assert re.search(r"1 of the jobs failed:\n  job 0 \(.*lr=-1.*\): optimizer: Invalid learning rate", err)
-    assert "1 runs have finished. Compare them: lightning-hessian report 'sweep'" in out
+    assert re.search(r"2 of the jobs failed:\n(.*\n)?  job 0 \(.*lr=-1.*\): optimizer: Invalid learning rate", err)
+    assert "1 runs have finished.\nCompare them: lightning-hessian report 'sweep'" in out
     out, err, status = run(*jobs, "seed=0")
-    assert status == 0, err
+    assert status == 0, err  # of the jobs that have run now
     assert "2 runs have finished" in out
+    assert "1 of the jobs failed" in err  # what failed before is not forgotten
+
+
+def test_a_job_waits_while_another_process_runs_it(run):  # noqa: F811
+    folder = Path("sweep/defaults").resolve()
+    folder.mkdir(parents=True)
+    held, release = threading.Event(), threading.Event()
+
+    def other():
+        with FileLock(folder / ".lock"):
+            held.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    held.wait()
+    timer = threading.Timer(3.0, release.set)
+    timer.start()
+    started = time.monotonic()
+    out, err, status = run("-m", *SMALL, "trainer.max_epochs=1", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=defaults")
+    thread.join()
+    assert status == 0, err
+    assert "another process runs the job in" in out
+    assert time.monotonic() - started >= 3.0
+    assert (folder / "results.json").is_file()
 
 
 def test_the_objective_is_the_best_validation_metric_and_tests_may_take_its_weights(run):  # noqa: F811

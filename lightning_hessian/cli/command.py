@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -28,7 +29,7 @@ from lightning_hessian.cli import sweeps
 from lightning_hessian.cli.results import Results, comparison_table
 from lightning_hessian.cli.resume import moved, resumed, save_overrides, with_the_runs_own
 from lightning_hessian.cli.run import train
-from lightning_hessian.cli.settings import config_directory
+from lightning_hessian.cli.settings import config_directory, is_within, name_of
 from lightning_hessian.cli.user_errors import Diverged, exit_on_user_error, print_user_error
 
 Choices = dict[str, str | None]
@@ -39,7 +40,7 @@ Runner = Callable[[DictConfig, Path, list[str], Choices], Results]
 
 def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results]:
     """Run the settings, then the comparison if ``compare`` is set, and print both results."""
-    choices = sorted(path.stem for path in (config_directory() / "regularizer").glob("*.yaml"))
+    choices = GlobalHydra.instance().config_loader().get_group_options("regularizer")
     if config.compare is not None and config.compare not in choices:
         raise ValueError(
             f"compare={config.compare} is not a regularizer to compare with. Choose one of {', '.join(choices)}, or "
@@ -55,7 +56,7 @@ def _runs(config: DictConfig, directory: Path, run: Runner) -> dict[str, Results
     _print(found["this run"])
     if other is not None:
         name = f"compare={config.compare}"
-        others = [one for one in overrides if not one.lstrip("+~").startswith(("regularizer", "compare", "resume"))]
+        others = [one for one in overrides if not is_within(name_of(one), ("regularizer", "compare", "resume"))]
         others.append(f"regularizer={config.compare}")
         save_overrides(others, directory / _folder(config))
         found[name] = run(other, directory / _folder(config), others, {**chosen, "regularizer": config.compare})
@@ -116,13 +117,15 @@ def _run_job(config: DictConfig, directory: Path, overrides: list[str], chosen: 
             f"resume={config.resume}: a sweep does not resume another run. Start the same sweep again with its "
             "hydra.sweep.dir, and it goes on."
         )
-    results, checkpoint = sweeps.done_before(config, directory)
-    if results is not None:
-        _print(f"finished before     {directory}")
-        return results
-    if checkpoint is not None:
-        _print(f"goes on from        {checkpoint}")
-    return train(config, directory, checkpoint=checkpoint, overrides=overrides, choices=chosen)
+    with sweeps.alone_in(directory):
+        sweeps.forget_failure(directory)
+        results, checkpoint = sweeps.done_before(config, directory)
+        if results is not None:
+            _print(f"finished before     {directory}")
+            return results
+        if checkpoint is not None:
+            _print(f"goes on from        {checkpoint}")
+        return train(config, directory, checkpoint=checkpoint, overrides=overrides, choices=chosen)
 
 
 def _refuse_divergence(runs: dict[str, Results]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Collection
 from typing import Any
 
@@ -21,6 +22,7 @@ def make_data(settings: DictConfig) -> LightningDataModule:
     Raises:
         ValueError: the settings make something else.
     """
+    check_target("data", settings)
     data = hydra.utils.instantiate(settings)
     if not isinstance(data, LightningDataModule):
         raise ValueError(f"data._target_={settings._target_} is not a LightningDataModule.")
@@ -37,6 +39,8 @@ def make_module(config: DictConfig, data: LightningDataModule) -> LightningModul
         ValueError: the settings make something else, or a classifier does not know the number of classes.
     """
     settings = config.model
+    for name in ("model", "loss", "optimizer", "scheduler"):
+        check_target(name, config[name])
     accepted = _arguments(settings._target_)
     known = {name: getattr(data, name) for name in ("shape", "classes") if hasattr(data, name)}
     model = hydra.utils.instantiate(settings, **{k: x for k, x in known.items() if k in accepted and k not in settings})
@@ -65,13 +69,30 @@ def _arguments(target: str) -> Collection[str]:
     """The names of the arguments that a class or a function takes."""
     try:
         return inspect.signature(hydra.utils.get_object(target)).parameters
-    except ImportError as error:
-        raise ValueError(
-            f"model._target_={target} cannot be imported ({' '.join(str(error).split())}). Start the command in the "
-            "folder of its module, or install it."
-        ) from error
     except ValueError:  # built-in classes do not tell
         return ()
+
+
+def check_target(group: str, settings: Any) -> None:
+    """Check that the class or the function that a part of the settings names can be imported.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    target = settings.get("_target_") if settings else None
+    if target is None:
+        return
+    logger = logging.getLogger("hydra.utils")  # prints what is raised anyway
+    before, logger.disabled = logger.disabled, True
+    try:
+        hydra.utils.get_object(target)
+    except ImportError as error:
+        raise ValueError(
+            f"{group}._target_={target} cannot be imported ({' '.join(str(error).split())}). Correct the name, start "
+            "the command in the folder of its module, or install it."
+        ) from error
+    finally:
+        logger.disabled = before
 
 
 def make_callbacks(config: DictConfig) -> list[Any]:

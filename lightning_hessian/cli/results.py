@@ -140,7 +140,7 @@ class Results:
         lines = [
             *usual,
             f"Hessian trace       {trace.estimate:.4g} +- {trace.standard_error:.2g} "
-            f"({trace.matvecs} probes, {self.images} training images, evaluation mode)",
+            f"({trace.matvecs} probes, {self.images} training samples, evaluation mode)",
             f"largest eigenvalue  {eigenvalue:.4g} (residual {residual:.1g})",
         ]
         if self.curvature.stability is not None:
@@ -159,8 +159,12 @@ class Results:
         at = "" if self.epoch is None else f" of epoch {self.epoch}"
         if self.objective is None:
             return f"the {self.tested} weights{at}"
-        value = "never finite" if self.objective.value is None else f"{self.objective.value:.4f}"
-        return f"the {self.tested} weights{at} (best {self.objective.metric} {value})"
+        metric = self.objective.metric
+        if self.objective.value is None:
+            return f"the {self.tested} weights{at} ({metric} was never finite)"
+        last = next((epoch[metric] for epoch in reversed(self.epochs) if metric in epoch), None)
+        end = f", {last:.4f} at the end" if last is not None and self.tested == "last" else ""
+        return f"the {self.tested} weights{at} (best {metric} {self.objective.value:.4f}{end})"
 
 
 def comparison_table(runs: Mapping[str, Results]) -> str:

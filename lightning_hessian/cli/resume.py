@@ -15,7 +15,7 @@ from lightning_hessian.cli.checkpoint import read_checkpoint
 from lightning_hessian.cli.csv_log import FILE as METRICS
 from lightning_hessian.cli.results import FILE
 from lightning_hessian.cli.run import CONFIG, LAST
-from lightning_hessian.cli.settings import config_directory, is_within
+from lightning_hessian.cli.settings import config_directory, is_within, name_of
 
 _OWN = ("resume", "compare")
 """What belongs to the command that resumes, not to the run."""
@@ -28,12 +28,13 @@ _FIXED = {
     "optimizer": "the checkpoint has the optimizer's state and learning rate",
     "scheduler": "the checkpoint has the state of the schedule",
     "seed": "the order of the data and the random state go on",
-    "data.batch_size": "it changes the number of steps, on which the schedule depends",
-    "data.train_samples": "it changes the number of steps, on which the schedule depends",
+    "data": "the run has trained on these data, and the schedule depends on the number of steps",
     "trainer.accumulate_grad_batches": "it changes the number of steps, on which the schedule depends",
     "trainer.limit_train_batches": "it changes the number of steps, on which the schedule depends",
 }
 """What cannot change in the middle of a run, and why."""
+_FREE = ("data.root", "data.num_workers")
+"""What can change all the same."""
 
 
 def with_the_runs_own(arguments: Sequence[str]) -> list[str]:
@@ -58,8 +59,8 @@ def with_the_runs_own(arguments: Sequence[str]) -> list[str]:
     path = Path(asked.strip("\"'").replace("\\", ""))
     if str(path) == str(Path(asked)):
         given = f"resume='{asked}'" if '"' in asked else f'resume="{asked}"'
-    names = [_name(one) for one in arguments]
-    own = [one for one in _overrides_in(_folder_of(path)) if not is_within(_name(one), names)]
+    names = [name_of(one) for one in arguments]
+    own = [one for one in _overrides_in(_folder_of(path)) if not is_within(name_of(one), names)]
     at = [one.startswith("resume=") for one in arguments].index(True)
     return [*_flags_of(_folder_of(path)), *arguments[:at], *own, given, *arguments[at + 1 :]]
 
@@ -84,13 +85,13 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
     assert isinstance(before, DictConfig)
     assert isinstance(settings, DictConfig)
     changes, of_the_run = [], _overrides_in(directory)
-    kept = [one for one in overrides if _name(one) not in _OWN]
+    kept = [one for one in overrides if name_of(one) not in _OWN]
     for override in (one for one in kept if one not in of_the_run):
-        name = _name(override)
+        name = name_of(override)
         if name in _GROUPS_OF_MANY:
             raise ValueError(f"resume={asked}: {override} sets several parts of a run. Give the settings one by one.")
         fixed = next((why for part, why in _FIXED.items() if is_within(name, [part])), None)
-        if fixed is not None:
+        if fixed is not None and name not in _FREE:
             raise ValueError(f"resume={asked}: {override} cannot change in the middle of a run: {fixed}.")
         old = OmegaConf.select(settings, name)
         if override.startswith("~"):
@@ -105,7 +106,7 @@ def resumed(config: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, P
         settings.logger.save_dir = config.logger.save_dir  # this command's folder
     settings.resume, settings.compare = str(directory.resolve()), None
     longer = [name for name in _LENGTH if OmegaConf.select(before, name) != OmegaConf.select(settings, name)]
-    if longer and settings.scheduler:
+    if longer and read_checkpoint(str(directory / LAST))["lr_schedulers"]:
         raise ValueError(
             f"resume={asked}: {longer[0]} was {OmegaConf.select(before, longer[0])}, and the schedule of the learning "
             "rate ends there. Beyond its end a cosine schedule runs backwards. Keep the length, or start a new run."
@@ -153,7 +154,7 @@ def _overrides_in(directory: Path) -> list[str]:
     """The overrides of a run that belong to itself."""
     path = directory / OVERRIDES
     found = [*OmegaConf.load(path)] if path.is_file() else []
-    return [one for one in map(str, found) if not is_within(_name(one), (*_OWN, "sweep"))]
+    return [one for one in map(str, found) if not is_within(name_of(one), (*_OWN, "sweep"))]
 
 
 def _flags_of(directory: Path) -> list[str]:
@@ -163,10 +164,6 @@ def _flags_of(directory: Path) -> list[str]:
     found = OmegaConf.load(directory / HYDRA).hydra
     folders = [one.path for one in found.runtime.config_sources if one.provider == "command-line"]
     return ["--config-name", found.job.config_name, *(part for one in folders for part in ("--config-dir", one))]
-
-
-def _name(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def _directory(asked: str) -> Path:

@@ -24,7 +24,7 @@ from lightning_hessian.cli.final_curvature import measure
 from lightning_hessian.cli.history import History, StepTimer
 from lightning_hessian.cli.parts import make_callbacks, make_data, make_module
 from lightning_hessian.cli.results import Objective, Results
-from lightning_hessian.cli.settings import check_settings
+from lightning_hessian.cli.settings import check_settings, name_of
 from lightning_hessian.cli.strengths import choose_strengths, regularizer_of
 from lightning_hessian.monitoring.measurement import Curvature
 
@@ -229,7 +229,7 @@ def _main_settings(settings: Mapping[str, Any], overrides: Sequence[str]) -> dic
     parts = {"data": "data._target_", "model": "model._target_", "penalty": "regularizer.penalty._target_"}
     found = {name: str(settings[key]).rpartition(".")[2] for name, key in parts.items() if key in settings}
     found |= {key: settings[key] for key in ("regularizer.strength", "optimizer.lr", "seed") if key in settings}
-    names = [one.lstrip("+~").partition("=")[0] for one in overrides]
+    names = map(name_of, overrides)
     return found | {name: settings[name] for name in names if name in settings}
 
 

@@ -55,6 +55,16 @@ def config_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
+def name_of(override: str) -> str:
+    """The setting, or the group of settings, that an override of the command line sets.
+
+    Example:
+        >>> name_of("+trainer.profiler=simple"), name_of("~scheduler"), name_of("regularizer@baseline=jacobian")
+        ('trainer.profiler', 'scheduler', 'regularizer')
+    """
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
+
+
 def is_within(name: str, parts: Sequence[str]) -> bool:
     """Whether a setting, or a group of settings, is one of these or lies beneath one.
 

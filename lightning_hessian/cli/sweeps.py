@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -135,6 +139,24 @@ def check_search(config: DictConfig, directory: Path) -> None:
         )
 
 
+@contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Wait until no other process runs the job in this folder: workers of a sweep that was killed finish their job."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # a process of the same job
+        yield
+        return
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waits               another process runs the job in {directory}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def record_failure(directory: Path, job: str, reason: str, status: int) -> None:
     """Keep why a job failed, for the end of the sweep: the job may run in another process."""
     if directory.is_dir():
@@ -143,10 +165,22 @@ def record_failure(directory: Path, job: str, reason: str, status: int) -> None:
         partial.replace(directory / FAILURE)
 
 
-def failures_in(directory: Path) -> list[dict[str, Any]]:
-    """The failed jobs in a folder, at any depth, with the reason and the exit status of each."""
+def forget_failure(directory: Path) -> None:
+    """A job that failed runs again."""
+    (directory / FAILURE).unlink(missing_ok=True)
+
+
+def failures_in(directory: Path, since: float = 0.0) -> list[dict[str, Any]]:
+    """The failed jobs in a folder, at any depth, with the reason and the exit status of each.
+
+    Args:
+        directory: the folder.
+        since: leave out those that failed before this time, in seconds.
+    """
     found = []
     for path in sorted(directory.rglob(FAILURE)):
+        if path.stat().st_mtime < since:
+            continue
         try:
             state = json.loads(path.read_text())
             found.append({name: state[name] for name in ("job", "reason", "status")})
@@ -165,18 +199,19 @@ class SweepEnd(Callback):
         if "optuna" in config.hydra.sweeper._target_:
             with exit_on_user_error():  # Hydra warns of exceptions in callbacks, and goes on
                 check_search(config, directory)
-        for job in directory.glob("*/.hydra"):  # Hydra made this folder
-            (job.parent / FAILURE).unlink(missing_ok=True)
+        self._started = time.time()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         directory = Path(config.hydra.sweep.dir)
         failed = failures_in(directory)
-        statuses.extend(one["status"] for one in failed)
+        statuses.extend(one["status"] for one in failures_in(directory, self._started))
         finished = len(list(directory.glob(f"*/{FILE}")))
         if failed:
             print(f"\n{len(failed)} of the jobs failed:", file=sys.stderr)
             for one in failed:
                 print(f"  {one['job']}: {one['reason']}", file=sys.stderr)
-        print(f"\n{finished} runs have finished. Compare them: lightning-hessian report '{directory}'")
-        if failed:
+        print(f"\n{finished} runs have finished.")
+        if finished:
+            print(f"Compare them: lightning-hessian report '{directory}'")
+        if failed and not (directory / SETTINGS).is_file():  # Optuna has counted its failed trials
             print(f"Run what failed again: the same command with hydra.sweep.dir='{directory}'")

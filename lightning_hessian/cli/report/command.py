@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,10 +99,13 @@ def _answer(groups: Sequence[Group], finished: int) -> str:
         parts.append(f"Left out: {finished - runs} with the same settings and seed as a newer run.")
     if len(objectives) > 1:
         parts.append(f"They have different objectives ({', '.join(objectives)}), so they are in no order.")
+    elif objectives and math.isinf(best.rank):
+        parts.append("No run has a finite objective.")
     elif objectives:
         metric = objectives[0].partition(" ")[2]
-        told = [f"best {metric} {best.mean(f'best/{metric}')}"]
         known = metrics_of([best])
+        at_the_end = f" (at the end {best.mean(metric)})" if metric in known else ""
+        told = [f"best {metric} {best.mean(f'best/{metric}')}{at_the_end}"]
         told += [f"{label_of(name)} {best.mean(name)}" for name in ("test/accuracy", "final/trace") if name in known]
         which = f"By {metric} the best is {best.label}: " if len(groups) > 1 else ""
         parts.append(f"{which}{', '.join(told)}.")

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lightning_hessian.cli.results import FILE, Results
 from lightning_hessian.cli.run import CONFIG
-from lightning_hessian.cli.settings import is_within
+from lightning_hessian.cli.settings import is_within, name_of
 from lightning_hessian.cli.strengths import AUTO
 from lightning_hessian.cli.sweeps import FAILURE, failures_in
 
@@ -121,7 +121,7 @@ def _is_of_a_run(folder: Path) -> bool:
 def _run(results: Results) -> Run:
     settings = {name: text for name, text in _flat(results.settings) if not is_within(name, _NOT_COMPARED)}
     choices = {name: one for name, one in results.choices.items() if one and not is_within(name, _NOT_NAMED)}
-    given = dict(one.lstrip("+~").partition("=")[::2] for one in results.overrides)
+    given = {name_of(one): one.partition("=")[2] for one in results.overrides}
     own = [name for name in given if name not in results.choices]
     settings |= {name: AUTO for name in settings if given.get(name) == AUTO}  # a resumed run has the number
     return Run(
@@ -141,8 +141,15 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             found += _flat(value, f"{name}.")
-        elif isinstance(value, float) and value.is_integer() and not name.startswith("trainer."):
-            found.append((name, str(int(value))))
+        elif isinstance(value, str):
+            found.append((name, value))
         else:
-            found.append((name, value if isinstance(value, str) else json.dumps(value)))
+            found.append((name, json.dumps(value if name.startswith("trainer.") else _whole(value))))
     return found
+
+
+def _whole(value: Any) -> Any:
+    """1 in place of 1.0, also in lists."""
+    if isinstance(value, list):
+        return [_whole(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -90,6 +90,13 @@ class Group:
         regularizer = self.runs[0].results.settings.get("regularizer")
         return regularizer == {} or (regularizer is not None and regularizer.get("strength") == 0)
 
+    @property
+    def rank(self) -> float:
+        """The mean objective, the lower the better; infinite without one."""
+        objectives = [run.results.objective for run in self.runs]
+        values = [(1 if one.direction == "minimize" else -1) * one.number for one in objectives if one is not None]
+        return statistics.mean(values) if values else math.inf
+
     def values(self, metric: str) -> dict[int, float]:
         """A final number of its runs, by seed."""
         return {run.seed: found for run in self.runs if (found := scalars(run).get(metric)) is not None}
@@ -125,8 +132,9 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     """
     found: dict[frozenset[tuple[str, str]], dict[int, Run]] = {}
     following = _following_the_seed(runs)
+    equal = {name for name in following if all(run.settings.get(name) == str(run.seed) for run in runs)}
     for run in runs:
-        left = following - run.overridden
+        left = {name for name in following if run.settings.get(name) == str(run.seed)}
         same = found.setdefault(frozenset(pair for pair in run.settings.items() if pair[0] not in left), {})
         if run.seed not in same or run.written >= same[run.seed].written:
             same[run.seed] = run
@@ -146,14 +154,14 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
         name
         for name in _names(run.settings for run in first)
         if len({*values(name)}) > 1
-        and name not in following - given
+        and name not in (following - given) | equal
         and (name in given or len({*zip(combinations, values(name), strict=True)}) > len({*combinations}))
     ]
     columns = {**{name: chosen(name) for name in choices}, **{name: values(name) for name in differing}}
     groups = [
         Group({name: column[i] for name, column in columns.items()}, runs_here) for i, runs_here in enumerate(members)
     ]
-    return groups if len(objectives_of(groups)) > 1 else sorted(groups, key=_rank)
+    return groups if len(objectives_of(groups)) > 1 else sorted(groups, key=lambda group: group.rank)
 
 
 def objectives_of(groups: Iterable[Group]) -> list[str]:
@@ -174,12 +182,6 @@ def _following_the_seed(runs: Sequence[Run]) -> frozenset[str]:
         return len(pairs) > 1 and all(value == str(seed) for value, seed in pairs)
 
     return frozenset(filter(follows, _names(run.settings for run in runs)))
-
-
-def _rank(group: Group) -> float:
-    objectives = [run.results.objective for run in group.runs]
-    values = [(1 if one.direction == "minimize" else -1) * one.number for one in objectives if one is not None]
-    return statistics.mean(values) if values else math.inf
 
 
 def metrics_of(groups: Iterable[Group]) -> list[str]:
@@ -208,9 +210,11 @@ def others_of(group: Group) -> dict[str, str]:
 
 
 def reference_of(group: Group, groups: Iterable[Group]) -> Group | None:
-    """The group without a penalty that has the same settings otherwise."""
-    found = (one for one in groups if one is not group and one.is_reference and others_of(one) == others_of(group))
-    return None if group.is_reference else next(found, None)
+    """The group without a penalty that has the same settings otherwise, and the most seeds in common."""
+    found = [one for one in groups if one is not group and one.is_reference and others_of(one) == others_of(group)]
+    seeds = {run.seed for run in group.runs}
+    common = [len(seeds & {run.seed for run in one.runs}) for one in found]
+    return found[common.index(max(common))] if found and not group.is_reference else None
 
 
 def table_of(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
