@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lightning_hessian.step.loop import TrainingLoop
 
+ADDED = "train/penalty"
+"""What the penalties have added to the loss."""
+
 
 def log_penalty(loop: TrainingLoop, name: str, value: Tensor) -> None:
     """``curvature/<name>``: the raw value of a penalty, the mean over the ranks."""
@@ -17,7 +20,7 @@ def log_penalty(loop: TrainingLoop, name: str, value: Tensor) -> None:
 
 def log_added(loop: TrainingLoop, added: Tensor | None, like: Tensor) -> None:
     """``train/penalty``: what was added to the loss, the mean over the ranks; None for nothing."""
-    loop.log("train/penalty", torch.zeros_like(like) if added is None else added, reduce=True)
+    loop.log(ADDED, torch.zeros_like(like) if added is None else added, reduce=True)
 
 
 def log_skipped(loop: TrainingLoop, skipped: Mapping[str, int]) -> None:
