@@ -13,6 +13,7 @@ import torch
 import transformers
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from oracles import Differences, by_differences, flat, gradient_of, hessian_by_differences, relative_error
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -601,3 +602,32 @@ def test_probes_differ_from_step_to_step(tmp_path):
     callback = regularizer(lh.HessianTrace(), 1e-6)
     trainer = trained(tmp_path, bert(), SENTENCES[:4], callback, max_steps=4, learning_rate=0.0)
     assert all(a != b for a, b in pairwise(logged(trainer, "curvature/hessian_trace")))
+
+
+def test_a_penalty_on_adapters_alone(tmp_path):
+    def adapted():
+        net = llama()
+        torch.manual_seed(1)
+        return get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+
+    net, penalty = adapted(), lh.HessianTrace(parameters="*lora_A*")
+    context = penalized_context(net, collated(TEXTS, 0), penalty)
+    adapters = [p for p in net.parameters() if p.requires_grad]
+    found = torch.autograd.grad(context.loss + STRENGTH * penalty(context), adapters)
+    gradients = dict(zip(adapters, found, strict=True))
+    expected = flat([gradients.get(p, torch.zeros_like(p)) for p in net.parameters()])
+    for method in ("taylor", "autograd"):
+        callback = regularizer(lh.HessianTrace(parameters="*lora_A*", method=method))
+        trainer = trained(tmp_path, adapted(), TEXTS, callback)
+        assert relative_error(trainer.gradients[0], expected) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["taylor", "two_pass"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, method):
+    found = [
+        trained(
+            tmp_path, llama("sdpa"), TEXTS, regularizer(lh.HessianTrace(method=method)), gradient_checkpointing=on
+        ).gradients[0]
+        for on in (True, False)
+    ]
+    assert relative_error(*found) < 1e-6
