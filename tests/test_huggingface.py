@@ -235,6 +235,25 @@ def test_accumulated_batches_have_the_weights_of_their_labels(tmp_path, method):
         assert logged(trainer, "loss")[0] - added == pytest.approx(logged(plain, "loss")[0], rel=1e-4)
 
 
+def test_a_step_without_a_penalty_is_the_trainers_own(tmp_path):
+    settings = {**SETTINGS, "max_steps": 2}
+    trainer = trained(tmp_path, llama(), TEXTS, regularizer(lh.HessianTrace(), lambda step: 0.0), **settings)
+    plain = trained(tmp_path, llama(), TEXTS, **settings)
+    assert torch.equal(weights(trainer), weights(plain))
+    assert logged(trainer, "loss") == logged(plain, "loss")
+
+
+def test_a_batch_without_a_label_has_no_penalty(tmp_path):
+    unlabeled = [{**text, "labels": torch.full_like(text["labels"], -100)} for text in TEXTS[:2]]
+    found = []
+    for start in (unlabeled, []):  # the Trainer shuffles nothing here
+        steps = {} if not start else SETTINGS
+        callback = regularizer(lh.HessianTrace(method="two_pass"), 1e-9)
+        settings = {"per_device_train_batch_size": 2, **steps}
+        found.append(trained(tmp_path, llama(), start + TEXTS[:2], callback, **settings).gradients[0])
+    assert relative_error(*found) < 1e-3
+
+
 def test_accumulated_batches_have_the_mean_of_a_penalty_that_is_not_proportional_to_the_loss(tmp_path):
     net, penalty = llama(), lh.ConfidencePenalty()
     contexts = [penalized_context(net, batch, penalty) for batch, _ in PARTS]

@@ -122,7 +122,7 @@ class Attachment(TrainerCallback):
         share = self._share(inputs, kwargs.get("num_items_in_batch"))
         loop.weight = 1 / self.trainer.current_gradient_accumulation_steps if share is None else share
         try:
-            if share == 0:  # no label: a mean loss does not exist
+            if share == 0 or not fit.acts_now():  # without a label a mean loss does not exist
                 return self._compute_loss(model, inputs, *args, **kwargs)
             return _inside(model, lambda model: self._penalized(fit, share or 1.0, model, inputs, args, kwargs))
         finally:

@@ -137,6 +137,10 @@ class RegularizedFit:
                 guard.watch(output if isinstance(output, Tensor) else output["loss"])
             return output
 
+    def acts_now(self) -> bool:
+        """Whether a penalty acts on this step."""
+        return bool(self._active_now())
+
     def log_skipped(self) -> None:
         """Log what was counted when logging was not allowed."""
         unlogged = {one.name: one.skipped for one in self.penalties if one.has_unlogged}
