@@ -81,7 +81,9 @@ def growth(method: str, vocabulary: int, chunks: int) -> int:
 def measured(method: str, vocabulary: int, chunks: int) -> int | None:
     """The same in a process of its own; None where it fails."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", method, str(vocabulary), str(chunks)]
-    found = subprocess.run(command, capture_output=True, text=True)
+    # Freed tensors go back to the system at once. Otherwise a fragmented heap is counted, too.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment)
     if found.returncode:
         print(found.stderr[-600:], file=sys.stderr)
         return None
