@@ -53,6 +53,7 @@ from lightning_hessian.cli.parts import make_data, make_module  # noqa: E402
 from lightning_hessian.cli.settings import config_directory  # noqa: E402
 from lightning_hessian.curvature import select_parameters  # noqa: E402
 from lightning_hessian.monitoring.measurement import Measurement, MeasurementConfig  # noqa: E402
+from lightning_hessian.step.lightning_loop import LightningLoop  # noqa: E402
 
 REGULARIZERS = (
     "none",
@@ -136,7 +137,7 @@ def curvature(
     was = module.training
     module.train(training)
     found, _ = Measurement(
-        trainer,
+        LightningLoop(trainer, module),
         module,
         batches=batches,
         parameters=parameters,

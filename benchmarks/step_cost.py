@@ -58,6 +58,7 @@ from lightning_hessian.curvature import ProbeSource  # noqa: E402
 from lightning_hessian.curvature.backward_watch import BackwardWatch  # noqa: E402
 from lightning_hessian.regularization.callback import enlist  # noqa: E402
 from lightning_hessian.regularization.fit import RegularizedFit  # noqa: E402
+from lightning_hessian.step.lightning_loop import LightningLoop  # noqa: E402
 
 STRENGTH = 1e-4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -211,7 +212,7 @@ class Case(L.LightningModule):
 
         def step() -> None:
             if not fits:  # the module has a Trainer by now
-                fits.append(RegularizedFit(self))
+                fits.append(RegularizedFit(self, LightningLoop(self.trainer, self)))
                 enlist(fits[0], [regularizer])
                 fits[0].start()
             self.update(fits[0](lambda _: self.loss()))

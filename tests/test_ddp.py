@@ -30,6 +30,7 @@ import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.regularization.callback import enlist
 from lightning_hessian.regularization.fit import RegularizedFit
+from lightning_hessian.step.lightning_loop import LightningLoop
 
 
 def callback(penalty, **settings):
@@ -247,7 +248,7 @@ def test_sharded_parameters_are_refused(strategy, monkeypatch):
     if strategy != "ModelParallelStrategy":  # FSDP2
         refused += [lh.HessianTrace(), lh.HessianTrace(method="two_pass")]
     for penalty in refused:
-        fit = RegularizedFit(module)
+        fit = RegularizedFit(module, LightningLoop(module.trainer, module))
         enlist(fit, [callback(penalty)])
         with pytest.raises(MisconfigurationException, match=message):
             fit.start()

@@ -20,6 +20,7 @@ WITH_BLOCKS = {
     "watching": 2,
     "correctness": 1,
     "plain-pytorch": 3,
+    "huggingface": 2,
     "extending": 5,
     "taylor": 2,
 }

@@ -13,6 +13,7 @@ from lightning_hessian.cli.data import ImageData
 from lightning_hessian.curvature import select_parameters
 from lightning_hessian.monitoring.measurement import Curvature, Measurement, MeasurementConfig, fixed_batches
 from lightning_hessian.step.batches import samples_in
+from lightning_hessian.step.lightning_loop import LightningLoop
 
 LANCZOS = 20
 """Lanczos steps, each one Hessian-vector product, for the largest eigenvalue."""
@@ -44,7 +45,7 @@ def measure(
         relative=True,
     )
     measurement = Measurement(
-        trainer,
+        LightningLoop(trainer, module),
         module,
         batches=batches,
         parameters=select_parameters(dict(module.named_parameters())),

@@ -6,11 +6,10 @@ import dataclasses
 import importlib.util
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.arguments import choice, whole_number, writable_directory
 from lightning_hessian.curvature import ParameterFilter, select_parameters, subspace_overlap
@@ -27,6 +26,8 @@ from lightning_hessian.curvature.spectrum import check_eigenvalues
 from lightning_hessian.monitoring import images
 from lightning_hessian.monitoring.measurement import Curvature, Loss, Measurement, MeasurementConfig, fixed_batches
 from lightning_hessian.step.learning_rates import learning_rates
+from lightning_hessian.step.lightning_loop import LightningLoop
+from lightning_hessian.step.loop import TrainingLoop
 from lightning_hessian.step.repeatable import BatchSkipped
 
 Stage = Literal["train", "val", "test"]
@@ -214,21 +215,24 @@ class CurvatureMonitor(Callback):
                 "Hessian-vector products would be zero or fail. Measure a checkpoint with trainer.validate on one "
                 "device or with strategy='ddp'."
             )
-        if trainer.precision == "16-true":
-            raise MisconfigurationException(
-                "precision='16-true': Hessian-vector products of float16 weights silently overflow or underflow. "
-                "Measure a float32 copy with trainer.validate, or train with '16-mixed' or 'bf16-mixed'."
-            )
+        self._check(str(trainer.precision), is_first_process=trainer.is_global_zero)
         if self.loss is None:
             self._check_step(pl_module)
-        if self.png_directory is not None and trainer.is_global_zero:
-            writable_directory("png_directory", self.png_directory)
         if (
             self.figures
             and any(map(images.are_taken_by, trainer.loggers))
             and importlib.util.find_spec("matplotlib") is None
         ):
             rank_zero_warn("CurvatureMonitor draws no figures: matplotlib is not installed (pip install matplotlib).")
+
+    def _check(self, precision: str, is_first_process: bool) -> None:
+        if precision == "16-true":
+            raise MisconfigurationException(
+                "precision='16-true': Hessian-vector products of float16 weights silently overflow or underflow. "
+                "Measure a float32 copy with trainer.validate, or train with '16-mixed' or 'bf16-mixed'."
+            )
+        if self.png_directory is not None and is_first_process:
+            writable_directory("png_directory", self.png_directory)
 
     def _check_step(self, module: LightningModule) -> None:
         problem = None
@@ -245,21 +249,39 @@ class CurvatureMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._spaces = {}
         self._steps_seen = trainer.global_step
+        loop = LightningLoop(trainer, pl_module)
         self._report_learning_rates(trainer)
-        self._measurement = self._prepared(trainer, pl_module, self.batches)
-        self._is_first = True
+        self._begin(loop, pl_module, self.loss, lambda: self._fixed_batches(trainer, pl_module, self.batches))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not in `on_train_start`: the module's own hooks run after the callbacks', and Lightning may not have counted
         # the last batch before an interruption.
         if self._is_first:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            in_epoch = batch_idx > 0 or trainer.current_epoch % self.every_n_epochs != 0
-            self._go_on_from(step, due=not in_epoch if self.every_n_steps is None else step % self.every_n_steps == 0)
-            self._measure(trainer, step)
-            self._is_first = False
+            epoch = trainer.current_epoch if batch_idx == 0 else None
+            self._measure_first(trainer.fit_loop.epoch_loop._batches_that_stepped, epoch)
+
+    def _begin(
+        self, loop: TrainingLoop, module: nn.Module, loss: Loss | None, batches: Callable[[], list[Any]]
+    ) -> None:
+        """Prepare for measurements in a training."""
+        self._is_fitting = True
+        self._spaces = {}
+        self._measurement = self._prepared(loop, module, loss)
+        self._measurement.batches = batches()
+        self._is_first = True
+
+    def _end(self) -> None:
+        """Let go of the training."""
+        self._measurement = None
+        self._spaces = {}
+
+    def _measure_first(self, step: int, epoch: int | None) -> None:
+        """Measure before the first step that is taken: this one, in the middle of an epoch or at this one's start."""
+        at_epoch = epoch is not None and epoch % self.every_n_epochs == 0
+        self._go_on_from(step, due=at_epoch if self.every_n_steps is None else step % self.every_n_steps == 0)
+        self._measure(step)
+        self._is_first = False
 
     def _go_on_from(self, step: int, due: bool) -> None:
         """Keep what was measured before this step. A resumed run measures here again."""
@@ -278,18 +300,17 @@ class CurvatureMonitor(Callback):
         # + 1 because Lightning counts this batch later. Loggers then show the curvature at the next loss's step.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
         if step % self.every_n_steps == 0:
-            self._measure(trainer, step)
+            self._measure(step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure(trainer, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._measure(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measurement = None
-        self._spaces = {}
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_fit_end(trainer, pl_module)
+        self._end()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
@@ -299,17 +320,20 @@ class CurvatureMonitor(Callback):
         self._measure_alone(trainer, pl_module, "test")
 
     def _measure_alone(self, trainer: Trainer, module: LightningModule, stage: Stage) -> None:
-        measurement = self._prepared(trainer, module, stage)
+        loop = LightningLoop(trainer, module)
+        measurement = self._prepared(loop, module, self.loss)
+        measurement.batches = self._fixed_batches(trainer, module, stage)
         try:
             curvature, _ = measurement.measure(trainer.global_step, None)
         except BatchSkipped as skipped:
             raise MisconfigurationException(_NO_LOSS) from skipped
         # Already equal on all ranks. `sync_dist` only informs Lightning.
         module.log_dict({_key(stage, name): value for name, value in curvature.scalars().items()}, sync_dist=True)
-        self._draw(trainer, [curvature], stage)
+        self._draw(loop, [curvature], stage)
 
-    def _measure(self, trainer: Trainer, step: int) -> None:
+    def _measure(self, step: int) -> None:
         assert self._measurement is not None
+        loop = self._measurement.loop
         before = self._measurement.parameters
         self._choose(self._measurement)
         unfrozen = len(self._measurement.parameters) - len(before)
@@ -319,7 +343,7 @@ class CurvatureMonitor(Callback):
             )
         groups = self._measurement.config.spaces
         try:
-            curvature, spaces = self._measurement.measure(step, max(learning_rates(trainer), default=None))
+            curvature, spaces = self._measurement.measure(step, max(loop.learning_rates, default=None))
         except BatchSkipped as skipped:
             if self._is_first:
                 raise MisconfigurationException(_NO_LOSS) from skipped
@@ -336,13 +360,11 @@ class CurvatureMonitor(Callback):
         self._overlaps_here = {}
         self._spaces = now
         self.history.append(curvature)
-        scalars = {_key(self.batches, name): value for name, value in curvature.scalars().items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
-        self._draw(trainer, self.history, self.batches)
+        loop.report({_key(self.batches, name): value for name, value in curvature.scalars().items()}, step)
+        self._draw(loop, self.history, self.batches)
 
-    def _prepared(self, trainer: Trainer, module: LightningModule, stage: Stage) -> Measurement:
+    def _prepared(self, loop: TrainingLoop, module: nn.Module, loss: Loss | None) -> Measurement:
+        """What measures the module, without its batches yet."""
         config = MeasurementConfig(
             probes=self.probes,
             eigenvalues=self.eigenvalues,
@@ -353,13 +375,13 @@ class CurvatureMonitor(Callback):
             seed=self.seed,
         )
         measurement = Measurement(
-            trainer,
+            loop,
             module,
             batches=[],
             parameters={},
             config=config,
             training_mode=self.mode == "train",
-            loss=self.loss,
+            loss=loss,
         )
         try:
             self._choose(measurement)
@@ -369,10 +391,9 @@ class CurvatureMonitor(Callback):
                 check_eigenvalues(dimension, 0, self.iterations + dimension, size)
         except ValueError as error:
             raise MisconfigurationException(f"CurvatureMonitor cannot measure. {error}") from error
-        measurement.batches = self._fixed_batches(trainer, module, stage)
         return measurement
 
-    def _every(self, module: LightningModule) -> dict[str, Tensor]:
+    def _every(self, module: nn.Module) -> dict[str, Tensor]:
         """The selected parameters, including frozen ones."""
         return select_parameters(dict(module.named_parameters()), self.parameters, frozen=True)
 
@@ -450,8 +471,8 @@ class CurvatureMonitor(Callback):
             )
 
     @rank_zero_only
-    def _draw(self, trainer: Trainer, history: Sequence[Curvature], stage: Stage) -> None:
-        loggers = [one for one in trainer.loggers if images.are_taken_by(one)] if self.figures else []
+    def _draw(self, loop: TrainingLoop, history: Sequence[Curvature], stage: Stage) -> None:
+        loggers = [one for one in loop.loggers if images.are_taken_by(one)] if self.figures else []
         if not (loggers or self.png_directory) or importlib.util.find_spec("matplotlib") is None:
             return
         from lightning_hessian.monitoring import figures

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_hessian.curvature import (
@@ -37,11 +37,12 @@ from lightning_hessian.curvature.vectors import pack
 from lightning_hessian.penalties.trace_estimators import filter_sizes
 from lightning_hessian.step.batches import samples_in
 from lightning_hessian.step.isolation import random_state_kept, seed_all, without_penalties
+from lightning_hessian.step.loop import TrainingLoop
 from lightning_hessian.step.repeatability import check_repeatable
 from lightning_hessian.step.repeatable import BatchSkipped, RepeatableStep
 from lightning_hessian.step.training_step import training_step
 
-Loss = Callable[[LightningModule, Any], Tensor]
+Loss = Callable[[Any, Any], Tensor]
 """``loss(module, batch)``: the mean loss of a batch."""
 
 
@@ -153,7 +154,7 @@ class Measurement:
     """Measures a module repeatedly on a fixed set of batches.
 
     Args:
-        trainer: provides precision and processes.
+        loop: the loop that trains the module: its precision and its processes.
         module: the module.
         batches: this process's batches, on the module's device.
         parameters: the parameters to differentiate with respect to, by name.
@@ -165,8 +166,8 @@ class Measurement:
 
     def __init__(
         self,
-        trainer: Trainer,
-        module: LightningModule,
+        loop: TrainingLoop,
+        module: nn.Module,
         *,
         batches: Sequence[Any],
         parameters: Mapping[str, Tensor],
@@ -174,7 +175,7 @@ class Measurement:
         training_mode: bool,
         loss: Loss | None,
     ) -> None:
-        self.trainer = trainer
+        self.loop = loop
         self.module = module
         self.batches = batches
         self.parameters = parameters
@@ -239,7 +240,7 @@ class Measurement:
     @property
     def _is_parallel(self) -> bool:
         # After a fit in spawned processes the process group is gone, but `world_size` still counts them.
-        return self.trainer.world_size > 1 and torch.distributed.is_initialized()
+        return self.loop.world_size > 1 and torch.distributed.is_initialized()
 
     def _rows(self, groups: Mapping[str, Sequence[str]]) -> dict[str, list[slice]]:
         """Each group's entries in the flat parameter vector."""
@@ -254,37 +255,36 @@ class Measurement:
 
     @contextmanager
     def _loss_of(self) -> Iterator[Callable[[int], Tensor]]:
-        module, trainer = self.module, self.trainer
+        module, loop = self.module, self.loop
+        device = next(iter(self.parameters.values())).device
         context = higher_order(module, derivatives=2)
         with ExitStack() as stack:
-            stack.enter_context(random_state_kept(module.device))
+            stack.enter_context(random_state_kept(device))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_penalties())
-            # This context sets the default dtype of float64 or bfloat16 training; autocast would lose precision.
-            stack.enter_context(trainer.precision_plugin.train_step_context())
-            stack.enter_context(torch.autocast(module.device.type, enabled=False))
+            stack.enter_context(loop.full_precision())
             stack.enter_context(evaluation_mode(() if self.training_mode else module.modules()))
             stack.enter_context(_unfrozen(self.parameters.values()))
             steps = []
             for index, batch in enumerate(self.batches):
-                seed_all(self.config.seed + index, module.device)  # the same dropout masks in every measurement
+                seed_all(self.config.seed + index, device)  # the same dropout masks in every measurement
                 step = partial(self._step, index)
                 steps.append(RepeatableStep(module, step, batch, copies_batch=True, context=context))
             stack.enter_context(context.explained())
 
-            def loss(index: int) -> Tensor:
+            def loss_at(index: int) -> Tensor:
                 return steps[index].rerun().loss
 
             if self._is_parallel:  # products are collective, so either all ranks measure or none
                 complete = all(map(_has_loss, steps))
-                if not trainer.strategy.reduce_boolean_decision(complete, all=True):
+                if not loop.all(complete):
                     raise BatchSkipped(None)
             if not self._is_repeatable:
-                check_repeatable(module, partial(loss, 0), loss(0), "CurvatureMonitor")
+                check_repeatable(module, partial(loss_at, 0), loss_at(0), "CurvatureMonitor")
                 self._is_repeatable = True
 
-            yield loss
+            yield loss_at
 
     @contextmanager
     def _operator_of(self) -> Iterator[Callable[[Sequence[str]], BatchedHessianOperator]]:
@@ -296,7 +296,7 @@ class Measurement:
                     [self.parameters[name] for name in names],
                     range(len(self.batches)),
                     lambda index: samples_in(self.batches[index]) or 1,
-                    (lambda local: self.trainer.strategy.reduce(local, reduce_op="sum")) if self._is_parallel else None,
+                    self.loop.total if self._is_parallel else None,
                 )
 
             yield operator_of
@@ -335,21 +335,37 @@ def _has_loss(step: RepeatableStep) -> bool:
 def fixed_batches(module: LightningModule, loaders: Any, count: int, seed: int) -> list[Any]:
     """The first batches of a loader (or of several that Lightning combines), as the training step receives them.
 
+    See :func:`first_batches`.
+    """
+    return first_batches(loaders, count, seed, module.device, partial(_as_in_training, module.trainer, module))
+
+
+def first_batches(
+    loaders: Any, count: int, seed: int, device: torch.device, prepared: Callable[[Any], Any]
+) -> list[Any]:
+    """The first batches of a loader, or of several that Lightning combines.
+
     They come from copies of the loaders with copied samplers and random generators, so training gets the same batches
     as without them. The global random state does not change. If a loader has no generator, the seed determines the
     shuffling.
+
+    Args:
+        loaders: one loader or several.
+        count: how many batches.
+        seed: of the random state in which they are drawn.
+        device: the device whose random state is kept.
+        prepared: makes of a batch what the training step receives.
 
     Raises:
         MisconfigurationException: a loader or its dataset is an iterator, which would lose these batches, or a sampler
             cannot be copied.
     """
-    trainer = module.trainer
     copies = apply_to_collection(loaders, DataLoader, _independent_copy)
     if isinstance(copies, Iterator):
         raise _one_pass_only(copies)
-    with random_state_kept(module.device), torch.inference_mode(False), torch.no_grad():
-        seed_all(seed, module.device)
-        return [_as_in_training(trainer, module, batch) for batch in islice(_batches(copies), count)]
+    with random_state_kept(device), torch.inference_mode(False), torch.no_grad():
+        seed_all(seed, device)
+        return [prepared(batch) for batch in islice(_batches(copies), count)]
 
 
 def _independent_copy(loader: DataLoader) -> DataLoader:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization.adaptive import Adaptive, BudgetControl, Control
-from lightning_hessian.regularization.ranks import mean_length, mean_over_ranks
+from lightning_hessian.regularization.ranks import mean_length
+from lightning_hessian.step.loop import TrainingLoop
 
 OnNonfinite = Literal["skip", "raise"]
 
@@ -94,7 +94,7 @@ class FitPenalty:
     window: StepWindow = field(default_factory=StepWindow)
     _done: set[str] = field(default_factory=set)
 
-    def follow_settings(self, trainer: Trainer) -> None:
+    def follow_settings(self, loop: TrainingLoop) -> None:
         """Let its strength adapt as the settings now say.
 
         Raises:
@@ -104,7 +104,7 @@ class FitPenalty:
         if rule is None:
             self.control = None
         elif self.control is None or self.control.rule != rule:
-            rule.check(self.penalty, trainer)
+            rule.check(self.penalty, loop)
             self.control = rule.new_control(self.penalty)
             self.control.load_state_dict(self.strength_state)
             self.strength_state = {}
@@ -150,12 +150,11 @@ class ActivePenalty:
 
     def measure(
         self,
-        trainer: Trainer,
+        loop: TrainingLoop,
         tensors: Sequence[Tensor],
         task: Gradients,
         penalty: Gradients,
         *,
-        is_last: bool,
         resolution: float,
     ) -> float:
         """Adapt its strength to the lengths of the gradients of the task loss and of strength * penalty.
@@ -163,11 +162,10 @@ class ActivePenalty:
         With gradient accumulation these are the sums over the micro-batches of an optimizer step.
 
         Args:
-            trainer: the Trainer; all ranks call this.
+            loop: the loop that trains; all ranks call this.
             tensors: the parameters.
             task: the gradient of this batch's task loss.
             penalty: the gradient of strength * penalty on this batch.
-            is_last: whether the optimizer steps after this batch.
             resolution: below this share of the task loss's gradient the penalty's gradient is rounding.
 
         Returns:
@@ -176,9 +174,9 @@ class ActivePenalty:
         control, window = self.in_fit.control, self.in_fit.window
         assert control is not None
         window.add(task, [None if g is None else g / self.strength for g in penalty])
-        if not is_last:
+        if not loop.ends_optimizer_step:
             return 1.0
-        lengths = [mean_length(trainer, tensors, g) for g in (window.task, window.penalty)]
+        lengths = [mean_length(loop, tensors, g) for g in (window.task, window.penalty)]
         if lengths[1] == 0 and lengths[0] > 0 and self.in_fit.is_first("share"):
             rank_zero_warn(
                 f"{self.penalty!r} has no gradient on this batch (the loss is linear or quadratic in the parameters, "
@@ -196,14 +194,14 @@ class ActivePenalty:
         """Note its value on this rank's batch."""
         self.in_fit.window.values.append(value.detach())
 
-    def acted(self, trainer: Trainer) -> None:
+    def acted(self, loop: TrainingLoop) -> None:
         """Count an optimizer step that has ended, and adapt its strength to its values; all ranks call this."""
         control, values = self.in_fit.control, self.in_fit.window.values
         self.in_fit.window = StepWindow()
         if control is None:
             return
         if isinstance(control, BudgetControl) and values:
-            control.see(mean_over_ranks(trainer, torch.stack(values).mean()).item(), trainer)
+            control.see(loop.mean(torch.stack(values).mean()).item(), loop)
         control.acted()
 
 

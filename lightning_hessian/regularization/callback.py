@@ -19,6 +19,7 @@ from lightning_hessian.regularization.adaptive import Adaptive
 from lightning_hessian.regularization.checks import refuse_module, total_steps, warn_of_long_warmup
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
+from lightning_hessian.step.lightning_loop import LightningLoop
 
 Strength = float | SupportsFloat | Callable[[int], float]
 """The factor of a penalty in the loss, or a function from the optimizer step to it. (A float is a SupportsFloat as
@@ -180,10 +181,10 @@ class HessianRegularizer(Callback):
         if self._fit is not None and self is regularizers[0]:
             if self._fit.has_started:  # a tuner has trained with it
                 _begin_fit(pl_module, regularizers, self._fit.states)
-            start(self._fit, regularizers)
+            start(self._fit, regularizers, lambda: total_steps(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        warn_of_long_warmup(trainer, self._first_step, self.warmup_steps)
+        warn_of_long_warmup(lambda: trainer.estimated_stepping_batches, self._first_step, self.warmup_steps)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._fit is not None:
@@ -212,12 +213,12 @@ def _begin_fit(
     module: LightningModule, regularizers: Sequence[HessianRegularizer], states: Mapping[str, Any] | None = None
 ) -> None:
     """Make a fit of the module for all regularizers, and let its training step be penalized."""
-    fit = RegularizedFit(module)
+    fit = RegularizedFit(module, LightningLoop(module.trainer, module))
     fit.resume(states or {})
     enlist(fit, regularizers)
     for one in regularizers:
         one._fit = fit
-    penalized_step.install(fit)
+    penalized_step.install(module, fit)
 
 
 def enlist(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> None:
@@ -236,10 +237,16 @@ def enlist(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> N
     fit.use(enlisted)
 
 
-def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer]) -> None:
-    """Start the penalties of these regularizers that have not started, and say which of them do nothing."""
+def start(fit: RegularizedFit, regularizers: Sequence[HessianRegularizer], total_steps: Callable[[], float]) -> None:
+    """Start the penalties of these regularizers that have not started, and say which of them do nothing.
+
+    Args:
+        fit: the fit.
+        regularizers: the regularizers.
+        total_steps: tells the number of optimizer steps of the fit, where one of them needs it.
+    """
     for one in regularizers:
-        one._first_step = math.ceil(one.start * total_steps(fit.trainer)) if one.start else 0
+        one._first_step = math.ceil(one.start * total_steps()) if one.start else 0
         for penalty, strength in zip(one._in_fit, one._strengths(), strict=True):
             if strength == 0 and not penalty.has_started:
                 rank_zero_info(f"The penalty {penalty.name} has strength 0: it is not computed.")

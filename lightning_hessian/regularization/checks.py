@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from lightning_hessian.penalties import Penalty
 from lightning_hessian.regularization.active_penalty import FitPenalty
 from lightning_hessian.regularization.input_runs import check_layer
+from lightning_hessian.step.loop import TrainingLoop
 
 
 def refuse_module(module: LightningModule) -> None:
@@ -36,18 +37,18 @@ def refuse_module(module: LightningModule) -> None:
         )
 
 
-def check_penalty(one: FitPenalty, module: LightningModule) -> None:
-    """Refuse a penalty that cannot be computed on this module with its Trainer.
+def check_penalty(one: FitPenalty, module: nn.Module, loop: TrainingLoop) -> None:
+    """Refuse a penalty that cannot be computed on this module in this loop.
 
     Raises:
         MisconfigurationException: the error names the setting, and says what to do.
     """
     penalty = one.penalty
-    precision = str(module.trainer.precision)
+    precision = loop.precision
     if not one.settings.allow_fp16:
         _refuse_float16(penalty, precision)
     _refuse_sparse_gradients(penalty, module)
-    _refuse_sharded_parameters(penalty, module)
+    _refuse_sharded_parameters(penalty, loop)
     check_layer(penalty, module)
     _refuse_rounding(penalty, precision)
     try:
@@ -83,9 +84,9 @@ def total_steps(trainer: Trainer) -> float:
     return total
 
 
-def warn_of_long_warmup(trainer: Trainer, first_step: int, warmup_steps: int) -> None:
-    """Warn where training ends before the strength has risen."""
-    total = trainer.estimated_stepping_batches if warmup_steps else math.inf
+def warn_of_long_warmup(total_steps: Callable[[], float], first_step: int, warmup_steps: int) -> None:
+    """Warn where training ends before the strength has risen; ``total_steps`` tells when it ends."""
+    total = total_steps() if warmup_steps else math.inf
     if 0 < total < first_step + warmup_steps:
         reached = max(0.0, (total - first_step) / warmup_steps)
         rank_zero_warn(
@@ -122,16 +123,14 @@ def _refuse_sparse_gradients(penalty: Penalty, module: nn.Module) -> None:
             )
 
 
-def _refuse_sharded_parameters(penalty: Penalty, module: LightningModule) -> None:
-    strategy = module.trainer.strategy
-    whole = penalty.needs.whole_parameters
-    sharding = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy) if whole else (FSDPStrategy, DeepSpeedStrategy)
-    if isinstance(strategy, sharding):
+def _refuse_sharded_parameters(penalty: Penalty, loop: TrainingLoop) -> None:
+    sharding, whole = loop.sharding, penalty.needs.whole_parameters
+    if sharding is not None and (whole or not sharding.in_graph):
         why = "are then not in the loss's graph, and Hessian-vector products would be zero or fail"
         if whole and penalty.needs.differences:
             why = f"{penalty!r} moves along a vector of all of them, which it keeps whole"
         raise MisconfigurationException(
-            f"{type(strategy).__name__} shards the parameters, which {why}. Use "
+            f"{sharding.by} shards the parameters, which {why}. Use "
             "HessianTrace(), HessianTrace(method='two_pass') or SharpnessAware() with ModelParallelStrategy (FSDP2), "
             "or any penalty with strategy='ddp' or one device."
         )

@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_hessian.arguments import is_number
 from lightning_hessian.penalties import HessianNorm, HessianTrace, Penalty
 from lightning_hessian.regularization.gradient_share import GradientShare, ShareControl
-from lightning_hessian.step.learning_rates import learning_rates
+from lightning_hessian.step.loop import TrainingLoop
 
 _LEAST, _MOST = 0.01, 2.0
 """The smallest share of the gradient, which is that of the beginning, and the largest one."""
@@ -115,18 +114,18 @@ class CurvatureBudget:
             return False  # a part of the Hessian is not the Hessian
         return isinstance(penalty, HessianNorm) if self.trace is None else getattr(penalty, "scale", None) == "none"
 
-    def check(self, penalty: Penalty, trainer: Trainer) -> None:
+    def check(self, penalty: Penalty, loop: TrainingLoop) -> None:
         """See that the target is measured.
 
         Raises:
             MisconfigurationException: it is not.
         """
-        if self.stability is not None and not learning_rates(trainer):
+        if self.stability is not None and not loop.learning_rates:
             raise MisconfigurationException(
                 f"{self!r} holds the learning rate times an eigenvalue, and no optimizer has a learning rate. Hold the "
                 "trace, or take strength=GradientShare(0.1)."
             )
-        if self.is_measured_by(penalty) or _monitor_of(trainer) is not None:
+        if self.is_measured_by(penalty) or _monitor_of(loop) is not None:
             return
         what, own = ("trace", "HessianTrace()") if self.trace is not None else ("largest eigenvalue", "HessianNorm()")
         raise MisconfigurationException(
@@ -179,18 +178,18 @@ class BudgetControl:
         """See :meth:`ShareControl.not_resolved`."""
         self.whole.not_resolved()
 
-    def see(self, value: float, trainer: Trainer) -> None:
+    def see(self, value: float, loop: TrainingLoop) -> None:
         """Adapt the share on a step on which the penalty acted, with its value."""
         if self.by_penalty:
-            self._follow_values(value, trainer)
-        elif (monitor := _monitor_of(trainer)) is not None:
+            self._follow_values(value, loop)
+        elif (monitor := _monitor_of(loop)) is not None:
             self._follow_monitor(monitor.latest_curvature)
 
-    def _follow_values(self, value: float, trainer: Trainer) -> None:
+    def _follow_values(self, value: float, loop: TrainingLoop) -> None:
         if not math.isfinite(value):
             return
         if self.rule.stability is not None:
-            value *= max(learning_rates(trainer)) / 2
+            value *= max(loop.learning_rates) / 2
         self.curvature = value if self.curvature is None else self.curvature + _NEW * (value - self.curvature)
         self._change(self.curvature, _RATE, _GAIN)
 
@@ -223,7 +222,6 @@ class BudgetControl:
         self.seen = state.get("seen", -1)
 
 
-def _monitor_of(trainer: Trainer) -> _Monitor | None:
+def _monitor_of(loop: TrainingLoop) -> _Monitor | None:
     """The monitor of the curvature on training data, if there is one."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((one for one in callbacks if isinstance(one, _Monitor) and one.batches == "train"), None)
+    return next((one for one in loop.callbacks if isinstance(one, _Monitor) and one.batches == "train"), None)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_hessian.curvature import padding_rows
@@ -30,8 +29,8 @@ from lightning_hessian.regularization.input_runs import PenaltyRuns
 from lightning_hessian.regularization.logs import log_added, log_penalty
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.nonfinite import skip_value
-from lightning_hessian.regularization.ranks import ends_optimizer_step, mean_over_ranks, on_all_ranks
 from lightning_hessian.regularization.terms import terms_of, total_of
+from lightning_hessian.step.loop import TrainingLoop
 from lightning_hessian.step.output import with_loss
 from lightning_hessian.step.repeatability import check_repeatable
 from lightning_hessian.step.repeatable import StepRun
@@ -46,13 +45,15 @@ class DisplacedLosses:
     ``method="two_pass"`` by itself, it is not run at all, unless e needs its gradient.
 
     Args:
-        module: the module, attached to a Trainer.
+        module: the module.
+        loop: the loop that trains it.
         runs: the runs of the step, for the penalties with a graph.
         gradients: how losses are differentiated.
     """
 
-    def __init__(self, module: LightningModule, runs: PenaltyRuns, gradients: LossGradients) -> None:
+    def __init__(self, module: nn.Module, loop: TrainingLoop, runs: PenaltyRuns, gradients: LossGradients) -> None:
         self.module = module
+        self.loop = loop
         self.runs = runs
         self.step = runs.step
         self._gradients = gradients
@@ -60,8 +61,8 @@ class DisplacedLosses:
         self._tensors: list[Tensor] = [parameter for parameter in module.parameters() if parameter.requires_grad]
         # A gradient of a float16 loss may underflow: the Trainer's scale protects it here as it does in its own
         # backward pass.
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+        scale = loop.gradient_scale
+        self._scale = 1.0 if scale is None else scale
 
     def add(
         self, with_graph: Sequence[ActivePenalty], active: Sequence[ActivePenalty]
@@ -105,18 +106,18 @@ class DisplacedLosses:
             if one.is_measured:
                 weight = sum(len(difference.distances) * difference.weight for difference in differences)
                 gradients = own.gradients()
-                self._measure(one, gradients, weight, max(map(_resolution, differences)))
+                self._measure(one, gradients, weight, max(map(self._resolution, differences)))
                 total.add(1.0, own.value, gradients)
             value = torch.stack(values).mean()
             one.see(value)
-            is_finite = on_all_ranks(self.module.trainer, math.isfinite(value.item()))
+            is_finite = self.loop.all(math.isfinite(value.item()))
             if is_finite or self._scale == 1:
-                log_penalty(self.module, one.name, value)
+                log_penalty(self.loop, one.name, value)
             if not is_finite and self._scale == 1:
                 return self._task_loss_alone(one, value, output), []
             added = added + one.strength * value
         loss = total.loss()
-        log_added(self.module, torch.as_tensor(added), like=loss)
+        log_added(self.loop, torch.as_tensor(added), like=loss)
         return with_loss(output, loss), entered
 
     def _context(self, one: ActivePenalty) -> DifferenceContext:
@@ -152,7 +153,7 @@ class DisplacedLosses:
         task = self.runs.run()
         for one in active:
             warn_of_kinks(one.in_fit, self.module, task.loss)
-        terms = terms_of(self.module, self.runs, with_graph, task.loss)
+        terms = terms_of(self.module, self.loop, self.runs, with_graph, task.loss)
         entered = [one for one, _ in terms]
         directions = self.runs.directions()
         self.runs.forget_graphs()
@@ -196,8 +197,13 @@ class DisplacedLosses:
             g if weight == 0 or t is None else -weight * t if g is None else g - weight * t
             for g, t in zip(own, task, strict=True)
         ]
-        is_last = ends_optimizer_step(self.module)
-        return one.measure(self.module.trainer, self._tensors, task, added, is_last=is_last, resolution=resolution)
+        return one.measure(self.loop, self._tensors, task, added, resolution=resolution)
+
+    def _resolution(self, difference: SecondDifference | AscentDifference) -> float:
+        """What share of the task loss's gradient a difference of two gradients must have to be more than rounding."""
+        if isinstance(difference, AscentDifference):
+            return 0.0
+        return 4 * torch.finfo(forward_dtype(self.loop, difference.tensors[0])).eps
 
     def _add_ascent(self, total: GradientSum, one: ActivePenalty, difference: AscentDifference) -> Tensor:
         """Add weight * L(theta + e); L(theta + e) - L(theta)."""
@@ -205,7 +211,7 @@ class DisplacedLosses:
         found = [(tensor, self._task.gradients[tensor]) for tensor in difference.tensors]
         parts = [torch.zeros_like(local(tensor)) if g is None else local(g) for tensor, g in found]
         if difference.over_ranks and not any(map(is_dtensor, difference.tensors)):
-            parts = unpack(mean_over_ranks(self.module.trainer, pack(parts)), parts)
+            parts = unpack(self.loop.mean(pack(parts)), parts)
 
         def differentiate(run: StepRun) -> Tensor:
             total.add(difference.weight, run.loss.detach(), self._differentiate(run.loss))
@@ -239,7 +245,7 @@ class DisplacedLosses:
         counts: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """What ``look`` makes of the run, v and the gradients at either end."""
-        warn_of_rounding(one.in_fit, difference)
+        warn_of_rounding(one.in_fit, self.loop, difference)
         v = without_padding(difference, self.module)
 
         def differentiate(run: StepRun) -> Tensor:
@@ -260,7 +266,7 @@ class DisplacedLosses:
     def _rate_of_change(self, difference: SecondDifference, ahead: Tensor, behind: Tensor) -> Tensor:
         """Hv over all ranks from gradients at either end; v'Hv on this rank from slopes."""
         rate = (ahead - behind) / (2 * difference.distance)
-        return mean_over_ranks(self.module.trainer, rate) if rate.dim() else rate
+        return self.loop.mean(rate) if rate.dim() else rate
 
     def _differentiate(
         self, loss: Tensor, keep_graph: bool = False, watched: Sequence[Tensor] = ()
@@ -279,8 +285,8 @@ class DisplacedLosses:
     def _task_loss_alone(self, one: ActivePenalty, value: Tensor, output: Any) -> Any:
         """What a step trains on whose penalty is not finite."""
         loss = self.step.rerun().loss
-        skip_value(self.module, one.in_fit, loss, value)
-        log_added(self.module, None, like=value)
+        skip_value(self.module, self.loop, one.in_fit, loss, value)
+        log_added(self.loop, None, like=value)
         return with_loss(output, loss)
 
 
@@ -290,13 +296,6 @@ class _Task:
 
     loss: Tensor
     gradients: Mapping[Tensor, Tensor | None]
-
-
-def _resolution(difference: SecondDifference | AscentDifference) -> float:
-    """What share of the task loss's gradient a difference of two gradients must have to be more than rounding."""
-    if isinstance(difference, AscentDifference):
-        return 0.0
-    return 4 * torch.finfo(forward_dtype(difference.tensors[0])).eps
 
 
 def without_padding(difference: SecondDifference, module: nn.Module) -> list[Tensor]:

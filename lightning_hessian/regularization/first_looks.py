@@ -15,6 +15,7 @@ from lightning_hessian.curvature.graph import is_compiled, kinked_layers, kinks,
 from lightning_hessian.curvature.sharding import is_dtensor, local, sum_over_shards
 from lightning_hessian.penalties import SecondDifference, StepContext
 from lightning_hessian.regularization.active_penalty import FitPenalty
+from lightning_hessian.step.loop import TrainingLoop
 from lightning_hessian.step.repeatability import layers_without_gradients
 
 
@@ -103,11 +104,11 @@ def warn_of_kinks(one: FitPenalty, module: nn.Module, loss: Tensor) -> None:
         )
 
 
-def warn_of_rounding(one: FitPenalty, difference: SecondDifference) -> None:
+def warn_of_rounding(one: FitPenalty, loop: TrainingLoop, difference: SecondDifference) -> None:
     """Warn where a step is so short that the precision of the forward pass does not see it."""
     if not one.is_first("rounding"):
         return
-    dtype = forward_dtype(difference.tensors[0])
+    dtype = forward_dtype(loop, difference.tensors[0])
     squares = torch.stack([local(tensor).square().mean() for tensor in difference.tensors]).mean()
     spacing = torch.finfo(dtype).eps * squares.sqrt().item()
     moved = max(part.abs().max().item() for part in difference.direction()) * difference.distance
@@ -119,10 +120,9 @@ def warn_of_rounding(one: FitPenalty, difference: SecondDifference) -> None:
         )
 
 
-def forward_dtype(parameter: Tensor) -> torch.dtype:
+def forward_dtype(loop: TrainingLoop, parameter: Tensor) -> torch.dtype:
     """The type in which layers compute with a parameter now."""
-    kind = parameter.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    return loop.autocast_dtype(parameter.device.type) or parameter.dtype
 
 
 def warn_of_coupling(one: FitPenalty, context: StepContext) -> None:

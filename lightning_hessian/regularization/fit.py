@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import NoneType
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.curvature import ProbeSource
 from lightning_hessian.curvature.sharding import is_dtensor, reshard
@@ -21,10 +19,10 @@ from lightning_hessian.regularization.input_runs import PenaltyRuns, step_for
 from lightning_hessian.regularization.logs import log_added, log_skipped, log_strength
 from lightning_hessian.regularization.loss_gradients import LossGradients
 from lightning_hessian.regularization.nonfinite import GradientGuard
-from lightning_hessian.regularization.ranks import ends_optimizer_step, mean_over_ranks
 from lightning_hessian.regularization.states import States, load_states
 from lightning_hessian.regularization.terms import terms_of, total_of
 from lightning_hessian.step.isolation import penalties_are_off
+from lightning_hessian.step.loop import TrainingLoop
 from lightning_hessian.step.output import with_loss
 from lightning_hessian.step.repeatable import BatchSkipped
 
@@ -35,7 +33,8 @@ class RegularizedFit:
     It is made when fitting starts and is gone when it ends. A copy of the module or the callback has no fit.
 
     Args:
-        module: the module, attached to a Trainer.
+        module: the module.
+        loop: the loop that trains it.
 
     Attributes:
         penalties: what is added now.
@@ -44,14 +43,14 @@ class RegularizedFit:
         total: in manual optimization, the loss of the latest backward pass, which may have other terms.
     """
 
-    def __init__(self, module: LightningModule) -> None:
+    def __init__(self, module: nn.Module, loop: TrainingLoop) -> None:
         self.module = module
-        self.trainer = module.trainer
+        self.loop = loop
         self.penalties: list[FitPenalty] = []
         self.known: list[FitPenalty] = []
         self.states: States = {}
         self.total: Tensor | None = None
-        self._gradients = LossGradients(module)
+        self._gradients = LossGradients(loop)
 
     def __reduce__(self) -> Any:
         return NoneType, ()
@@ -70,13 +69,13 @@ class RegularizedFit:
         """Start the penalties that have not started; refuse, before training, what cannot work here.
 
         Raises:
-            MisconfigurationException: a penalty cannot be computed on this module and its Trainer.
+            MisconfigurationException: a penalty cannot be computed on this module in this loop.
         """
         for one in self.penalties:
             if not one.has_started:
-                check_penalty(one, self.module)
+                check_penalty(one, self.module, self.loop)
                 load_states(one, self.states)
-                one.follow_settings(self.trainer)
+                one.follow_settings(self.loop)
                 one.has_started = True
 
     def resume(self, states: States) -> None:
@@ -98,7 +97,7 @@ class RegularizedFit:
             batch: what penalties on the inputs find them in.
             all_inputs: whether every tensor of the batch is an input.
         """
-        if penalties_are_off() or not self.trainer.training or not torch.is_grad_enabled():
+        if penalties_are_off() or not self.loop.is_training or not torch.is_grad_enabled():
             return step(batch)
         active = self._active_now()
         if not active:
@@ -108,13 +107,12 @@ class RegularizedFit:
         with repeatable.restored_on_error(), _states_restored_on_error([one.in_fit for one in active]):
             with_graph = [one for one in active if not one.penalty.needs.differences]
             by_differences = [one for one in active if one.penalty.needs.differences]
-            mean = functools.partial(mean_over_ranks, self.trainer)
             sources = [one.probes for one in with_graph]
-            runs = PenaltyRuns(repeatable, [one.penalty for one in with_graph], sources, all_inputs, mean)
+            runs = PenaltyRuns(repeatable, [one.penalty for one in with_graph], sources, all_inputs, self.loop.mean)
             task_loss = None
             try:
                 if by_differences or any(one.is_measured for one in active):
-                    displaced = DisplacedLosses(self.module, runs, self._gradients)
+                    displaced = DisplacedLosses(self.module, self.loop, runs, self._gradients)
                     output, entered = displaced.add(with_graph, by_differences)
                 else:
                     output, entered, task_loss = self._add_terms(runs, with_graph)
@@ -122,39 +120,49 @@ class RegularizedFit:
                 return skipped.output if repeatable.has_run else step(batch)
             runs.forget_graphs()
             self._log_strengths(active)
-            if ends_optimizer_step(self.module):
+            if self.loop.ends_optimizer_step:
                 for one in active:
-                    one.acted(self.trainer)
+                    one.acted(self.loop)
             if entered:
                 self.total = None
                 guard = GradientGuard(
-                    self.module, repeatable, entered, self._gradients, task_loss=task_loss, total=lambda: self.total
+                    self.module,
+                    self.loop,
+                    repeatable,
+                    entered,
+                    self._gradients,
+                    task_loss=task_loss,
+                    total=lambda: self.total,
                 )
                 guard.watch(output if isinstance(output, Tensor) else output["loss"])
             return output
 
+    def acts_now(self) -> bool:
+        """Whether a penalty acts on this step."""
+        return bool(self._active_now())
+
     def log_skipped(self) -> None:
         """Log what was counted when logging was not allowed."""
         unlogged = {one.name: one.skipped for one in self.penalties if one.has_unlogged}
-        log_skipped(self.module, unlogged)
+        log_skipped(self.loop, unlogged)
         for one in self.penalties:
             one.has_unlogged = False
 
     def _active_now(self) -> list[ActivePenalty]:
         """The penalties that act on this step."""
-        trainer = self.trainer
-        count = trainer.fit_loop.total_batch_idx  # monotonic over epochs, and kept by checkpoints
+        loop = self.loop
+        count = loop.batches_before
         # With manual optimization several optimizers may step in one batch, or ones that Lightning does not count.
-        now = trainer.global_step if self.module.automatic_optimization else count
+        now = loop.global_step if loop.is_automatic else count
         for one in self.penalties:
-            one.follow_settings(trainer)
+            one.follow_settings(loop)
         by_settings = {id(one.settings): one.settings.strengths_at(now) for one in self.penalties}
         strengths = [by_settings[id(one.settings)][one.index] for one in self.penalties]
         if not any(strengths):
             return []
         reshard(self.module)  # a validation step may have left parameters whole
         # Ranks draw probes of their own, but where they hold parts of one set of parameters.
-        rank = 0 if any(map(is_dtensor, self.module.parameters())) else trainer.global_rank
+        rank = 0 if any(map(is_dtensor, self.module.parameters())) else loop.rank
         return [
             ActivePenalty(in_fit=one, strength=strength, probes=ProbeSource(one.settings.seed, now, count, rank))
             for one, strength in zip(self.penalties, strengths, strict=True)
@@ -164,9 +172,9 @@ class RegularizedFit:
     def _add_terms(self, runs: PenaltyRuns, active: Sequence[ActivePenalty]) -> tuple[Any, list[ActivePenalty], Tensor]:
         """What the step returns with the penalties in its loss, the penalties that entered it, and the task loss."""
         task = runs.run()
-        terms = terms_of(self.module, runs, active, task.loss)
+        terms = terms_of(self.module, self.loop, runs, active, task.loss)
         total = total_of(terms)
-        log_added(self.module, None if total is None else total.detach(), like=task.loss)
+        log_added(self.loop, None if total is None else total.detach(), like=task.loss)
         output = task.output if total is None else with_loss(task.output, task.loss + total)
         return output, [one for one, _ in terms], task.loss.detach()
 
@@ -175,7 +183,7 @@ class RegularizedFit:
         adaptive = [one for one in self.penalties if one.control is not None]
         for one in active:
             if one.in_fit.control is not None:
-                log_strength(self.module, one.name if len(adaptive) > 1 else None, one.in_fit.control.strength)
+                log_strength(self.loop, one.name if len(adaptive) > 1 else None, one.in_fit.control.strength)
 
 
 @contextmanager

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_hessian.arguments import is_number, whole_number
 from lightning_hessian.penalties import Penalty
+from lightning_hessian.step.loop import TrainingLoop
 
 _NEW = 0.3
 """The weight of a new measurement in the mean, from the third on."""
@@ -78,7 +77,7 @@ class GradientShare:
             )
         whole_number("every_n_steps", self.every_n_steps, 1, "the acting steps between two measurements")
 
-    def check(self, penalty: Penalty, trainer: Trainer) -> None:
+    def check(self, penalty: Penalty, loop: TrainingLoop) -> None:
         """Any penalty will do."""
 
     def new_control(self, penalty: Penalty) -> ShareControl:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_hessian.curvature.displacement import loss_gradient
 from lightning_hessian.curvature.graph import nodes
 from lightning_hessian.curvature.sharding import is_dtensor
+from lightning_hessian.step.loop import TrainingLoop
 
 
 class LossGradients:
@@ -21,11 +21,11 @@ class LossGradients:
     for once in a fit.
 
     Args:
-        module: the module, attached to a Trainer.
+        loop: the loop that trains the module.
     """
 
-    def __init__(self, module: LightningModule) -> None:
-        self.module = module
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._loop = loop
         self._has_reentrant_checkpoints: bool | None = None
 
     def gradient(
@@ -44,7 +44,7 @@ class LossGradients:
         by_backward = self.needs_backward(tensors)
         if self._found_reentrant_checkpoints(loss):
             by_backward = True
-            if getattr(self.module.trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+            if self._loop.has_static_graph:
                 raise MisconfigurationException(
                     "DDP with static_graph=True counts the backward passes that reentrant checkpoints need, and would "
                     "not reduce the gradients of a step that takes several. Pass use_reentrant=False to "

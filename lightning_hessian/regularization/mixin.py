@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_hessian.penalties import InputPenalty
 from lightning_hessian.regularization.callback import HessianRegularizer, enlist, penalties_of, start
-from lightning_hessian.regularization.checks import warn_of_long_warmup
+from lightning_hessian.regularization.checks import total_steps, warn_of_long_warmup
 from lightning_hessian.regularization.fit import RegularizedFit
 from lightning_hessian.regularization.states import save_states, states_in
+from lightning_hessian.step.lightning_loop import LightningLoop
 
 Output = TypeVar("Output")
 
@@ -99,8 +100,9 @@ class HessianRegularizationMixin(LightningModule):
     def _fit_now(self, regularizers: Sequence[HessianRegularizer]) -> RegularizedFit:
         """The fit by the present Trainer, with the penalties of these regularizers."""
         fit = self._regularized_fit
-        if fit is None or fit.trainer is not self.trainer:
-            fit, self._regularized_by = RegularizedFit(self), ()
+        loop = LightningLoop(self.trainer, self)
+        if fit is None or fit.loop != loop:
+            fit, self._regularized_by = RegularizedFit(self, loop), ()
             self._regularized_fit = fit
         if self._regularized_by != tuple(regularizers):
             enlist(fit, regularizers)
@@ -131,9 +133,9 @@ class HessianRegularizationMixin(LightningModule):
             )
         fit = self._fit_now(regularizers)
         if not fit.has_started:
-            start(fit, regularizers)
+            start(fit, regularizers, lambda: total_steps(self.trainer))
             for one in regularizers:
-                warn_of_long_warmup(self.trainer, one._first_step, one.warmup_steps)
+                warn_of_long_warmup(lambda: self.trainer.estimated_stepping_batches, one._first_step, one.warmup_steps)
         if inputs is None:
             on_inputs = [p for p in penalties_of(regularizers) if isinstance(p, InputPenalty) and p.layer is None]
             if on_inputs:

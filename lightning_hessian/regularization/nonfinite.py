@@ -6,25 +6,26 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.curvature.backward_watch import BackwardWatch
 from lightning_hessian.curvature.sharding import local
 from lightning_hessian.regularization.active_penalty import ActivePenalty, FitPenalty
 from lightning_hessian.regularization.logs import log_skipped
 from lightning_hessian.regularization.loss_gradients import LossGradients
-from lightning_hessian.regularization.ranks import mean_if_synchronized, on_all_ranks
+from lightning_hessian.regularization.ranks import mean_if_synchronized
+from lightning_hessian.step.loop import TrainingLoop
 from lightning_hessian.step.repeatable import BatchSkipped, RepeatableStep
 
 
-def skip_value(module: LightningModule, one: FitPenalty, loss: Tensor, value: Tensor) -> None:
+def skip_value(module: nn.Module, loop: TrainingLoop, one: FitPenalty, loss: Tensor, value: Tensor) -> None:
     """Leave out a penalty whose value is not finite: count, log and warn, or raise.
 
     Args:
-        module: the module, attached to a Trainer.
+        module: the module.
+        loop: the loop that trains it.
         one: the penalty.
         loss: the task loss.
         value: the penalty's value on this rank.
@@ -42,7 +43,7 @@ def skip_value(module: LightningModule, one: FitPenalty, loss: Tensor, value: Te
             "The task loss is finite: its derivatives overflow, or meet a point where they do not exist "
             "(the square root or a norm at 0, for example)."
         )
-    message = f"The penalty {one.name} is {what} at step {module.trainer.global_step}. {cause}"
+    message = f"The penalty {one.name} is {what} at step {loop.global_step}. {cause}"
     if one.settings.on_nonfinite == "raise":
         raise FloatingPointError(f"{message} Lower the learning rate or the strength, or pass on_nonfinite='skip'.")
     if one.skipped == 0:
@@ -51,10 +52,10 @@ def skip_value(module: LightningModule, one: FitPenalty, loss: Tensor, value: Te
             f"`train/{one.name}_skipped` counts them. Pass on_nonfinite='raise' to stop instead."
         )
     one.skipped += 1
-    log_skipped(module, {one.name: one.skipped})
+    log_skipped(loop, {one.name: one.skipped})
 
 
-def _why_not_finite(module: LightningModule) -> str:
+def _why_not_finite(module: nn.Module) -> str:
     for name, parameter in module.named_parameters():
         if not bool(local(parameter).isfinite().all()):
             return (
@@ -68,7 +69,8 @@ class GradientGuard:
     """Sees that a backward pass leaves a finite gradient; otherwise the step trains on the task loss alone.
 
     Args:
-        module: the module, attached to a Trainer.
+        module: the module.
+        loop: the loop that trains it.
         step: the step; it is run again for the task loss's own gradient.
         active: the penalties that the step's loss has.
         gradients: how losses are differentiated.
@@ -79,7 +81,8 @@ class GradientGuard:
 
     def __init__(
         self,
-        module: LightningModule,
+        module: nn.Module,
+        loop: TrainingLoop,
         step: RepeatableStep,
         active: Sequence[ActivePenalty],
         gradients: LossGradients,
@@ -88,6 +91,7 @@ class GradientGuard:
         total: Callable[[], Tensor | None],
     ) -> None:
         self._module = module
+        self._loop = loop
         self._step = step
         self._active = active
         self._gradients = gradients
@@ -97,27 +101,25 @@ class GradientGuard:
     def watch(self, loss: Tensor) -> None:
         """Look when the backward pass from this loss, or from a multiple of it, is over."""
         # A scaler looks itself, and lowers its scale.
-        if getattr(self._module.trainer.precision_plugin, "scaler", None) is None and loss.grad_fn is not None:
+        if self._loop.gradient_scale is None and loss.grad_fn is not None:
             trained = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
             BackwardWatch(loss, trained, self._look)
 
     def _look(self, watch: BackwardWatch) -> None:
-        trainer = self._module.trainer
-        if on_all_ranks(trainer, watch.is_finite()):
+        loop = self._loop
+        if loop.all(watch.is_finite()):
             return
         names = " or ".join(dict.fromkeys(one.name for one in self._active))
-        message = (
-            f"The gradient of the penalty {names} is not finite at step {trainer.global_step}, though its value is."
-        )
+        message = f"The gradient of the penalty {names} is not finite at step {loop.global_step}, though its value is."
         # In manual optimization the loss may have other terms, of which nothing is known here.
         total = self._total()
-        is_whole = self._module.automatic_optimization or (total is not None and watch.is_all_of(total))
+        is_whole = loop.is_automatic or (total is not None and watch.is_all_of(total))
         loss = self._task_loss_again() if is_whole else None
         # All processes take part in this backward pass or none: it gathers sharded parameters.
-        gradients = self._gradient(loss, watch.parameters) if on_all_ranks(trainer, loss is not None) else None
-        if on_all_ranks(trainer, gradients is not None):
+        gradients = self._gradient(loss, watch.parameters) if loop.all(loss is not None) else None
+        if loop.all(gradients is not None):
             assert gradients is not None
-            if not on_all_ranks(trainer, watch.replace(gradients, mean_if_synchronized(trainer))):
+            if not loop.all(watch.replace(gradients, mean_if_synchronized(loop))):
                 return  # the task loss's own gradient is not finite: training without a penalty would meet it, too
             did = "This step trains on the task loss alone"
         else:

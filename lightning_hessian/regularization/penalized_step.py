@@ -18,19 +18,20 @@ class PenalizedStep:
     """Stands in for a module's ``training_step``.
 
     Args:
+        module: the module.
         fit: adds the penalties.
     """
 
-    def __init__(self, fit: RegularizedFit) -> None:
+    def __init__(self, module: LightningModule, fit: RegularizedFit) -> None:
         self.fit = fit
-        self.module = fit.module
+        self.module = module
         self.instance_attribute = self.module.__dict__.get("training_step")
         self.original = self.module.training_step
         # Lightning looks at the signature to see what to pass.
         functools.update_wrapper(self, self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        _refuse_empty_batch((args, kwargs))
+        refuse_empty_batch((args, kwargs))
         if not self.fit.has_started:
             self.fit.start()  # Lightning's tuners train before `on_fit_start`, with the callbacks set aside
         # Whatever Lightning hands over, the batch in it is found: a step takes it first, or by its name.
@@ -50,10 +51,10 @@ class PenalizedStep:
         return _itself, (self.original,)
 
 
-def install(fit: RegularizedFit) -> None:
+def install(module: LightningModule, fit: RegularizedFit) -> None:
     """Put a penalized step in the place of the module's own."""
-    remove(fit.module)
-    fit.module.training_step = PenalizedStep(fit)  # type: ignore[method-assign]
+    remove(module)
+    module.training_step = PenalizedStep(module, fit)  # type: ignore[method-assign]
 
 
 def remove(module: LightningModule) -> None:
@@ -75,7 +76,12 @@ def _itself(step: Any) -> Any:
     return step
 
 
-def _refuse_empty_batch(batch: Any) -> None:
+def refuse_empty_batch(batch: Any) -> None:
+    """Refuse a batch without an entry.
+
+    Raises:
+        MisconfigurationException: the batch is empty.
+    """
     sizes: list[int] = []
     apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.numel()))
     if sizes and not any(sizes):

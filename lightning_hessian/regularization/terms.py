@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_hessian.penalties import InputPenalty
 from lightning_hessian.regularization.active_penalty import ActivePenalty
@@ -22,23 +21,24 @@ from lightning_hessian.regularization.first_looks import (
 from lightning_hessian.regularization.input_runs import PenaltyRuns
 from lightning_hessian.regularization.logs import log_penalty
 from lightning_hessian.regularization.nonfinite import skip_value
-from lightning_hessian.regularization.ranks import on_all_ranks
+from lightning_hessian.step.loop import TrainingLoop
 
 
 def terms_of(
-    module: LightningModule, runs: PenaltyRuns, active: Sequence[ActivePenalty], loss: Tensor
+    module: nn.Module, loop: TrainingLoop, runs: PenaltyRuns, active: Sequence[ActivePenalty], loss: Tensor
 ) -> list[tuple[ActivePenalty, Tensor]]:
     """strength * penalty with its graph, for each penalty that is finite.
 
     Args:
-        module: the module, attached to a Trainer.
+        module: the module.
+        loop: the loop that trains it.
         runs: the runs of the step; the run that counts was made.
         active: the penalties that act.
         loss: the task loss of that run.
     """
     parameters = list(module.parameters())
     terms: list[tuple[ActivePenalty, Tensor]] = []
-    in_autocast = torch.is_autocast_enabled(loss.device.type)
+    in_autocast = loop.autocast_dtype(loss.device.type) is not None
     # The derivatives of a loss computed under autocast are taken outside of it, as for any backward pass.
     with torch.autocast(loss.device.type, enabled=False):
         for one in active:
@@ -52,13 +52,13 @@ def terms_of(
                     warn_of_coupling(one.in_fit, context)
                 check_coefficients(one.in_fit, context, partial(runs.context_of_another_run, one.penalty), in_autocast)
                 value = one.penalty.value(context)
-                log_penalty(module, one.name, value.detach())
+                log_penalty(loop, one.name, value.detach())
                 one.see(value)
-                if on_all_ranks(module.trainer, math.isfinite(value.item())):
+                if loop.all(math.isfinite(value.item())):
                     terms.append((one, one.strength * one.penalty.term(value)))
                     try_backward(one.in_fit, terms[-1][1], parameters)
                 else:
-                    skip_value(module, one.in_fit, loss, value)
+                    skip_value(module, loop, one.in_fit, loss, value)
     return terms
 
 
