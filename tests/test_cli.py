@@ -508,7 +508,7 @@ def test_the_comparison_of_a_diverged_run_and_of_a_sweep(run):
     out, _, status = run("-m", *sweep, *quick, "compare=jacobian", "seed=choice(0,1)")
     assert status == 0
     assert "compare=jacobian" in out
-    told = float(re.search(r"best val/loss (\S+)\)", out).group(1))
+    told = float(re.search(r"best val/loss ([\d.]+)", out).group(1))
     assert OmegaConf.load("sweep/optimization_results.yaml").best_value == pytest.approx(told, abs=1e-4)
     out, err, status = run(*quick, "compare=none", DIVERGES)
     assert status == 3

@@ -7,7 +7,7 @@ import pytest
 
 NAME = "lightning_hessian"
 ROOT = Path(__file__).parents[1] / NAME
-LAYERS = "arguments", "curvature", "step", "penalties", "regularization monitoring robustness", "cli"
+LAYERS = "arguments", "curvature", "step", "penalties", "regularization monitoring robustness", "cli huggingface"
 HEIGHT = {part: height for height, layer in enumerate(LAYERS) for part in layer.split()}
 ABOVE_ALL = {NAME, f"{NAME}.__main__"}  # may import anything
 
