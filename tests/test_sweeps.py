@@ -238,7 +238,7 @@ def test_tensorboards_hparams_has_the_settings_and_the_final_numbers(run):  # no
 def test_a_sweep_on_two_cores_that_is_killed_goes_on(tmp_path):
     """As a user types it: four strengths, three seeds, joblib, kill -9, the same command again, the report."""
     command = [sys.executable, "-m", "lightning_hessian", "+sweep=strength", "hydra/launcher=joblib"]
-    command += ["hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", *SMALL, "trainer.max_epochs=4"]
+    command += ["hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep", *SMALL, "trainer.max_epochs=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     settings = {
         "cwd": tmp_path,
