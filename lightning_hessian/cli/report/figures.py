@@ -62,8 +62,7 @@ def _figures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
 def _strength_of(groups: Sequence[Group]) -> str:
     """The name of the strength in the groups' settings; empty if they do not differ in it."""
     named = [name for name in groups[0].settings if name.endswith("strength")]
-    names = sorted(named, key=lambda name: "baseline" in name)
-    return names[0] if names else ""
+    return min(named, key=lambda name: "baseline" in name, default="")
 
 
 def _without_strength(groups: Sequence[Group]) -> list[Group]:

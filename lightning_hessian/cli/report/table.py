@@ -132,7 +132,7 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     """
     found: dict[frozenset[tuple[str, str]], dict[int, Run]] = {}
     following = _following_the_seed(runs)
-    equal = {name for name in following if all(run.settings.get(name) == str(run.seed) for run in runs)}
+    equal = {name for name in following if all(run.settings.get(name, str(run.seed)) == str(run.seed) for run in runs)}
     for run in runs:
         left = {name for name in following if run.settings.get(name) == str(run.seed)}
         same = found.setdefault(frozenset(pair for pair in run.settings.items() if pair[0] not in left), {})
@@ -154,7 +154,7 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
         name
         for name in _names(run.settings for run in first)
         if len({*values(name)}) > 1
-        and name not in (following - given) | equal
+        and name not in equal
         and (name in given or len({*zip(combinations, values(name), strict=True)}) > len({*combinations}))
     ]
     columns = {**{name: chosen(name) for name in choices}, **{name: values(name) for name in differing}}
