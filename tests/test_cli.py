@@ -307,7 +307,7 @@ def test_every_experiment_composes(run, experiment):
         ("regularizer.strength=[auto,auto]", "has 2 factors for 1 penalties"),
         ("regularizer.penalty.keep=2", "regularizer.penalty: keep=2 is a probability"),
         ("regularizer.penalty.parameters=net.O.*", "Near names: net."),
-        ("model=resnt18", "Available options in 'model': cnn mlp resnet18 softplus_cnn vit"),
+        ("model=resnt18", "Available options in 'model': cnn gpt lstm mlp resnet18 softplus_cnn vit"),
         ("modle=cnn", "no option modle; did you mean model?"),
         ("model.width=0", "model: width=0"),
         ("data.batch_size=0", "data: batch_size=0"),

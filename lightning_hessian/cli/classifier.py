@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 STEPS = ("T_max", "total_steps", "total_iters", "num_training_steps")
@@ -28,7 +29,7 @@ class Classifier(LightningModule):
     of training data measures the training loss.)
 
     Args:
-        net: maps images to logits.
+        net: maps inputs to logits.
         classes: number of classes.
         training_loss: maps logits and labels (class indices, or probabilities of shape (n, classes)) to the mean loss
             to train on. Default: the cross-entropy.
@@ -55,39 +56,43 @@ class Classifier(LightningModule):
         self.training_loss = training_loss or nn.CrossEntropyLoss()
         self._optimizer = optimizer
         self._schedule = schedule
-        self.accuracy = nn.ModuleDict(
-            {f"{stage}_accuracy": MulticlassAccuracy(classes, average="micro") for stage in ("train", "val", "test")}
+        self.metrics = nn.ModuleDict(
+            {
+                f"in_{stage}": nn.ModuleDict({"accuracy": MulticlassAccuracy(classes, average="micro")})
+                for stage in ("train", "val", "test")
+            }
         )
-        self.calibration_error = MulticlassCalibrationError(classes)
+        self.metrics_of("test")["calibration_error"] = MulticlassCalibrationError(classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.net(images)
+    def metrics_of(self, stage: str) -> nn.ModuleDict:
+        """What is logged beside the loss, by name: functions of logits and class indices."""
+        return cast(nn.ModuleDict, self.metrics[f"in_{stage}"])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
+
+    def logits_and_targets(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits of shape (n, classes), and class indices of shape (n,) or probabilities of shape (n, classes)."""
+        inputs, targets = batch
+        return self(inputs), targets
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of a batch."""
-        images, labels = batch
-        return F.cross_entropy(self(images), labels)
+        return F.cross_entropy(*self.logits_and_targets(batch))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss, _ = self._step(batch, "train", self.training_loss)
-        return loss
+        return self._step(batch, "train", self.training_loss)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._step(batch, "val", F.cross_entropy)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        _, logits = self._step(batch, "test", F.cross_entropy)
-        labels = batch[1]
-        self.calibration_error(logits, labels)
-        self.log("test/calibration_error", self.calibration_error, on_step=False, on_epoch=True, batch_size=len(labels))
+        self._step(batch, "test", F.cross_entropy)
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str, loss_of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        """The loss and the logits."""
-        images, labels = batch
-        logits = self(images)
-        loss = loss_of(logits, labels)
-        accuracy = cast(MulticlassAccuracy, self.accuracy[f"{stage}_accuracy"])
-        accuracy(logits, labels.argmax(1) if labels.dim() == 2 else labels)  # of a mixed image, the larger part
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str, loss_of: Callable[..., Tensor]) -> Tensor:
+        logits, targets = self.logits_and_targets(batch)
+        loss = loss_of(logits, targets)
+        labels = targets.argmax(1) if targets.dim() == 2 else targets  # of a mixed image, the larger part
         in_epoch: dict[str, Any] = {
             "on_step": False,
             "on_epoch": True,
@@ -95,8 +100,10 @@ class Classifier(LightningModule):
             "prog_bar": stage == "val",
         }
         self.log(f"{stage}/loss", loss, sync_dist=True, **in_epoch)
-        self.log(f"{stage}/accuracy", accuracy, **in_epoch)
-        return loss, logits
+        for name, metric in self.metrics_of(stage).items():
+            metric(logits, labels)
+            self.log(f"{stage}/{name}", cast(Metric, metric), **in_epoch)
+        return loss
 
     def optimizer(self) -> Optimizer:
         """A new optimizer at the initial learning rate."""

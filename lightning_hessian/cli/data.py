@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 from urllib.error import URLError
 
 import torch
 import torchvision.datasets
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_hessian.arguments import is_number, whole_number
+from lightning_hessian.cli.in_memory import DataUnavailable, InMemoryData, TensorBatches
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Files of Debian's package dataset-fashion-mnist."""
 
 
-class DataUnavailable(RuntimeError):
-    """A data set is not on the disk and cannot be downloaded."""
-
-
-class TensorBatches(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels in memory. A batch is one indexing operation."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return self.images[indices], self.labels[indices]
-
-
-class ImageData(LightningDataModule):
+class ImageData(InMemoryData):
     """Training, validation and test images of shape (batch, channels, height, width), in float32.
 
     The validation images are the last training images in a fixed random order, the same for every seed.
@@ -89,10 +65,8 @@ class ImageData(LightningDataModule):
         root: str = "data",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in {"batch_size": batch_size, "validation": validation, "train_samples": train_samples}.items():
-            if value is not None:
-                whole_number(name, value, least=1)
+        super().__init__(batch_size, train_samples, seed)
+        whole_number("validation", validation, least=1)
         for name, switch in {"augment": augment, "normalize": normalize}.items():
             if not isinstance(switch, bool):
                 raise ValueError(f"{name}={switch!r} must be true or false.")
@@ -101,25 +75,19 @@ class ImageData(LightningDataModule):
         for name, function in {"transform": transform, "mix": mix}.items():
             if function is not None and not callable(function):
                 raise ValueError(f"{name}={function!r} must be a function of images, or null.")
-        self.batch_size = batch_size
         self.validation = validation
-        self.train_samples = train_samples
         self.augment = augment
         self.transform = transform
         self.mix = mix
         self.label_noise = float(label_noise)
         self.normalize = normalize
         self.root = Path(root)
-        self.seed = seed
-        self._sets: dict[str, TensorBatches] = {}
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
         """All images of one part, as bytes of shape (n, channels, height, width), and their labels."""
         raise NotImplementedError
 
-    def setup(self, stage: str) -> None:
-        if self._sets:
-            return
+    def training_and_validation(self) -> tuple[TensorBatches, TensorBatches]:
         images, labels = self.load(train=True)
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         if self.validation >= len(order):
@@ -128,17 +96,12 @@ class ImageData(LightningDataModule):
                 "Lower it."
             )
         training, validation = order[: -self.validation], order[-self.validation :]
-        if self.train_samples is not None:
-            if self.train_samples > len(training):
-                raise ValueError(
-                    f"data.train_samples={self.train_samples}, but only {len(training)} training images are left "
-                    "after validation. Lower it."
-                )
-            training = training[: self.train_samples]
-        self._sets = {
-            "train": TensorBatches(images[training], self._with_noise(labels[training])),
-            "val": TensorBatches(images[validation], labels[validation]),
-        }
+        training = training[: self.enough(len(training))]
+        noisy = self._with_noise(labels[training])
+        return TensorBatches(images[training], noisy), TensorBatches(images[validation], labels[validation])
+
+    def test(self) -> TensorBatches:
+        return TensorBatches(*self.load(train=False))
 
     def _with_noise(self, labels: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -147,50 +110,7 @@ class ImageData(LightningDataModule):
         noisy[wrong] += torch.randint(1, self.classes, (len(wrong),), generator=generator)
         return noisy % self.classes
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        trainer = self.trainer
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            self._sets["train"],
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            seed=self.seed,
-        )
-        # A last batch of a few images would have noisy batch-norm statistics and a noisy Hessian.
-        return self._loader("train", sampler=sampler, drop_last=len(self._sets["train"]) > self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        if "test" not in self._sets:  # not read before it is needed
-            self._sets["test"] = TensorBatches(*self.load(train=False))
-        return self._loader("test")
-
-    def training_samples(self, count: int) -> list[tuple[Tensor, Tensor]]:
-        """The first ``count`` training images in batches, normalized but not augmented, for measuring curvature."""
-        part = self._sets["train"]
-        count = min(count, len(part))
-        size = min(self.batch_size, count)
-        return [
-            (self._scaled(part.images[i : min(i + size, count)]), part.labels[i : min(i + size, count)])
-            for i in range(0, count, size)
-        ]
-
-    def training_batches(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first ``count`` batches as the training step gets them: augmented, and over several epochs if needed."""
-        for batch in islice(self._epochs(), count):
-            yield self._prepared(batch, in_training=True)
-
-    def _epochs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loader = self.train_dataloader()
-        for epoch in itertools.count():
-            cast(DistributedSampler, loader.sampler).set_epoch(epoch)
-            yield from loader
-
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        return self._prepared(batch, in_training=self.trainer is not None and self.trainer.training)
-
-    def _prepared(self, batch: tuple[Tensor, Tensor], in_training: bool) -> tuple[Tensor, Tensor]:
+    def prepared(self, batch: tuple[Tensor, Tensor], in_training: bool) -> tuple[Tensor, Tensor]:
         images, labels = batch
         if not in_training:
             return self._scaled(images), labels
@@ -213,13 +133,6 @@ class ImageData(LightningDataModule):
             return images.float() / 255
         mean, std = (torch.tensor(v, device=images.device)[None, :, None, None] for v in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
-
-    def _loader(self, part: str, **settings: Any) -> DataLoader[Any]:
-        return DataLoader(self._sets[part], self.batch_size, collate_fn=_identity, **settings)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 def _random_crop(images: Tensor, padding: int) -> Tensor:

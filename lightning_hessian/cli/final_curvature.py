@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_hessian.cli.classifier import Classifier
-from lightning_hessian.cli.data import ImageData
+from lightning_hessian.cli.in_memory import InMemoryData
 from lightning_hessian.curvature import select_parameters
 from lightning_hessian.monitoring.measurement import Curvature, Measurement, MeasurementConfig, fixed_batches
 from lightning_hessian.step.batches import samples_in
@@ -64,7 +64,7 @@ def _cross_entropy(module: Any, batch: Any) -> Tensor:
 
 
 def _batches(module: LightningModule, data: LightningDataModule, samples: int, seed: int) -> list[Any]:
-    if isinstance(data, ImageData):
+    if isinstance(data, InMemoryData):
         return [(x.to(module.device), y.to(module.device)) for x, y in data.training_samples(samples)]
     loader = data.train_dataloader()
     (first,) = fixed_batches(module, loader, 1, seed)

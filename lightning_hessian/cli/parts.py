@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import hydra
@@ -14,6 +14,11 @@ from torch import nn
 
 from lightning_hessian.arguments import is_number
 from lightning_hessian.cli.classifier import Classifier
+from lightning_hessian.cli.language_model import LanguageModel
+from lightning_hessian.cli.text import TextData
+
+DATA_ATTRIBUTES = ("shape", "classes", "length")
+"""What a model may need to know of the data."""
 
 
 def make_data(settings: DictConfig) -> LightningDataModule:
@@ -32,8 +37,8 @@ def make_data(settings: DictConfig) -> LightningDataModule:
 def make_module(config: DictConfig, data: LightningDataModule) -> LightningModule:
     """The module to train: the model itself if it is a LightningModule, else a classifier around it.
 
-    The model gets those of the data's attributes ``shape`` and ``classes`` that its arguments name and the settings do
-    not set.
+    The model gets those of the data's attributes ``shape``, ``classes`` and ``length`` that its arguments name and the
+    settings do not set.
 
     Raises:
         ValueError: the settings make something else, or a classifier does not know the number of classes.
@@ -42,8 +47,15 @@ def make_module(config: DictConfig, data: LightningDataModule) -> LightningModul
     for name in ("model", "loss", "optimizer", "scheduler"):
         check_target(name, config[name])
     accepted = _arguments(settings._target_)
-    known = {name: getattr(data, name) for name in ("shape", "classes") if hasattr(data, name)}
-    model = hydra.utils.instantiate(settings, **{k: x for k, x in known.items() if k in accepted and k not in settings})
+    asked = [name for name in DATA_ATTRIBUTES if name in accepted and name not in settings]
+    known = {name: getattr(data, name) for name in DATA_ATTRIBUTES if hasattr(data, name)}
+    missing = [name for name in asked if name not in known and accepted[name].default is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(
+            f"model._target_={settings._target_} needs {' and '.join(missing)}, which {type(data).__name__} does not "
+            f"provide: the model is for other data. Choose another model or other data, or set model.{missing[0]}."
+        )
+    model = hydra.utils.instantiate(settings, **{name: known[name] for name in asked if name in known})
     if isinstance(model, LightningModule):
         return model
     if not isinstance(model, nn.Module):
@@ -62,15 +74,16 @@ def make_module(config: DictConfig, data: LightningDataModule) -> LightningModul
         raise ValueError(f"loss.label_smoothing={smoothing!r} must be a number from 0 to 1.")
     loss, optimizer = (hydra.utils.instantiate(config[name]) for name in ("loss", "optimizer"))
     schedule = hydra.utils.instantiate(config.scheduler) if config.scheduler else None
-    return Classifier(model, known["classes"], loss, optimizer, schedule)
+    kind = LanguageModel if isinstance(data, TextData) else Classifier
+    return kind(model, known["classes"], loss, optimizer, schedule)
 
 
-def _arguments(target: str) -> Collection[str]:
-    """The names of the arguments that a class or a function takes."""
+def _arguments(target: str) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a class or a function takes, by name."""
     try:
         return inspect.signature(hydra.utils.get_object(target)).parameters
     except ValueError:  # built-in classes do not tell
-        return ()
+        return {}
 
 
 def check_target(group: str, settings: Any) -> None:

@@ -218,6 +218,7 @@ def _main(curvature: Curvature) -> dict[str, float]:
 _USUAL = {
     "test accuracy": "test/accuracy",
     "test loss": "test/loss",
+    "test perplexity": "test/perplexity",
     "calibration error": "test/calibration_error",
 }
 

@@ -43,6 +43,7 @@ class Config:
     trace: TraceConfig = field(default_factory=TraceConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     tested: str = "last"
+    input_layer: Any = None
     seed: int = 0
     resume: str | None = None
     compare: str | None = None

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from omegaconf import DictConfig, ListConfig
 
 from lightning_hessian.cli.classifier import Classifier
-from lightning_hessian.cli.data import ImageData
+from lightning_hessian.cli.in_memory import InMemoryData
 from lightning_hessian.cli.user_errors import Diverged
 from lightning_hessian.regularization.adaptive import Adaptive
 from lightning_hessian.regularization.curvature_budget import CurvatureBudget
@@ -84,7 +84,7 @@ def choose_strengths(
     each = list(asked) if isinstance(asked, ListConfig) else [asked] * len(regularizer.penalties)
     if AUTO not in each:
         return
-    if not isinstance(module, Classifier) or not isinstance(data, ImageData):
+    if not isinstance(module, Classifier) or not isinstance(data, InMemoryData):
         raise ValueError(
             "strength=auto trains a copy of the command line's own classifier on its own data. For a "
             "LightningModule or a LightningDataModule of yours take share:0.1, or call suggest_strength in Python."
@@ -112,7 +112,7 @@ def choose_strengths(
     regularizer.strength = _strength(settings.strength)
 
 
-def _unpenalized_training(module: Classifier, data: ImageData, trainer: L.Trainer) -> Iterator[Classifier]:
+def _unpenalized_training(module: Classifier, data: InMemoryData, trainer: L.Trainer) -> Iterator[Classifier]:
     """Train a copy without a penalty, and yield it after each epoch, or each ``AUTO_STEPS`` steps if that is longer.
 
     Stops once the mean loss of such a part is below half the first loss, or when the run's epochs or steps are used up.
@@ -130,8 +130,7 @@ def _unpenalized_training(module: Classifier, data: ImageData, trainer: L.Traine
         losses: list[float] = []
         for batch in islice(batches, part):
             optimizer.zero_grad()
-            images, labels = move_data_to_device(batch, module.device)
-            loss = twin.training_loss(twin(images), labels)
+            loss = twin.training_loss(*twin.logits_and_targets(move_data_to_device(batch, module.device)))
             loss.backward()
             optimizer.step()
             if schedule is not None:

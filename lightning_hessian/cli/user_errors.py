@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_hessian.cli.data import DataUnavailable
+from lightning_hessian.cli.in_memory import DataUnavailable
 from lightning_hessian.curvature import HigherOrderError
 
 
