@@ -1,10 +1,14 @@
 """Two ranks: processes on this machine that deal the samples out between them, and what they bring home."""
 
+import os
+
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from nets import CPU, weights
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.data import DataLoader
 
 STEPS = 3
@@ -80,3 +84,21 @@ def fit_two(path, module, regularizer, loader, **strategy):
     )
     trainer.fit(module, dealt(loader))
     return handed_over(path)
+
+
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this version of PyTorch has no FSDP2 on the CPU"
+)
+
+
+def on_two_processes(work, *args):
+    """Run ``work(rank, *args)`` on two ranks."""
+    port = get_free_port()
+    torch.multiprocessing.start_processes(joins, (port, work, args), nprocs=2, start_method="fork")
+
+
+def joins(rank, port, work, args):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
+    torch.set_num_threads(1)
+    work(rank, *args)

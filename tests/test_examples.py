@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import handed_over, needs_fsdp2, on_two_processes
 
 import lightning_hessian as lh
 
@@ -36,7 +37,7 @@ def test_every_example_is_tested_and_short():
         text = path.read_text()
         assert f'run("{path.stem}")' in here
         assert len(text.splitlines()) <= 85
-        assert re.search(rf"python examples/{path.name} +#", text), "says how to run it"
+        assert re.search(rf"(python|torchrun .*) examples/{path.name} +#", text), "says how to run it"
         assert path.name in (ROOT / "docs" / "extending.md").read_text()
 
 
@@ -69,3 +70,14 @@ def test_a_segmentation_network(run):
     assert logged(trainer, "curvature/largest_eigenvalue") > 0
     assert logged(trainer, "curvature/sharpness") > 0
     assert 0 <= logged(trainer, "val/overlap") <= 1
+
+
+@needs_fsdp2
+def test_sharded_parameters(run, tmp_path):
+    def work(rank):
+        torch.save(run("fsdp2").callback_metrics, tmp_path / f"{rank}.pt")
+
+    on_two_processes(work)
+    first, second = handed_over(tmp_path)
+    assert torch.isfinite(first["curvature/hessian_trace"])
+    assert first == second

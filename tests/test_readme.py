@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_BLOCKS = {
     "README": 2,
+    "start": 3,
+    "recipes": 8,
     "methods": 2,
     "inputs": 2,
     "watching": 2,

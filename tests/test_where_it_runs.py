@@ -28,7 +28,7 @@ from nets import (
     weights,
 )
 from oracles import DIFFERENCES, loss_by_differences, relative_error, sharp_loss
-from ranks import STEPS, Result, dealt, fit_two, handed_over, joined
+from ranks import STEPS, Result, dealt, fit_two, handed_over, joined, needs_fsdp2, on_two_processes
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -365,23 +365,6 @@ class BadGradientOnRankOne(lh.HessianTrace):
         return value
 
 
-def on_two_processes(work, *args):
-    """Run ``work(rank, *args)`` on two ranks."""
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
-    port = get_free_port()
-    torch.multiprocessing.start_processes(joins, (port, work, args), nprocs=2, start_method="fork")
-
-
-def joins(rank, port, work, args):
-    import os
-
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2", "NODE_RANK": "0"}
-    torch.set_num_threads(1)
-    work(rank, *args)
-
-
 def sharded_fit(rank, path, module, penalty, settings):
     dtype = next(module.parameters()).dtype
     loader = data(8 // settings.get("accumulate_grad_batches", 1), dtype=dtype)
@@ -419,11 +402,6 @@ def unsharded_fit(penalty, settings):
             optimizer.step()
             optimizer.zero_grad()
     return nn.utils.parameters_to_vector(module.parameters()).detach(), [value.item() for value in values]
-
-
-needs_fsdp2 = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this version of PyTorch has no FSDP2 on the CPU"
-)
 
 
 def trace(*args, penalty=lh.HessianTrace, **settings):
