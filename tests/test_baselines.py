@@ -115,8 +115,8 @@ def test_random_erasing_puts_noise_in_a_rectangle_of_half_of_the_images():
     assert torch.equal(labels, y)
     counts = []
     for _ in range(40):
-        batch = data._prepared((data._sets["train"].images[:8], y), in_training=True)[0]
-        _, changed = erased(batch, data._scaled(data._sets["train"].images[:8]))
+        batch = data.prepared((data._sets["train"].inputs[:8], y), in_training=True)[0]
+        _, changed = erased(batch, data._scaled(data._sets["train"].inputs[:8]))
         counts += [int(one.sum()) for one in changed]
     touched = [count for count in counts if count]
     assert abs(len(touched) / len(counts) - 0.5) < 4 * (0.25 / len(counts)) ** 0.5

@@ -568,7 +568,7 @@ def test_digits_are_split_without_overlap_and_in_the_same_way_for_every_seed():
         data.test_dataloader()
         parts[seed] = data._sets
         assert [len(data._sets[part]) for part in ("train", "val", "test")] == [1247, 200, 350]
-    assert torch.equal(parts[0]["train"].images, parts[1]["train"].images)
+    assert torch.equal(parts[0]["train"].inputs, parts[1]["train"].inputs)
     images, _ = next(iter(data.val_dataloader()))
     assert images.shape[1:] == (1, 8, 8)
     normalized = torch.cat([batch for batch, _ in data.training_samples(1247)])
@@ -593,7 +593,7 @@ def test_fashion_mnist_from_debians_package(tmp_path):
     data.setup("fit")
     data.test_dataloader()
     assert [len(data._sets[part]) for part in ("train", "val", "test")] == [100, 5000, 10000]
-    assert data._sets["test"].images.shape[1:] == (1, 28, 28)
+    assert data._sets["test"].inputs.shape[1:] == (1, 28, 28)
     normalized = torch.cat([batch for batch, _ in data.training_samples(100)])
     assert abs(normalized.mean()) < 0.1
 

@@ -67,7 +67,7 @@ def test_the_calibration_error_is_the_mean_gap_between_confidence_and_accuracy_i
     module, data, trainer, _ = trained
     module.eval()
     with torch.no_grad():
-        batches = [data._prepared(batch, in_training=False) for batch in data.test_dataloader()]
+        batches = [data.prepared(batch, in_training=False) for batch in data.test_dataloader()]
         probabilities = torch.cat([module(x) for x, _ in batches]).softmax(1)
     confidence, predicted = probabilities.max(1)
     right = (predicted == torch.cat([y for _, y in batches])).double()
@@ -97,13 +97,13 @@ def test_label_noise_replaces_a_share_of_the_training_labels_only():
         data.test_dataloader()
         sets[noise, seed] = data._sets
     clean, noisy = sets[0.0, 0], sets[0.4, 0]
-    wrong = clean["train"].labels != noisy["train"].labels
+    wrong = clean["train"].targets != noisy["train"].targets
     assert wrong.sum() == round(0.4 * 1247)
-    assert torch.equal(clean["train"].images, noisy["train"].images)
-    assert torch.equal(noisy["train"].labels, sets[0.4, 1]["train"].labels)
-    assert set(noisy["train"].labels[wrong].tolist()) == set(range(10))
+    assert torch.equal(clean["train"].inputs, noisy["train"].inputs)
+    assert torch.equal(noisy["train"].targets, sets[0.4, 1]["train"].targets)
+    assert set(noisy["train"].targets[wrong].tolist()) == set(range(10))
     for part in ("val", "test"):
-        assert torch.equal(clean[part].labels, noisy[part].labels)
+        assert torch.equal(clean[part].targets, noisy[part].targets)
     for share in (-0.1, 1.0, True, "much"):
         with pytest.raises(ValueError, match="label_noise"):
             Digits(label_noise=share)
