@@ -27,6 +27,8 @@ from lightning_hessian.robustness.attacks import FGSM, PGD
 from lightning_hessian.robustness.callback import AdversarialAccuracy
 from lightning_hessian.robustness.radius import radius_estimate
 
+__version__ = "0.1.0"
+
 __all__ = [
     "AdversarialAccuracy",
     "ConfidencePenalty",

@@ -5,11 +5,15 @@ the first block of the README has run before, as these pages say.
 """
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from nets import CPU
+
+import lightning_hessian
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,7 +105,7 @@ def heading_anchors(page):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("C*.md")], ids=lambda page: page.stem)
 def test_relative_links_lead_somewhere(page):
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     prose = re.sub(r"`[^`\n]*`", "", prose)
@@ -126,3 +130,11 @@ def test_every_choice_in_the_table_of_groups_is_a_file():
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", table, re.MULTILINE)
         named = set(re.findall(r"`(\w+)`", row))
         assert {path.stem for path in (conf / group).glob("*.yaml")} == named
+
+
+def test_the_version_is_the_same_everywhere():
+    version = lightning_hessian.__version__
+    assert metadata.version("lightning-hessian") == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    newest = re.search(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest.group(1) == version

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 def on_files(files: Files, config: Any) -> Files:
     """The README as the start page."""
     readme = (ROOT / "README.md").read_text()
-    readme = re.sub(r"\]\(docs/", "](", re.sub(r"\]\(notebooks/", "](../notebooks/", readme))
+    readme = re.sub(r"\]\((?!docs/|\w+:|#)", "](../", readme)
+    readme = re.sub(r"\]\(docs/", "](", readme)
     files.append(File.generated(config, "index.md", content=readme))
     return files
 
