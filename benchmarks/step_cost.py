@@ -1,7 +1,7 @@
 """Time and peak memory of a training step with a curvature penalty, relative to a plain step in the same run.
 
-    python benchmarks/step_cost.py [--models mlp cnn resnet18 vit gpt] [--methods plain SAM two_pass ...] [--rounds 7]
-                                   [--compile] [--bf16]
+    python benchmarks/step_cost.py [--models mlp cnn resnet18 vit gpt lstm] [--methods plain SAM two_pass ...]
+                                   [--rounds 7] [--compile] [--bf16]
 
 Every round runs all methods, so that drifts of the machine's speed affect them equally:
 
@@ -22,14 +22,15 @@ Every round runs all methods, so that drifts of the machine's speed affect them 
 
 Time is the median over rounds. Memory is a step's peak beyond the memory in use before it (on Linux or CUDA), the
 median of three steps. The last column of the second table is the callback's overhead on a step without a penalty. gpt
-is a small decoder with fused causal attention. --compile compiles the network (taylor keeps it compiled, autograd and
-gauss_newton run it eagerly); --bf16 uses autocast.
+is a small decoder with fused causal attention, lstm has two layers. --compile compiles the network (taylor keeps it
+compiled, autograd and gauss_newton run it eagerly); --bf16 uses autocast.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import logging
 import os
@@ -53,7 +54,7 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 import lightning as L  # noqa: E402
 
 import lightning_hessian as lh  # noqa: E402
-from lightning_hessian.cli import models  # noqa: E402
+from lightning_hessian.cli import models, sequence_models  # noqa: E402
 from lightning_hessian.curvature import ProbeSource  # noqa: E402
 from lightning_hessian.curvature.backward_watch import BackwardWatch  # noqa: E402
 from lightning_hessian.regularization.callback import enlist  # noqa: E402
@@ -68,6 +69,7 @@ CASES = {  # input shape, batch size
     "resnet18": ((3, 32, 32), 32),
     "vit": ((1, 28, 28), 128),
     "gpt": ((128,), 16),
+    "lstm": ((64,), 32),
 }
 METHODS = ["plain", "SAM", "sharpness", "sharpness, adaptive", "confidence", "hand-written", "taylor",
            "taylor, 4 probes", "autograd", "keep 0.5", "keep 0.1", "gauss_newton", "central_difference", "two_pass",
@@ -107,6 +109,14 @@ class Block(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
 
+class LSTM(sequence_models.LSTM):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids).transpose(1, 2)
+
+
+ON_TOKENS: dict[str, Callable[[], nn.Module]] = {"gpt": GPT, "lstm": functools.partial(LSTM, classes=256)}
+
+
 class Case(L.LightningModule):
     """A model with one batch, and the steps to compare. They are timed when the fit starts."""
 
@@ -115,10 +125,10 @@ class Case(L.LightningModule):
         shape, batch = CASES[name]
         torch.manual_seed(0)
         self.arguments = arguments
-        self.net: nn.Module = GPT() if name == "gpt" else getattr(models, name)(shape, 10)
+        self.net: nn.Module = ON_TOKENS[name]() if name in ON_TOKENS else getattr(models, name)(shape, 10)
         if arguments.compile:
             self.net.compile()
-        if name == "gpt":
+        if name in ON_TOKENS:
             self.x, self.y = torch.randint(0, 256, (2, batch, *shape), device=DEVICE)
         else:
             self.x, self.y = torch.randn(batch, *shape, device=DEVICE), torch.randint(0, 10, (batch,), device=DEVICE)
