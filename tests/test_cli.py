@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 import sys
 import zipfile
 from pathlib import Path
@@ -285,6 +286,27 @@ def test_radii_mean_pixels_where_the_data_are_normalized():
 def test_every_experiment_composes(run, experiment):
     out, _, status = run(f"experiment={experiment}", "--cfg", "job", "--resolve")
     assert status == 0
+    assert OmegaConf.create(out).data._target_.startswith("lightning_hessian")
+
+
+def commands_of_the_pages():
+    """The arguments of every `lightning-hessian ...` in a block of the README and the pages."""
+    pages = [CONF.parent / "README.md", *sorted((CONF.parent / "docs").glob("*.md"))]
+    blocks = [
+        block for page in pages for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("lightning-hessian")]
+    return sorted({line.partition(" #")[0].removeprefix("lightning-hessian").strip() for line in lines})
+
+
+@pytest.mark.parametrize(
+    "arguments", [one for one in commands_of_the_pages() if "DATE" not in one and "--config-dir" not in one]
+)
+def test_every_command_of_the_pages_composes(run, arguments):
+    # test_report, test_resume and test_own_model run those that need a folder.
+    first_values = [re.sub(r"=([^\[(,]+),.*", r"=\1", one) for one in shlex.split(arguments) if one != "-m"]
+    out, err, status = run(*first_values, "--cfg", "job", "--resolve")
+    assert status == 0, err
     assert OmegaConf.create(out).data._target_.startswith("lightning_hessian")
 
 

@@ -118,6 +118,12 @@ def test_relative_links_lead_somewhere(page):
         assert not anchor or anchor in heading_anchors(target), f"{page.name} links to {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_scripts_that_a_page_runs_are_there(page):
+    for script in re.findall(r"(?:python|per-node 2) ((?:benchmarks|examples)/\S+?\.py)", page.read_text()):
+        assert (ROOT / script).is_file(), f"{page.name} runs {script}"
+
+
 def test_the_readme_links_to_every_page():
     linked = re.findall(r"\]\(docs/([\w-]+)\.md\)", (ROOT / "README.md").read_text())
     assert {page.stem for page in PAGES} - {"README"} == set(linked)
