@@ -39,7 +39,7 @@ KINDS = {"without a penalty": (0.0, "C1"), "with the penalty": (STRENGTH, "C0")}
 
 def train(strength: float, seed: int) -> tuple[Classifier, data.FashionMNIST, History]:
     L.seed_everything(seed, verbose=False)
-    source = data.FashionMNIST(batch_size=100, train_samples=5000, root=str(ROOT / "data"), seed=seed)
+    source = data.FashionMNIST(batch_size=100, validation=5000, train_samples=5000, root=str(ROOT / "data"), seed=seed)
     net = models.vit(source.shape, source.classes, patch=7, width=48, depth=2)
     module = Classifier(net, source.classes, optimizer=torch.optim.AdamW)
     penalty = lh.HessianTrace(method="gauss_newton")
