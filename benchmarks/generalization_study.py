@@ -1,7 +1,8 @@
 """Study on Fashion-MNIST: does a penalty on the Hessian's trace generalize better, against whom, and at what price?
 
-    python benchmarks/generalization_study.py run [--networks cnn vit] [--methods none SAM ...] [--jobs 2]
-    python benchmarks/generalization_study.py report    # the tables of docs/trace.md
+    python benchmarks/generalization_study.py run [--networks cnn vit] [--noise 0 0.2] [--methods none SAM ...]
+    python benchmarks/generalization_study.py cost      # time a step of each method, on a quiet machine
+    python benchmarks/generalization_study.py report    # the tables and figures of docs/trace.md
 
 The settings are those of `experiment=generalization`: 5,000 training and 5,000 validation images, 30 epochs. The small
 CNN has batch norm, the vision transformer has none. A part of the methods is also run with 20 and 40 % wrong labels.
@@ -44,7 +45,7 @@ from lightning_hessian.cli.results import FILE, Results  # noqa: E402
 
 RESULTS = ROOT / "docs" / "trace" / "generalization.jsonl"
 FOLDER = ROOT / "outputs" / "generalization"
-TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+TUNING_SEEDS, SEEDS, COST_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
 MOST_WIDENED = 4
 NETWORKS = {
     "cnn": ["model.width=16"],
@@ -190,6 +191,11 @@ class Study:
         tuned = which.like or (name if grid else "")
         self.sweep(name, which, "final", [self.best(tuned)] if tuned else [0.0], SEEDS)
 
+    def steps(self, name: str) -> str:
+        """The time of a step in units of a plain one, the median over turns."""
+        own, plain = (by_seed(self.rows(which, "cost"), "ms per step") for which in (name, "none"))
+        return f"{statistics.median(own[seed] / plain[seed] for seed in own):.1f}" if own and plain else "-"
+
     def best(self, name: str) -> float:
         """The tuned strength with the highest mean validation accuracy at the end."""
         of: dict[float, list[float]] = {}
@@ -216,28 +222,44 @@ class Study:
         have = {(row["strength"], row["seed"]) for row in self.rows(name, stage)}
         missing = [strength for strength in grid if any((strength, seed) not in have for seed in seeds)]
         for strength in missing:
-            of = FOLDER / self.network / f"noise_{self.noise:g}" / name.replace(" ", "_").replace(",", "")
-            folder = of / f"{stage}_{strength:g}"
-            arguments = [
-                *("-m", "experiment=generalization", *NETWORKS[self.network], *which.overrides),
-                *(f"data.label_noise={self.noise}", f"data.root={ROOT / 'data'}"),
-                *([f"{which.setting}={which.pattern.format(strength)}"] if strength else []),
-                *(f"seed={','.join(map(str, seeds))}", f"hydra.sweep.dir={folder}"),
-                *([] if self.jobs == 1 else ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={self.jobs}"]),
-            ]
-            sys.argv = ["lightning-hessian", *arguments]
-            try:
-                command.main()
-            except SystemExit as stop:
-                print(f"{name}: status {stop.code}", flush=True)
-            self.keep(name, stage, strength, seeds, folder)
+            self.keep(name, stage, strength, seeds, self.command(name, which, stage, strength, seeds))
+
+    def command(self, name: str, which: Method, stage: str, strength: float, seeds: Sequence[int], *more: str) -> Path:
+        """Run the command with these seeds. Its folder."""
+        of = FOLDER / self.network / f"noise_{self.noise:g}" / name.replace(" ", "_").replace(",", "")
+        folder = of / f"{stage}_{strength:g}"
+        arguments = [
+            *("-m", "experiment=generalization", *NETWORKS[self.network], *which.overrides),
+            *(f"data.label_noise={self.noise}", f"data.root={ROOT / 'data'}", *more),
+            *([f"{which.setting}={which.pattern.format(strength)}"] if strength else []),
+            *(f"seed={','.join(map(str, seeds))}", f"hydra.sweep.dir={folder}"),
+            *([] if self.jobs == 1 else ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={self.jobs}"]),
+        ]
+        sys.argv = ["lightning-hessian", *arguments]
+        try:
+            command.main()
+        except SystemExit as stop:
+            print(f"{name}: status {stop.code}", flush=True)
+        return folder
+
+    def cost(self) -> None:
+        """Time two epochs of each method at its strength, in turns."""
+        final = {name: self.rows(name, "final") for name in METHODS}
+        for seed in COST_SEEDS:
+            for name, rows in final.items():
+                if rows and all(row["seed"] != seed for row in self.rows(name, "cost")):
+                    which, strength = method(name, self.network, self.chosen_parts()), rows[0]["strength"]
+                    short = "trainer.max_epochs=2", "trace.samples=100", "trace.probes=2", "objective.metric=null"
+                    folder = self.command(name, which, "cost", strength, [seed], *short)
+                    self.keep(name, "cost", strength, [seed], folder)
 
     def keep(self, name: str, stage: str, strength: float, seeds: Sequence[int], folder: Path) -> None:
-        """Append a sweep's numbers to the file."""
+        """Append to the file those of a sweep's numbers that are not in it."""
+        have = {row["seed"] for row in self.rows(name, stage) if row["strength"] == strength}
         found = {one.settings["seed"]: one for one in (Results.load(path.parent) for path in folder.glob(f"*/{FILE}"))}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         with RESULTS.open("a") as file:
-            for seed in seeds:
+            for seed in (one for one in seeds if one not in have):
                 row = {
                     **{"network": self.network, "noise": self.noise, "method": name, "stage": stage},
                     **{"strength": strength, "seed": seed},
@@ -257,11 +279,16 @@ def _numbers(results: Results) -> dict[str, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     for network, noise in SETTINGS:
-        if network in arguments.networks:
+        if network in arguments.networks and noise in arguments.noise:
             study = Study(network, noise, arguments.jobs)
             methods = [name for name in METHODS if network == "cnn" or name not in ONLY_CNN]
             for name in arguments.methods or (UNDER_NOISE if noise else methods):
                 study.run(name)
+
+
+def cost(arguments: argparse.Namespace) -> None:
+    for network in arguments.networks:
+        Study(network, 0.0, 1).cost()
 
 
 def by_seed(rows: Iterable[dict], metric: str) -> dict[int, float]:
@@ -301,7 +328,6 @@ def table(study: Study) -> None:
     for name in sorted(names, key=lambda name: -reached[name]):
         rows = reported[name]
         mean = {metric: statistics.mean(by_seed(rows, metric).values()) for metric in rows[0] if "/" in metric}
-        steps, plain = by_seed(rows, "ms per step"), by_seed(none, "ms per step")
         cells = [
             *(name, f"{rows[0]['strength']:g}" if rows[0]["strength"] else "-", f"{100 * reached[name]:.2f}"),
             "" if name == "none" else interval(difference(rows, none, "test/accuracy"), 2, 100),
@@ -310,7 +336,7 @@ def table(study: Study) -> None:
             "" if name == "none" else interval(difference(rows, none, "test/loss"), 3),
             f"{mean['test/calibration_error']:.3f}",
             *(f"{mean[f'final/{what}']:.3g}" for what in SHARPNESS),
-            f"{statistics.median(steps.values()) / statistics.median(plain.values()):.1f}",
+            study.steps(name),
         ]
         print(f"| {' | '.join(cells)} |")
 
@@ -416,12 +442,13 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("what", choices=["run", "cost", "report"])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS])
+    parser.add_argument("--noise", nargs="+", type=float, default=[0.0, 0.2, 0.4], help="shares of wrong labels")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     arguments = parser.parse_args()
-    run(arguments) if arguments.what == "run" else report()
+    {"run": run, "cost": cost, "report": lambda _: report()}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
