@@ -3,6 +3,7 @@
 The module shards its own layers in `configure_model`, as Lightning's ModelParallelStrategy asks. The penalty is as on
 one device. On the CPU, FSDP2 needs a recent PyTorch.
 
+    pip install . scikit-learn
     torchrun --nproc-per-node 2 examples/fsdp2.py            # a minute
     torchrun --nproc-per-node 2 examples/fsdp2.py --tiny     # seconds
 """

@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_BLOCKS = {
     "README": 2,
     "start": 3,
-    "recipes": 8,
+    "recipes": 10,
     "methods": 2,
     "inputs": 2,
     "watching": 2,

@@ -97,11 +97,13 @@ def test_every_regularizer_trains_a_language_model(run, model, regularizer):  # 
     ("arguments", "message"),
     [
         (["model=mlp"], "needs shape, which PythonTopics does not provide: the model is for other data"),
-        (["model=gpt", "data=digits", "~data.length"], "needs length, which Digits does not provide"),
+        (["model=gpt", "data=digits"], "needs length, which Digits does not provide"),
         (["model=lstm", "baseline=mixup"], "unexpected keyword argument 'mix'"),
         (["model=lstm", "data.length=100000000"], "data.length=100000000, but the train text has"),
         (["model=lstm", "data.train_samples=100000000"], "data.train_samples=100000000, but there are only"),
         (["model=lstm", "data.length=0"], "data: length=0"),
+        (["model=lstm", "data=digits"], "Language models take tokens, whole numbers of shape (batch, length)"),
+        (["model=gpt", "+model.length=4"], "GPT has positions for 4 tokens, not for 8"),
         (["model=gpt", "model.heads=3"], "model: heads=3 must divide width=8"),
         (["model=lstm", "robustness=pgd", "regularizer=none"], "integers such as token ids have no derivatives"),
         (["model=lstm", "data=wikitext2"], "WikiText-2 needs Hugging Face's package datasets"),
@@ -110,9 +112,8 @@ def test_every_regularizer_trains_a_language_model(run, model, regularizer):  # 
 )
 def test_what_does_not_fit_gives_one_line(run, monkeypatch, arguments, message):  # noqa: F811
     monkeypatch.setitem(sys.modules, "datasets", None)
-    quick = [one for one in QUICK if not one.startswith("data.length")] if "~data.length" in arguments else QUICK
-    quick = [one for one in quick if "data=digits" not in arguments or not one.startswith("data=text")]
-    _, err, status = run(*quick, *(one for one in arguments if one != "~data.length"))
+    of_text = ("data=text", "data.length") if "data=digits" in arguments else ()
+    _, err, status = run(*(one for one in QUICK if not one.startswith(of_text)), *arguments)
     lines = [line for line in err.splitlines() if line.startswith("lightning-hessian: ")]
     assert status == 2
     assert len(lines) == 1

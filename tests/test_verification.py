@@ -140,9 +140,21 @@ def test_a_layer_in_place_beside_a_faulty_one_does_no_harm():
     assert lh.verify(net, BATCH, lh.HessianTrace(method="autograd")).faults == ("body.2.0",)
 
 
-def test_a_layer_without_derivatives_is_named():
+@pytest.mark.parametrize("method", ["autograd", "taylor"])
+def test_a_layer_without_derivatives_is_named(method):
     with pytest.raises(lh.HigherOrderError, match=r"@once_differentiable.*At fault: body\.2\."):
-        lh.verify(Net(odd=OnceDifferentiable()), BATCH, lh.HessianTrace(method="autograd"))
+        lh.verify(Net(odd=OnceDifferentiable()), BATCH, lh.HessianTrace(method=method))
+
+
+@pytest.mark.parametrize("method", ["autograd", "taylor", "gauss_newton"])
+def test_a_layer_below_the_chosen_parameters_needs_no_second_derivative(method):
+    net = nn.ModuleDict({"bag": nn.EmbeddingBag(10, 4), "head": nn.Sequential(nn.Linear(4, 4), nn.Tanh())})
+    words, labels = torch.randint(0, 10, (5, 3)), torch.randint(0, 4, (5,))
+
+    def loss(net, batch):
+        return nn.functional.cross_entropy(net["head"](net["bag"](batch[0])), batch[1])
+
+    assert lh.verify(net, (words, labels), lh.HessianTrace(method=method, parameters="head.*"), loss).ok
 
 
 def test_a_step_may_look_at_its_trainer():

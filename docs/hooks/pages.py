@@ -14,17 +14,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The README as the start page."""
+    """The README as the start page, and the examples and notebooks as files."""
     readme = (ROOT / "README.md").read_text()
     readme = re.sub(r"\]\((?!docs/|\w+:|#)", "](../", readme)
     readme = re.sub(r"\]\(docs/", "](", readme)
     files.append(File.generated(config, "index.md", content=readme))
+    for path in sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("notebooks/*.ipynb")]):
+        files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to the README lead to the start page. Other files of the repository are named without a link."""
+    """Links to the README lead to the start page. What the site has no file of is named without a link."""
     markdown = re.sub(r"\]\(\.\./README\.md(#[\w-]+)?\)", r"](index.md\1)", markdown)
+    markdown = re.sub(r"\]\(\.\./((?:examples|notebooks)/[^)]+)\)", r"](\1)", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)
 
 

@@ -96,7 +96,7 @@ class InMemoryData(LightningDataModule):
             seed=self.seed,
         )
         # A small last batch would have noisy batch-norm statistics and a noisy Hessian.
-        return self._loader("train", sampler=sampler, drop_last=len(self._sets["train"]) > self.batch_size)
+        return self._loader("train", sampler=sampler, drop_last=len(sampler) > self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")

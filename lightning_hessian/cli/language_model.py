@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torchmetrics.text import Perplexity
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
 
 from lightning_hessian.cli.classifier import Classifier
 
@@ -31,8 +32,11 @@ class LanguageModel(Classifier):
         return self(tokens).flatten(0, 1), following.flatten()
 
 
-class _Perplexity(Perplexity):
-    """Of logits of shape (n, classes)."""
+class _Perplexity(MeanMetric):
+    """exp(mean cross-entropy), of logits of shape (n, classes)."""
 
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        super().update(logits[None], labels[None])
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        super().update(F.cross_entropy(logits.float(), labels), weight=len(labels))
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()

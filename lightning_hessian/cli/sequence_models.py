@@ -7,6 +7,14 @@ from torch import Tensor, nn
 from lightning_hessian.arguments import whole_number
 
 
+def _check_tokens(tokens: Tensor) -> None:
+    if tokens.is_floating_point():
+        raise ValueError(
+            f"Language models take tokens, whole numbers of shape (batch, length), not floating-point numbers of "
+            f"shape {tuple(tokens.shape)}. On the command line choose data=text, or a model for images."
+        )
+
+
 class LSTM(nn.Module):
     """An embedding, LSTM layers, and a linear layer. The state is zero at the start of each sequence.
 
@@ -17,7 +25,7 @@ class LSTM(nn.Module):
         dropout: probability of dropping a feature, after the embedding and after each layer.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the input is no tokens.
 
     Example:
         >>> LSTM(classes=50, width=8)(torch.zeros(2, 5, dtype=torch.long)).shape
@@ -34,6 +42,7 @@ class LSTM(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        _check_tokens(tokens)
         features, _ = self.lstm(self.dropout(self.embedding(tokens)))
         return self.head(self.dropout(features))
 
@@ -50,7 +59,8 @@ class GPT(nn.Module):
         dropout: probability of dropping a feature, in the blocks.
 
     Raises:
-        ValueError: an argument is out of range, or ``heads`` does not divide ``width``.
+        ValueError: an argument is out of range, ``heads`` does not divide ``width``, or the input is no tokens, or too
+            many.
 
     Example:
         >>> GPT(classes=50, length=16, width=8, heads=2)(torch.zeros(2, 5, dtype=torch.long)).shape
@@ -74,7 +84,10 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        length = tokens.size(1)
+        _check_tokens(tokens)
+        length, most = tokens.size(1), self.positions.num_embeddings
+        if length > most:
+            raise ValueError(f"GPT has positions for {most} tokens, not for {length}. Raise its length.")
         features = self.embedding(tokens) + self.positions.weight[:length]
         mask = nn.Transformer.generate_square_subsequent_mask(length, tokens.device, features.dtype)
         return self.head(self.blocks(features, mask, is_causal=True))

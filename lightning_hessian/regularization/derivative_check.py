@@ -85,11 +85,12 @@ class DerivativeCheck:
             seed_all(0, self.tensors[0].device)
             return (function or self.function)()
 
-    def quadratic_form(self, v: Sequence[Tensor]) -> Tensor:
-        """v'Hv, with its graph."""
+    def quadratic_form(self, v: Sequence[Tensor], tensors: Sequence[Tensor] | None = None) -> Tensor:
+        """v'Hv with its graph, H with respect to some of the tensors; by default to all."""
+        tensors = self.tensors if tensors is None else tensors
         if not self.by_taylor:
-            return HessianOperator(self.evaluate(), self.tensors).quadratic_form(pack(v))
-        with taylor_mode(self.tensors, [v], self.module) as mode:
+            return HessianOperator(self.evaluate(), tensors).quadratic_form(pack(v))
+        with taylor_mode(tensors, [v], self.module) as mode:
             value = self.evaluate(self.plain)
         return mode.second(value)
 
@@ -97,10 +98,16 @@ class DerivativeCheck:
         """The relative error of the gradient."""
         return self.gradient_of(lambda value: value)
 
-    def hessian(self) -> float:
-        """The relative error of v'Hv, which needs one derivative more than the gradient that is differenced."""
-        v = self.directions[0]
-        exact = [self.quadratic_form(v).item()]
+    def hessian(self, tensors: Sequence[Tensor] | None = None) -> float:
+        """The relative error of v'Hv, which needs one derivative more than the gradient that is differenced.
+
+        Args:
+            tensors: H is with respect to these; by default to all.
+        """
+        chosen = [tensors is None or any(one is own for one in tensors) for own in self.tensors]
+        v = [x if is_chosen else torch.zeros_like(x) for x, is_chosen in zip(self.directions[0], chosen, strict=True)]
+        pairs = [(own, x) for own, x, is_chosen in zip(self.tensors, v, chosen, strict=True) if is_chosen]
+        exact = [self.quadratic_form([x for _, x in pairs], [own for own, _ in pairs]).item()]
         return self._error(exact, [v], lambda: _dot(self._gradient(self.evaluate()), v))
 
     def gradient_of(self, measure: Callable[[Tensor], Tensor]) -> float:
@@ -156,7 +163,7 @@ def layers_at_fault(module: nn.Module, check: DerivativeCheck) -> tuple[str, ...
         if name
     ]
     try:
-        check.evaluate()
+        check.evaluate(check.plain)
     finally:
         for handle in handles:
             handle.remove()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_hessian.curvature import HigherOrderError, ProbeSource, higher_order, select_parameters
 from lightning_hessian.curvature.graph import is_kinked, kinked_layers, kinks
-from lightning_hessian.penalties import Penalty, StepContext
+from lightning_hessian.penalties import Penalty, StepContext, WeightPenalty
 from lightning_hessian.regularization.derivative_check import (
     DerivativeCheck,
     FullPrecision,
@@ -134,7 +134,9 @@ def verify(
     task = task_step(module, loss)
     twin = independent_copy(module).double()
     penalty.check(dict(twin.named_parameters()))
-    tensors = list(select_parameters(dict(twin.named_parameters())).values())
+    parameters = dict(twin.named_parameters())
+    tensors = list(select_parameters(parameters).values())
+    chosen = select_parameters(parameters, penalty.parameters if isinstance(penalty, WeightPenalty) else None)
     device = tensors[0].device
     batch = copied(batch, lambda tensor: _in_float64(tensor.detach().to(device)))
     context = higher_order(twin, derivatives=max(2, penalty.needs.derivatives))
@@ -156,10 +158,10 @@ def verify(
 
     with float64_by_default(), context.explained():
         check = DerivativeCheck(twin, lambda: loss_for(acting), tensors, plain=lambda: loss_for([]))
-        first = check.evaluate()
-        check_repeatable(twin, check.evaluate, first, "verify")
-        kinked = sorted({*kinks(first), *kinked_layers(twin)})
         try:
+            first = check.evaluate()
+            check_repeatable(twin, check.evaluate, first, "verify")
+            kinked = sorted({*kinks(first), *kinked_layers(twin)})
             # A direction that the penalty has searched for is a constant of its gradient.
             fixed = penalty.with_fixed_direction(step_context())
             if isinstance(fixed, Penalty):
@@ -171,7 +173,7 @@ def verify(
                 with FullPrecision():
                     return fixed(step_context())
 
-            errors = check.loss_gradient(), check.hessian(), check.gradient_of(penalty_value)
+            errors = check.loss_gradient(), check.hessian([*chosen.values()]), check.gradient_of(penalty_value)
         except HigherOrderError as error:
             if named := layers_at_fault(twin, check):
                 raise HigherOrderError(f"{error} At fault: {', '.join(named)}.") from error
