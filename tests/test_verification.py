@@ -189,6 +189,11 @@ def test_what_is_no_penalty_is_refused(penalty):
         lh.verify(Net(), BATCH, penalty)
 
 
+def test_a_loader_is_no_batch():
+    with pytest.raises(ValueError, match=r"verify takes one batch, not a DataLoader"):
+        lh.verify(Net(), torch.utils.data.DataLoader([0]), lh.HessianTrace())
+
+
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_padding_rows_are_constants(kind):
     settings = {} if kind is nn.Embedding else {"mode": "sum"}

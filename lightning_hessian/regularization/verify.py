@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_hessian.curvature import HigherOrderError, ProbeSource, higher_order, select_parameters
 from lightning_hessian.curvature.graph import is_kinked, kinked_layers, kinks
@@ -114,7 +115,8 @@ def verify(
         HigherOrderError: an operator has no double backward, or no third one.
         MisconfigurationException: the step returns no differentiable loss, or another loss when it runs again, or
             optimization is manual and there is no ``loss``.
-        ValueError: the penalty cannot be computed on these parameters, or has no higher derivative to verify.
+        ValueError: the penalty cannot be computed on these parameters, has no higher derivative to verify, or the
+            batch is a DataLoader.
 
     Example:
         >>> import torch
@@ -126,6 +128,8 @@ def verify(
     """
     if not isinstance(penalty, Penalty):
         raise ValueError(f"penalty={penalty!r} is not a Penalty. Pass an object such as HessianTrace().")
+    if isinstance(batch, DataLoader):
+        raise ValueError("verify takes one batch, not a DataLoader: verify(module, next(iter(loader)), penalty).")
     if penalty.needs.differences:
         raise ValueError(
             f"{penalty!r} is made of ordinary first-order gradients, so there is no higher derivative to verify. "

@@ -61,8 +61,8 @@ def select_inputs(batch: Any, which: InputChoice = None) -> tuple[Tensor, ...]:
             found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in everything) or "none"
             raise ValueError(
                 f"The batch has no floating-point tensor to be the input (its tensors: {found}), and integers "
-                "such as token ids have no derivatives. Penalize the embeddings instead: pass layer='<name of the "
-                "embedding layer>' to the penalty. If the batch is a custom object, pass "
+                "such as token ids have no derivatives. A penalty can take the embeddings instead: pass it "
+                "layer='<name of the embedding layer>'. Attacks cannot. If the batch is a custom object, pass "
                 "inputs=lambda batch: ..., or use the mixin's self.regularized(loss, inputs=...)."
             )
     elif callable(which):
