@@ -87,11 +87,21 @@ def test_the_table_has_means_and_standard_errors_over_seeds_best_objective_first
     out, _ = capsys.readouterr()
     assert "By val/loss the best is regularizer.strength=0.01" in out
     assert "9 runs in 3 groups" in out
+    assert "within the noise" not in out  # the lead is 0.03 ± 0.006
     text = (sweep / "report/report.md").read_text()
     assert {path.name for path in (sweep / "report").glob("*.png")} == {
         f"{name}_{mode}.png" for name in ("strength", "epochs", "sharpness") for mode in ("light", "dark")
     }
     assert all(f"({name}_light.png)" in text for name in ("strength", "epochs", "sharpness"))
+
+
+def test_a_lead_within_the_noise_is_called_so(tmp_path, capsys):
+    for strength, accuracies in {"0": (0.90, 0.92), "0.01": (0.93, 0.90)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            finished(tmp_path / f"sweep/strength={strength},seed={seed}", strength, seed, accuracy)
+    command.main([str(tmp_path / "sweep")])
+    out, _ = capsys.readouterr()
+    assert "The next, regularizer.strength=0, is within the noise: -0.005 ± 0.025 apart over the same seeds." in out
 
 
 def test_groups_are_told_apart_by_their_resolved_settings(sweep, capsys):

@@ -109,6 +109,10 @@ def _answer(groups: Sequence[Group], finished: int) -> str:
         told += [f"{label_of(name)} {best.mean(name)}" for name in ("test/accuracy", "final/trace") if name in known]
         which = f"By {metric} the best is {best.label}: " if len(groups) > 1 else ""
         parts.append(f"{which}{', '.join(told)}.")
+        if len(groups) > 1:
+            lead = best.difference(f"best/{metric}", groups[1])
+            if lead.error and abs(lead.value) < 2 * lead.error:
+                parts.append(f"The next, {groups[1].label}, is within the noise: {lead} apart over the same seeds.")
     tested = sorted({run.results.tested for group in groups for run in group.runs})
     parts.append(f"The test took the {' or the '.join(tested)} weights of each run.")
     reference = reference_of(best, groups) if len(objectives) < 2 else None
