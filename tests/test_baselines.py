@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_hessian as lh
+from lightning_hessian.cli import final_curvature
 from lightning_hessian.cli.parts import make_module
 from lightning_hessian.cli.run import train
 
@@ -189,7 +190,8 @@ def covering():
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_every_choice_of_a_group_runs_with_every_choice_of_another(baseline, tmp_path):
+def test_every_choice_of_a_group_runs_with_every_choice_of_another(baseline, tmp_path, monkeypatch):
+    monkeypatch.setattr(final_curvature, "LANCZOS", 2)
     quick = ["trainer.accelerator=cpu", "trainer.max_epochs=1", "trainer.limit_train_batches=2"]
     quick += ["+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1", "trainer.enable_progress_bar=false"]
     quick += ["trainer.enable_model_summary=false", "trainer.log_every_n_steps=1", "trace.samples=8", "trace.probes=2"]

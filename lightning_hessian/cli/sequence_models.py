@@ -28,6 +28,7 @@ class LSTM(nn.Module):
         ValueError: an argument is out of range, or the input is no tokens.
 
     Example:
+        >>> import torch
         >>> LSTM(classes=50, width=8)(torch.zeros(2, 5, dtype=torch.long)).shape
         torch.Size([2, 5, 50])
     """
@@ -63,6 +64,7 @@ class GPT(nn.Module):
             many.
 
     Example:
+        >>> import torch
         >>> GPT(classes=50, length=16, width=8, heads=2)(torch.zeros(2, 5, dtype=torch.long)).shape
         torch.Size([2, 5, 50])
     """
