@@ -31,6 +31,7 @@ import lightning_hessian as lh  # noqa: E402
 from lightning_hessian.cli import data, models  # noqa: E402
 from lightning_hessian.cli.classifier import Classifier  # noqa: E402
 from lightning_hessian.cli.history import History  # noqa: E402
+from lightning_hessian.penalties.trace_estimators import filter_sizes  # noqa: E402
 
 SEEDS, EPOCHS, STRENGTH = (0, 1, 2), 30, 3e-4
 DIRECTIONS, DISTANCES = 10, torch.linspace(-0.5, 0.5, 21)
@@ -57,12 +58,6 @@ def train(strength: float, seed: int) -> tuple[Classifier, data.FashionMNIST, Hi
     return module.eval(), source, history
 
 
-def sizes(weights: torch.Tensor) -> torch.Tensor:
-    """The length of each filter; of a vector the absolute value of each entry."""
-    others = tuple(range(1, weights.dim()))
-    return torch.linalg.vector_norm(weights, dim=others, keepdim=True) if others else weights.abs()
-
-
 @torch.no_grad()
 def around(module: Classifier, batches: list) -> list[float]:
     """The mean loss over the directions, at each distance."""
@@ -74,7 +69,8 @@ def around(module: Classifier, batches: list) -> list[float]:
             generator.manual_seed(direction)
             for there, here in zip(moved.parameters(), module.parameters(), strict=True):
                 v = torch.randn(here.shape, generator=generator)
-                there.copy_(here + distance * sizes(here) / sizes(v) * v)
+                size, length = filter_sizes([here, v])
+                there.copy_(here + distance * size / length * v)
             losses[i] += sum(moved.loss(batch) for batch in batches) / len(batches) / DIRECTIONS
     return losses.tolist()
 

@@ -90,6 +90,7 @@ class PythonTopics(TextData):
         return [*sorted({*_topics()["train"]} - {UNKNOWN}), UNKNOWN]
 
 
+@functools.cache
 def _topics() -> dict[str, str]:
     """The text of each part."""
     from pydoc_data.topics import topics
@@ -115,13 +116,17 @@ class WikiText2(TextData):
         self._load()
 
     def tokens(self, part: str) -> Tensor:
-        parts = self._load()
-        indices = {word: i for i, word in enumerate(dict.fromkeys(_words(parts["train"]["text"])))}
+        return torch.tensor([self._indices[word] for word in _words(self._load()[part]["text"])])
+
+    @functools.cached_property
+    def _indices(self) -> dict[str, int]:
+        """The number of each word."""
+        indices = {word: i for i, word in enumerate(dict.fromkeys(_words(self._load()["train"]["text"])))}
         if len(indices) != self.classes:
             raise ValueError(
                 f"WikiText-2 has {len(indices)} different words here, not {self.classes}: it is another one."
             )
-        return torch.tensor([indices[word] for word in _words(parts[part]["text"])])
+        return indices
 
     def _load(self) -> Any:
         try:

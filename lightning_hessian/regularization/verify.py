@@ -137,8 +137,8 @@ def verify(
         )
     task = task_step(module, loss)
     twin = independent_copy(module).double()
-    penalty.check(dict(twin.named_parameters()))
     parameters = dict(twin.named_parameters())
+    penalty.check(parameters)
     tensors = list(select_parameters(parameters).values())
     chosen = select_parameters(parameters, penalty.parameters if isinstance(penalty, WeightPenalty) else None)
     device = tensors[0].device
