@@ -1,7 +1,7 @@
 """Time and peak memory of a training step with a curvature penalty, relative to a plain step in the same run.
 
     python benchmarks/step_cost.py [--models mlp cnn resnet18 vit gpt lstm] [--methods plain SAM two_pass ...]
-                                   [--rounds 7] [--compile] [--bf16]
+                                   [--rounds 7] [--batch N] [--compile] [--bf16]
 
 Every round runs all methods, so that drifts of the machine's speed affect them equally:
 
@@ -123,6 +123,7 @@ class Case(L.LightningModule):
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         super().__init__()
         shape, batch = CASES[name]
+        batch = arguments.batch or batch
         torch.manual_seed(0)
         self.arguments = arguments
         self.net: nn.Module = ON_TOKENS[name]() if name in ON_TOKENS else getattr(models, name)(shape, 10)
@@ -332,12 +333,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, help="the batch size (32 to 128)")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     arguments = parser.parse_args()
 
     place = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{os.cpu_count()} CPU cores"
     settings = f"{'compiled, ' * arguments.compile}{'bf16, ' * arguments.bf16}{arguments.rounds} rounds"
+    if arguments.batch:
+        settings += f", batches of {arguments.batch}"
     print(f"{place}, torch {torch.__version__}, Python {platform.python_version()}, {settings}\n")
     print("| model | method | ms | time / plain | / SAM | / hand-written | peak memory / plain |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

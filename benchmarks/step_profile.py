@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["plain", "two_pass", "gauss_newton", "taylor"])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    arguments.compile = arguments.bf16 = False
+    arguments.batch, arguments.compile, arguments.bf16 = None, False, False
     print("| model | method | step | products, convolutions | other kernels | the rest | costliest others |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in arguments.models:

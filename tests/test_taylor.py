@@ -462,6 +462,17 @@ def test_in_bfloat16_it_is_near_float32():
         assert a == pytest.approx(b, rel=0.1, abs=0.1)
 
 
+def test_a_step_may_have_an_autocast_of_its_own():
+    class OwnAutocast(Classifier):
+        def training_step(self, batch, batch_idx):
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    module = OwnAutocast(middle=nn.LayerNorm(6), dtype=torch.float32)
+    penalty = lh.HessianTrace(method="taylor", probes=32)
+    fit(module, [lh.HessianRegularizer(penalty, 1e-3)], data(dtype=torch.float32), max_steps=1)
+
+
 WEIGHTS = torch.randn(8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
 MAPS = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(3))
 ROWS = MAPS[0, :, :4, 0].T

@@ -81,7 +81,8 @@ class _BatchNormGradient(torch.autograd.Function):
 
 
 def _batch_norm_gradient(g: Tensor, x: Tensor, weight: Tensor | None, m: Tensor, r: Tensor, eps: float) -> Any:
-    return torch.ops.aten.native_batch_norm_backward(g, x, weight, None, None, m, r, True, eps, [True, True, True])
+    w = torch.ones_like(m) if weight is None else weight  # without one CUDA's kernel has no dw
+    return torch.ops.aten.native_batch_norm_backward(g, x, w, None, None, m, r, True, eps, [True, True, True])
 
 
 def _second_derivative(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -93,6 +94,21 @@ def kinks(result: Tensor) -> list[str]:
 def is_compiled(result: Tensor) -> bool:
     """Return whether the graph has a compiled part, through which only one backward pass can go."""
     return any(node.name().startswith("CompiledFunction") for node in nodes(result))
+
+
+def computes_in_half_precision(result: Tensor) -> bool:
+    """Return whether a result in the graph is in a 16-bit type. Autocast may be on for a part of the step only.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, 2, requires_grad=True)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     product = x @ x
+        >>> computes_in_half_precision(product.float().sum()), computes_in_half_precision((x @ x).sum())
+        (True, False)
+    """
+    of_nodes = (made for node in nodes(result) for made in node._input_metadata)
+    return any(made.dtype in (torch.float16, torch.bfloat16) for made in of_nodes)
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def spectral_density(density: SpectralDensity, step: int) -> Figure:
     figure, axes = _figure()
     low, high = density.nodes.min().item(), density.nodes.max().item()
     width = max(high - low, abs(high), 1e-12) / 100
-    grid = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=density.nodes.dtype)
+    grid = torch.linspace(low - 5 * width, high + 5 * width, 2000, dtype=density.nodes.dtype, device="cpu")
     values = density.on_grid(grid.to(density.nodes.device), width).cpu()
     axes.semilogy(grid.numpy(), values.numpy(), color="C0", linewidth=1)
     highest = values.max().item()

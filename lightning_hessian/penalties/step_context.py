@@ -199,11 +199,11 @@ class StepContext:
         if self.samples < 2:
             return False
         generator = self.probes.generator(_COUPLING)
-        half = torch.rand(self.samples, generator=generator) < 0.5
+        half = torch.rand(self.samples, generator=generator, device="cpu") < 0.5
         half[0], half[1] = True, False
         gradients = input_gradients(self.summed_loss, self.inputs, derivatives=2)
         v = [
-            torch.randn(x.shape, generator=generator).to(x) * half.to(x).view(-1, *[1] * (x.dim() - 1))
+            torch.randn(x.shape, generator=generator, device="cpu").to(x) * half.to(x).view(-1, *[1] * (x.dim() - 1))
             for x in gradients
         ]
         products = pack_rows(vector_jacobian_product(gradients, self.inputs, v)).float()

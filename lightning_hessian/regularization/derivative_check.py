@@ -69,7 +69,7 @@ class DerivativeCheck:
         generator = torch.Generator().manual_seed(0)
         # A direction moves each tensor in proportion to its own size, so that no step is too long for a small one.
         self.directions = [
-            [torch.randn(t.shape, generator=generator).to(t) * _scale(t) for t in self.tensors]
+            [torch.randn(t.shape, generator=generator, device="cpu").to(t) * _scale(t) for t in self.tensors]
             for _ in range(_DIRECTIONS)
         ]
         # An embedding's padding row is a constant to autograd.
@@ -205,7 +205,7 @@ def _layer_error(layer: nn.Module, args: Any, kwargs: Any, by_taylor: bool) -> f
             apply_to_collection(layer(*own_args, **own_kwargs), Tensor, lambda y: outputs.append(y))
         value = torch.zeros(())
         for index, y in enumerate(y for y in outputs if y.is_floating_point()):
-            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(index)).to(y)
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(index), device="cpu").to(y)
             value = value + (weights * y).sum() + (weights * y.square()).mean()
         return value
 

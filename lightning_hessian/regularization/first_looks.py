@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lightning_hessian.curvature.displacement import loss_gradient
 from lightning_hessian.curvature.errors import OTHER_METHODS, HigherOrderError
-from lightning_hessian.curvature.graph import is_compiled, kinked_layers, kinks, without_hooks
+from lightning_hessian.curvature.graph import (
+    computes_in_half_precision,
+    is_compiled,
+    kinked_layers,
+    kinks,
+    without_hooks,
+)
 from lightning_hessian.curvature.sharding import is_dtensor, local, sum_over_shards
 from lightning_hessian.penalties import SecondDifference, StepContext
 from lightning_hessian.regularization.active_penalty import FitPenalty
@@ -38,7 +44,7 @@ def check_coefficients(
         one: the penalty.
         context: its context.
         again: gives the context of a further run, for a graph that can be differentiated only once.
-        in_autocast: whether the step runs under autocast.
+        in_autocast: whether the whole step runs under autocast.
 
     Raises:
         HigherOrderError: it is not.
@@ -64,7 +70,7 @@ def check_coefficients(
             found = torch.autograd.grad(context.loss * _SCALE, mode.tensors, retain_graph=not once, allow_unused=True)
         gradient = [None if g is None else g / _SCALE for g in found]
     # FSDP2's mixed precision leaves no trace in the loss.
-    is_half = is_sharded or in_autocast or context.loss.dtype.itemsize < 4
+    is_half = is_sharded or in_autocast or computes_in_half_precision(context.loss)
     on_cpu = context.loss.device.type == "cpu"  # other devices may multiply float32 in a lower precision
     is_double = min(tensor.dtype.itemsize for tensor in [context.loss, *trained]) > 4
     tolerance = 0.2 if is_half else 1e-6 if is_double else 1e-3 if on_cpu else 1e-2
