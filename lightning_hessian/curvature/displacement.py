@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_hessian.curvature.graph import without_hooks
-from lightning_hessian.curvature.sharding import local
+from lightning_hessian.curvature.sharding import is_dtensor, local
+from lightning_hessian.curvature.vectors import copies, groups
 
 Move = Callable[[Sequence[Tensor], float], None]
 """(v, distance) -> None: move the tensors to theta + distance v."""
@@ -37,12 +38,17 @@ def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
     """
     with torch.no_grad():
         parts = [local(tensor) for tensor in tensors]
-        before = [part.clone() for part in parts]
+        before = copies(parts)
+
+    at_home = True
 
     def move(v: Sequence[Tensor], distance: float) -> None:
+        nonlocal at_home
         with _writable(parts):
-            for part, old, towards in zip(parts, before, v, strict=True):
-                torch.add(old, towards, alpha=distance, out=part)
+            if not at_home:
+                torch._foreach_copy_(parts, before)
+            at_home = False
+            torch._foreach_add_(parts, list(v), alpha=distance)
         torch.clear_autocast_cache()  # it caches casts of the old weights
 
     try:
@@ -163,15 +169,9 @@ class GradientSum:
         if self._value is None:
             self._scale, self._value = weight, torch.zeros_like(value)
         share = weight / self._scale
-        for i in range(len(gradient)):
-            part, gradient[i] = gradient[i], None
-            summed = self._gradients[i]
-            if part is not None:
-                # Not in place: autograd may return the same tensor as several gradients.
-                if summed is not None:
-                    self._gradients[i] = torch.add(summed, part, alpha=share)
-                else:
-                    self._gradients[i] = part if share == 1 else part * share
+        for group in groups(self.tensors):
+            parts, gradient[group] = gradient[group], [None] * len(gradient[group])
+            self._gradients[group] = _plus(self._gradients[group], parts, share)
         self._value = self._value + weight * value
 
     @property
@@ -192,6 +192,23 @@ class GradientSum:
         return _PrecomputedGradient.apply(value, [g for _, g in used], self._scale, *(t for t, _ in used))
 
 
+def _plus(summed: list[Tensor | None], parts: list[Tensor | None], share: float) -> list[Tensor | None]:
+    """summed + share * parts, where None is zero. Not in place: autograd may return one tensor as several gradients."""
+    result = list(summed)
+    pairs = [(i, old, part) for i, (old, part) in enumerate(zip(summed, parts, strict=True)) if part is not None]
+    first = [(i, part) for i, old, part in pairs if old is None]
+    more = [(i, old, part) for i, old, part in pairs if old is not None]
+    if first:
+        new = [part for _, part in first]
+        for (i, _), value in zip(first, new if share == 1 else torch._foreach_mul(new, share), strict=True):
+            result[i] = value
+    if more:
+        sums = torch._foreach_add([old for _, old, _ in more], [part for *_, part in more], alpha=share)
+        for (i, *_), value in zip(more, sums, strict=True):
+            result[i] = value
+    return result
+
+
 class _PrecomputedGradient(torch.autograd.Function):
     """A value with a precomputed gradient."""
 
@@ -209,4 +226,12 @@ class _PrecomputedGradient(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         factor = factor * ctx.scale
-        return None, None, None, *(gradients.pop(0) * factor for _ in range(len(gradients)))
+        for group in groups(gradients):  # which frees the memory of one group after the other
+            gradients[group] = _times(gradients[group], factor)
+        return None, None, None, *gradients
+
+
+def _times(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    if any(map(is_dtensor, tensors)):  # which do not mix with other tensors in one call
+        return [tensor * factor for tensor in tensors]
+    return torch._foreach_mul(tensors, factor)

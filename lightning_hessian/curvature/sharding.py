@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_hessian.curvature.vectors import groups, pack
+
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether the tensor is a DTensor, such as a parameter in FSDP2."""
@@ -66,8 +68,13 @@ def reshard(module: nn.Module) -> None:
 def dot(v: Sequence[Tensor], gradients: Sequence[Tensor], like: Any) -> Tensor:
     """Return v'g. If the tensors are sharded, in the same way as ``like``, this sums over all processes."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    flat = [(a.reshape(-1).to(dtype), local(g).reshape(-1).to(dtype)) for a, g in zip(v, gradients, strict=True)]
-    total = torch.stack([torch.dot(a, g) for a, g in flat]).sum() if flat else like.new_zeros((), dtype=dtype)
+    own = [local(gradient) for gradient in gradients]
+
+    def flat(parts: Sequence[Tensor]) -> Tensor:
+        return parts[0].reshape(-1).to(dtype) if len(parts) == 1 else pack(parts, dtype)
+
+    products = [torch.dot(flat(v[group]), flat(own[group])) for group in groups(v)]
+    total = torch.stack(products).sum() if products else like.new_zeros((), dtype=dtype)
     return sum_over_shards(total, like)
 
 

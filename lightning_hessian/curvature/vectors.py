@@ -1,8 +1,8 @@
-"""Flatten several tensors into one vector, and split it again."""
+"""Flatten several tensors into one vector, and split it again; copy and group many small tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,41 @@ def unpack(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """
     parts = v.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like, strict=True)]
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies without a graph. A GPU starts one kernel for all of them.
+
+    Example:
+        >>> copies([torch.tensor([1.0, 2.0]), torch.tensor(3)])
+        [tensor([1., 2.]), tensor(3)]
+    """
+    if any(tensor.layout != torch.strided or hasattr(tensor, "to_local") for tensor in tensors):  # sparse or sharded
+        return [tensor.detach().clone() for tensor in tensors]
+    with torch.no_grad():
+        copied = [torch.empty_like(tensor) for tensor in tensors]
+        if copied:
+            torch._foreach_copy_(copied, list(tensors))
+    return copied
+
+
+def groups(tensors: Sequence[Tensor], entries: int = 2**16) -> Iterator[slice]:
+    """Yield slices of consecutive tensors that have at most ``entries`` entries together. A larger tensor is alone.
+
+    A GPU starts one kernel for a group instead of one for each tensor, and temporary results stay small.
+
+    Example:
+        >>> list(groups([torch.zeros(3), torch.zeros(2), torch.zeros(9), torch.zeros(1)], entries=5))
+        [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
+    start, size = 0, 0
+    for i, tensor in enumerate(tensors):
+        if i > start and size + tensor.numel() > entries:
+            yield slice(start, i)
+            start, size = i, 0
+        size += tensor.numel()
+    if tensors:
+        yield slice(start, len(tensors))
 
 
 def pack_rows(tensors: Sequence[Tensor]) -> Tensor:

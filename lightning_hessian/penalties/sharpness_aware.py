@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_hessian.arguments import choice, is_number
 from lightning_hessian.curvature import ParameterFilter
-from lightning_hessian.curvature.sharding import local, sum_over_shards
+from lightning_hessian.curvature.sharding import dot, local
 from lightning_hessian.penalties.base import Needs, WeightPenalty
 from lightning_hessian.penalties.differences import AscentDifference, DifferenceContext
 from lightning_hessian.penalties.step_context import StepContext
@@ -92,12 +92,11 @@ class SharpnessAware(WeightPenalty):
 
         def displacement(g: Sequence[Tensor]) -> list[Tensor]:
             scaled = [x * local(t).abs() for x, t in zip(g, tensors, strict=True)] if self.adaptive else g
-            norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in scaled]
-            norm = sum_over_shards(torch.stack(norms).square().sum(), tensors[0]).sqrt()
+            norm = dot(scaled, scaled, like=tensors[0]).sqrt()
             factor = torch.where(norm > 0, self.rho / norm, 0)
             if self.adaptive:
-                return [(x * local(t).abs() * factor).to(x.dtype) for x, t in zip(scaled, tensors, strict=True)]
-            return [(x * factor).to(x.dtype) for x in g]
+                scaled = [x * local(t).abs() for x, t in zip(scaled, tensors, strict=True)]
+            return list(torch._foreach_mul(list(scaled), factor))
 
         return [
             AscentDifference(

@@ -21,6 +21,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_hessian.curvature.vectors import copies
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -98,7 +100,9 @@ class Snapshot:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module
         self.random = RandomState.now(device)
-        self.buffers = [(layer, name, buffer, buffer.detach().clone()) for layer, name, buffer in _buffers_of(module)]
+        found = _buffers_of(module)
+        values = copies([buffer for _, _, buffer in found])
+        self.buffers = [(*one, value) for one, value in zip(found, values, strict=True)]
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -122,8 +126,9 @@ class Snapshot:
         """
         now = _buffers_of(self.module)
         try:
-            for layer, name, _, value in self.buffers:
-                layer._buffers[name] = value.clone()
+            again = copies([value for *_, value in self.buffers])
+            for (layer, name, _, _), value in zip(self.buffers, again, strict=True):
+                layer._buffers[name] = value
             with self.random.rewound():
                 yield
         finally:
