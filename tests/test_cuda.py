@@ -102,16 +102,10 @@ def test_values_and_gradients_are_those_of_the_cpu(net, penalty):
     assert relative_error(gradient, expected_gradient) < 1e-7
 
 
-@pytest.mark.parametrize("net", [net for net in NETS if net != "LSTM"])
+@pytest.mark.parametrize("net", NETS)
 def test_taylor_mode_agrees_with_autograd(net):
     module, x, y = made(net, "cuda")
     assert_equal(module, lambda module: task(module, x, y), count=2)
-
-
-def test_taylor_mode_refuses_a_recurrent_layer_by_name():
-    module, x, y = made("LSTM", "cuda")
-    with pytest.raises(lh.HigherOrderError, match="lstm"):
-        assert_equal(module, lambda module: task(module, x, y))
 
 
 METHODS = ["taylor", "autograd", "gauss_newton", "two_pass", "central_difference"]

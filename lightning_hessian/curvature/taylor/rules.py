@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_hessian.curvature import refusals
-from lightning_hessian.curvature.errors import OTHER_METHODS, HigherOrderError
-from lightning_hessian.curvature.taylor import gathers, losses, norms, products
+from lightning_hessian.curvature.errors import HigherOrderError
+from lightning_hessian.curvature.taylor import gathers, losses, norms, products, recurrent
 from lightning_hessian.curvature.taylor import softmax as softmax_rules
 from lightning_hessian.curvature.taylor.coefficients import (
     Call,
@@ -39,7 +39,6 @@ from lightning_hessian.curvature.taylor.elementwise import (
     with_pole,
     without_pole,
 )
-from lightning_hessian.curvature.taylor.fallback import by_forward_mode
 
 RULES: dict[Any, Rule] = {}
 """Function -> rule."""
@@ -550,25 +549,20 @@ def gradient_rule(call: Call) -> Any:
     return call.function(*call.args, **call.kwargs)
 
 
-def recurrent_rule(call: Call) -> Any:
-    """By forward mode through PyTorch's native cells: the fused kernels (oneDNN, cuDNN) have no such derivatives."""
-    if isinstance(call.args[3], list | tuple):  # (data, batch sizes, states, weights, ...)
-        raise HigherOrderError(
-            f"The operation {call.function.__name__} (called in {call.layer()}) gets a packed sequence, which PyTorch "
-            "cannot differentiate in forward mode. Pad the sequences, and mask what follows their ends. "
-            f"{OTHER_METHODS}"
-        )
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # `torch.backends.mkldnn.flags` warns about Intel GPUs
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            found = by_forward_mode(call)
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-    if call.function is not torch.lstm or not torch.is_autocast_enabled("cpu") or found[0].value.dtype == torch.float64:
-        return found
-    dtype = torch.get_autocast_dtype("cpu")  # oneDNN's kernel returns it
-    return tuple(linear(lambda t: t.to(dtype), part) for part in found)
+def recurrent_rule(cell: recurrent.Cell) -> Rule:
+    """A recurrent layer by its formula. Under autocast it returns the dtype of PyTorch's fused kernel."""
+    rule = composed(recurrent.recurrent(cell))
+
+    def with_dtype(call: Call) -> Any:
+        found = rule(call)
+        device = call.args[0].device.type
+        is_fused = torch.is_autocast_enabled(device) and (device == "cuda" or call.function is torch.lstm)
+        if not is_fused or call.args[0].dtype == torch.float64:
+            return found
+        with call.inside():
+            return tuple(part.to(torch.get_autocast_dtype(device)) for part in found)
+
+    return with_dtype
 
 
 def einsum_rule(call: Call) -> Any:
@@ -633,7 +627,10 @@ RULES[torch.einsum] = einsum_rule
 _register("_pack_padded_sequence", linear_rule)
 _register("_pad_packed_sequence", padded_sequence_rule)
 RULES[torch.autograd.grad] = gradient_rule
-_register("lstm gru rnn_tanh rnn_relu", recurrent_rule)
+_register("lstm", recurrent_rule(recurrent.lstm_cell))
+_register("gru", recurrent_rule(recurrent.gru_cell))
+_register("rnn_tanh", recurrent_rule(recurrent.simple_cell(torch.tanh)))
+_register("rnn_relu", recurrent_rule(recurrent.simple_cell(torch.relu)))
 
 _register("softmax", softmax_rules.softmax_rule)
 _register("log_softmax", softmax_rules.log_softmax_rule)
