@@ -78,13 +78,13 @@ class Method:
     like: str = ""
 
 
-def method(name: str, network: str, chosen: dict[str, float]) -> Method:
+def method(name: str, network: str, chosen: Chosen) -> Method:
     """A method's settings for a network.
 
     Args:
         name: its name.
         network: the network.
-        chosen: the strengths that validation chose for other methods, on which a combination depends.
+        chosen: of what a combination is made.
     """
     plain = ["regularizer=none"]
     rows: dict[str, Method] = {
@@ -125,34 +125,41 @@ def method(name: str, network: str, chosen: dict[str, float]) -> Method:
         ),
         "mixup": Method([*plain, "baseline=mixup"], "data.mix.alpha", (0.2, 0.5, 1.0)),
     }
-    if name != COMBINATION:
+    if name not in COMBINATIONS:
         return rows[name]
-    augmentation, penalty = (
-        next((one for one in chosen if one.startswith(start)), None) for start in ("augmentation: ", "penalty: ")
-    )
-    if augmentation is None or penalty is None:
-        raise ValueError(f"{COMBINATION}: run {', '.join(AUGMENTATIONS + TRACES)} first.")
-    first, second = rows[augmentation.partition(": ")[2]], rows[penalty.partition(": ")[2]]
-    fixed = f"{first.setting}={first.pattern.format(chosen[augmentation])}"
-    best = chosen[penalty]
+    if name not in chosen:
+        raise ValueError(f"{name}: run {', '.join(sum(COMBINATIONS[name], ()))} first.")
+    (one, fixed), (other, best) = chosen[name]
+    first, second = rows[one], rows[other]
     return Method(
-        [*[one for one in first.overrides if one not in plain], fixed, *second.overrides],
+        [
+            *[override for override in first.overrides if override not in plain],
+            *(f"{first.setting}={first.pattern.format(fixed)}", *second.overrides),
+        ],
         second.setting,
         tuple(float(f"{best * factor:.2g}") for factor in (0.3, 1, 3)),
     )
 
 
-COMBINATION = "best augmentation + best trace"
-AUGMENTATIONS = ("cutout", "mixup")
-TRACES = ("trace", "two_pass", "gauss_newton", "gauss_newton, relative")
+AUGMENTED, DECAYED = "best augmentation + best trace", "weight decay + gauss_newton"
+COMBINATIONS = {
+    AUGMENTED: (("cutout", "mixup"), ("trace", "two_pass", "gauss_newton", "gauss_newton, relative")),
+    DECAYED: (("weight decay",), ("gauss_newton",)),
+}
+"""What they may be made of: the first part at its strength, the second tuned again."""
+Chosen = dict[str, list[tuple[str, float]]]
+"""The parts of a combination that validation chose, with their strengths."""
 METHODS = (
     *("none", "SAM", "gauss_newton", "trace", "two_pass", "weight decay", "gauss_newton, relative", "mixup", "ASAM"),
-    *("label smoothing", "cutout", "confidence penalty", "trace, relative", "Jacobian", "HessianNorm", COMBINATION),
-    *("trace, dropout", "trace, 4 probes"),
+    *("label smoothing", "cutout", "confidence penalty", "trace, relative", "Jacobian", "HessianNorm", AUGMENTED),
+    *(DECAYED, "trace, dropout", "trace, 4 probes"),
 )
 SETTINGS = (("cnn", 0.0), ("vit", 0.0), ("vit", 0.2), ("vit", 0.4))
 """Networks and shares of wrong labels."""
-ONLY_VIT = ("confidence penalty", "trace, relative", "Jacobian", "HessianNorm", "trace, dropout", "trace, 4 probes")
+ONLY_VIT = (
+    *("confidence penalty", "trace, relative", "Jacobian", "HessianNorm", DECAYED, "trace, dropout"),
+    "trace, 4 probes",
+)
 UNDER_NOISE = ("none", "SAM", "gauss_newton", "two_pass", "mixup", "label smoothing")
 
 
@@ -167,6 +174,10 @@ class Study:
         self.network = network
         self.noise = noise
         self.jobs = jobs
+
+    @property
+    def title(self) -> str:
+        return self.network + (f", {100 * self.noise:g} % wrong labels" if self.noise else "")
 
     def rows(self, name: str, stage: str) -> list[dict]:
         return [
@@ -203,19 +214,18 @@ class Study:
             of.setdefault(row["strength"], []).append(row["val/accuracy"])
         return max(of, key=lambda strength: statistics.mean(of[strength]))
 
-    def chosen_parts(self) -> dict[str, float]:
-        """The best augmentation and the best penalty on the trace, by validation, with their strengths."""
-        chosen = {}
-        for part, names in {"augmentation": AUGMENTATIONS, "penalty": TRACES}.items():
-            reached = {
-                name: statistics.mean(row["val/accuracy"] for row in rows)
-                for name in names
-                if (rows := self.rows(name, "final"))
-            }
-            if len(reached) == len(names):
-                best = max(reached, key=lambda name: reached[name])
-                chosen[f"{part}: {best}"] = self.best(best)
-        return chosen
+    def chosen_parts(self) -> Chosen:
+        """The parts of combinations that have the highest validation accuracy, where all candidates have run."""
+        accuracy = {
+            name: statistics.mean(row["val/accuracy"] for row in rows)
+            for name in sum(sum(COMBINATIONS.values(), ()), ())
+            if (rows := self.rows(name, "final"))
+        }
+        return {
+            name: [(best := max(part, key=lambda one: accuracy[one]), self.best(best)) for part in parts]
+            for name, parts in COMBINATIONS.items()
+            if all(one in accuracy for part in parts for one in part)
+        }
 
     def sweep(self, name: str, which: Method, stage: str, grid: Iterable[float], seeds: Sequence[int]) -> None:
         """Run what is not in the file."""
@@ -318,7 +328,7 @@ def table(study: Study) -> None:
     if "none" not in reported:
         return
     none, sam = reported["none"], reported.get("SAM", [])
-    print(f"\n{study.network}, {100 * study.noise:g} % wrong labels. Means over {len(none)} seeds.\n")
+    print(f"\n{study.title}. Means over {len(none)} seeds.\n")
     header = (
         *("method", "strength", "test accuracy (%)", "less none", "less SAM", "test loss", "less none"),
         *("calibration error", "trace", "largest eigenvalue", "relative trace", "relative largest", "step (none = 1)"),
@@ -364,7 +374,7 @@ def correlations(study: Study) -> None:
     best = [own for own in best if own]
     if len(tuned) < 3:
         return
-    print(f"\nSpearman's rank correlation, {study.network}, {100 * study.noise:g} % wrong labels: {len(rows)} runs.\n")
+    print(f"\nSpearman's rank correlation, {study.title}: {len(rows)} runs.\n")
     print("| sharpness | with | runs of one method, median (range) | all runs | methods at their best |")
     print("| --- |" + " --- |" * 4)
     for (key, sharpness), (gap, of) in itertools.product(SHARPNESS.items(), GAPS.items()):
@@ -383,7 +393,7 @@ def correlations(study: Study) -> None:
 
 def grids(study: Study) -> None:
     """What was tuned: the validation accuracy of each strength."""
-    print(f"\nTuning, {study.network}, {100 * study.noise:g} % wrong labels: strength, validation accuracy (%).\n")
+    print(f"\nTuning, {study.title}: strength, validation accuracy (%).\n")
     for name in METHODS:
         of: dict[float, list[float]] = {}
         for row in study.rows(name, "tune"):
@@ -395,41 +405,48 @@ def grids(study: Study) -> None:
 def figures() -> None:
     """The differences from plain training with their intervals, and sharpness against the gap."""
     studies = [study for study in (Study(*setting, 1) for setting in SETTINGS) if study.rows("SAM", "final")]
-    figure, axes = plt.subplots(1, len(studies), figsize=(4.6 * len(studies), 4.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(studies), figsize=(5 * len(studies), 5), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
         none = study.rows("none", "final")
         found = {name: difference(study.rows(name, "final"), none, "test/accuracy") for name in METHODS[1:]}
         found = {name: values for name, values in found.items() if len(values) > 1}
-        for i, name in enumerate(sorted(found, key=lambda name: statistics.mean(found[name]))):
+        names = sorted(found, key=lambda name: statistics.mean(found[name]))
+        for i, name in enumerate(names):
             values = [100 * value for value in found[name]]
             half = statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
-            axis.errorbar(statistics.mean(values), i, xerr=half, fmt="o", color=color_of(name), capsize=2)
-            axis.text(0, i + 0.25, name, fontsize="x-small", color="gray", transform=axis.get_yaxis_transform())
+            axis.errorbar(statistics.mean(values), i, xerr=half, fmt="o", color=COLORS[kind_of(name)], capsize=2)
         axis.axvline(0, color="gray", linewidth=0.8)
-        wrong = f", {100 * study.noise:g} % wrong labels" if study.noise else ""
-        axis.set(title=f"{study.network}{wrong}", xlabel="test accuracy less none (points), 95 % interval", yticks=[])
+        axis.set_yticks(range(len(names)), names)
+        axis.set(title=study.title, xlabel="test accuracy less none (points), 95 % interval")
     figure.savefig(RESULTS.parent / "generalization.png", dpi=110)
 
-    figure, axes = plt.subplots(1, len(studies), figsize=(4.2 * len(studies), 3.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(studies), figsize=(4.4 * len(studies), 4), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
         for name in METHODS:
             rows = [row for stage in ("tune", "final") for row in study.rows(name, stage) if "final/trace" in row]
             rows = [row for row in rows if row["final/trace"] > 0]
             gap = [GAPS["loss gap"](row) for row in rows]
-            axis.plot([row["final/trace"] for row in rows], gap, ".", color=color_of(name), label=name)
-        axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.network)
+            axis.plot([row["final/trace"] for row in rows], gap, ".", color=COLORS[kind_of(name)])
+        axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.title)
+    for kind, color in COLORS.items():
+        axes[0, 0].plot([], [], ".", color=color, label=kind)
+    axes[0, 0].legend(fontsize="small")
     figure.savefig(RESULTS.parent / "sharpness.png", dpi=110)
 
 
-def color_of(name: str) -> str:
-    """By the kind of the method."""
+COLORS = {"none": "black", "penalty on the weights' curvature": "C0", "SAM, ASAM": "C1", "others": "C2", "both": "C3"}
+"""By the kind of the method."""
+
+
+def kind_of(name: str) -> str:
     if name == "none":
-        return "black"
+        return name
     if name in ("SAM", "ASAM"):
-        return "C1"
-    if name == COMBINATION:
-        return "C3"
-    return "C0" if name.startswith(("trace", "two_pass", "gauss_newton", "HessianNorm")) else "C2"
+        return "SAM, ASAM"
+    if name in COMBINATIONS:
+        return "both"
+    is_curvature = name.startswith(("trace", "two_pass", "gauss_newton", "HessianNorm"))
+    return "penalty on the weights' curvature" if is_curvature else "others"
 
 
 def report() -> None:
