@@ -18,7 +18,7 @@ from torchmetrics import Accuracy
 
 import lightning_hessian as lh
 from lightning_hessian.curvature import ProbeSource
-from lightning_hessian.curvature.displacement import GradientSum, loss_gradient
+from lightning_hessian.curvature.displacement import GradientSum, displaced, loss_gradient
 
 STRENGTH = 1e-2
 
@@ -201,6 +201,29 @@ def test_one_tensor_may_be_the_gradient_of_several_parameters():
     total.loss().backward()
     for tensor in (a, b):
         torch.testing.assert_close(tensor.grad, torch.full((3,), 0.75 * 4.0))
+
+
+def test_parameters_that_share_their_memory_are_moved_once():
+    a = nn.Parameter(torch.zeros(2))
+    b = nn.Parameter(a.data)
+    with displaced([a, b]) as move:
+        move([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])], 1.0)
+        assert a.tolist() == b.tolist() == [0, 1]
+    assert a.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("method", DIFFERENCES)
+def test_a_parameter_without_entries_is_left_out(method):
+    module = smooth()
+    module.nothing = nn.Parameter(torch.empty(0, dtype=torch.float64))
+    fit(module, [callback(method)], max_steps=1)
+    assert torch.equal(weights(module), trained_without(method))
+
+
+def trained_without(method):
+    module = smooth()
+    fit(module, [callback(method)], max_steps=1)
+    return weights(module)
 
 
 def test_the_loss_can_be_differentiated_once():

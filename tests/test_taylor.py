@@ -490,13 +490,22 @@ def test_in_bfloat16_it_is_near_float32():
         assert a == pytest.approx(b, rel=0.1, abs=0.1)
 
 
-def test_a_step_may_have_an_autocast_of_its_own():
-    class OwnAutocast(Classifier):
-        def training_step(self, batch, batch_idx):
-            with torch.autocast("cpu", torch.bfloat16):
-                return F.cross_entropy(self.net(batch[0]), batch[1])
+class OwnAutocast(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
 
-    module = OwnAutocast(middle=nn.LayerNorm(6), dtype=torch.float32)
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_may_have_an_autocast_of_its_own(compiled):
+    module = smooth(dtype=torch.float32)
+    module.net = OwnAutocast(module.net)
+    if compiled:
+        module.net.compile(backend="aot_eager")
     penalty = lh.HessianTrace(method="taylor", probes=32)
     fit(module, [lh.HessianRegularizer(penalty, 1e-3)], data(dtype=torch.float32), max_steps=1)
 
@@ -511,6 +520,10 @@ UNDER_AUTOCAST = {
         nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True)
     ]},
     "attention": (nn.MultiheadAttention(8, 2), ROWS), "LSTM": (nn.LSTM(8, 4), ROWS), "GRU": (nn.GRU(8, 4), ROWS),
+    "LSTM, cell": (nn.LSTM(8, 4), lambda net: net(ROWS)[1][1]),
+    "LSTM, projection": (nn.LSTM(8, 4, proj_size=2), ROWS),
+    "LSTM, projection, cell": (nn.LSTM(8, 4, proj_size=2), lambda net: net(ROWS)[1][1]),
+    "LSTM, packed": (nn.LSTM(8, 4), lambda net: net(nn.utils.rnn.pack_sequence([ROWS, ROWS[:2]]))[0].data),
     "addmm": (nn.ParameterList([WEIGHTS]), lambda net: torch.addmm(ROWS[0], ROWS, net[0], beta=0.5)),
     "baddbmm": (nn.ParameterList([WEIGHTS]), lambda net: torch.baddbmm(ROWS, ROWS[None], net[0][None])),
 }  # fmt: skip

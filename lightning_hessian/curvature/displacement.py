@@ -40,15 +40,11 @@ def displaced(tensors: Sequence[Tensor]) -> Iterator[Move]:
         parts = [local(tensor) for tensor in tensors]
         before = copies(parts)
 
-    at_home = True
-
     def move(v: Sequence[Tensor], distance: float) -> None:
-        nonlocal at_home
         with _writable(parts):
-            if not at_home:
-                torch._foreach_copy_(parts, before)
-            at_home = False
-            torch._foreach_add_(parts, list(v), alpha=distance)
+            for group in groups(parts):  # not in place: two parameters may share their memory
+                moved = torch._foreach_add(before[group], list(v[group]), alpha=distance)
+                torch._foreach_copy_(parts[group], moved)
         torch.clear_autocast_cache()  # it caches casts of the old weights
 
     try:
@@ -200,10 +196,14 @@ def _plus(summed: list[Tensor | None], parts: list[Tensor | None], share: float)
     more = [(i, old, part) for i, old, part in pairs if old is not None]
     if first:
         new = [part for _, part in first]
-        for (i, _), value in zip(first, new if share == 1 else torch._foreach_mul(new, share), strict=True):
+        for (i, _), value in zip(first, new if share == 1 else _times(new, share), strict=True):
             result[i] = value
     if more:
-        sums = torch._foreach_add([old for _, old, _ in more], [part for *_, part in more], alpha=share)
+        olds, news = [old for _, old, _ in more], [part for *_, part in more]
+        if any(map(is_dtensor, news)):
+            sums = [torch.add(old, part, alpha=share) for old, part in zip(olds, news, strict=True)]
+        else:
+            sums = [*torch._foreach_add(olds, news, alpha=share)]
         for (i, *_), value in zip(more, sums, strict=True):
             result[i] = value
     return result
@@ -231,7 +231,7 @@ class _PrecomputedGradient(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _times(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    if any(map(is_dtensor, tensors)):  # which do not mix with other tensors in one call
+def _times(tensors: list[Tensor], factor: Tensor | float) -> Sequence[Tensor]:
+    if any(map(is_dtensor, tensors)):  # not in one call with other tensors
         return [tensor * factor for tensor in tensors]
     return torch._foreach_mul(tensors, factor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def pack(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -36,13 +36,18 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
         >>> copies([torch.tensor([1.0, 2.0]), torch.tensor(3)])
         [tensor([1., 2.]), tensor(3)]
     """
-    if any(tensor.layout != torch.strided or hasattr(tensor, "to_local") for tensor in tensors):  # sparse or sharded
+    if any(not _is_plain(tensor) for tensor in tensors):
         return [tensor.detach().clone() for tensor in tensors]
     with torch.no_grad():
         copied = [torch.empty_like(tensor) for tensor in tensors]
         if copied:
             torch._foreach_copy_(copied, list(tensors))
     return copied
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Not sparse, nested, sharded or of another class of its own."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def groups(tensors: Sequence[Tensor], entries: int = 2**16) -> Iterator[slice]:

@@ -70,7 +70,8 @@ def check_coefficients(
             found = torch.autograd.grad(context.loss * _SCALE, mode.tensors, retain_graph=not once, allow_unused=True)
         gradient = [None if g is None else g / _SCALE for g in found]
     # FSDP2's mixed precision leaves no trace in the loss.
-    is_half = is_sharded or in_autocast or computes_in_half_precision(context.loss)
+    # Nor is autocast inside a compiled part seen.
+    is_half = is_sharded or in_autocast or is_compiled(context.loss) or computes_in_half_precision(context.loss)
     on_cpu = context.loss.device.type == "cpu"  # other devices may multiply float32 in a lower precision
     is_double = min(tensor.dtype.itemsize for tensor in [context.loss, *trained]) > 4
     tolerance = 0.2 if is_half else 1e-6 if is_double else 1e-3 if on_cpu else 1e-2
@@ -115,9 +116,12 @@ def warn_of_rounding(one: FitPenalty, loop: TrainingLoop, difference: SecondDiff
     if not one.is_first("rounding"):
         return
     dtype = forward_dtype(loop, difference.tensors[0])
-    squares = torch.stack([local(tensor).square().mean() for tensor in difference.tensors]).mean()
+    parts = [part for tensor in difference.tensors if (part := local(tensor)).numel()]  # a shard may be empty
+    if not parts:
+        return
+    squares = torch.stack([part.square().mean() for part in parts]).mean()
     spacing = torch.finfo(dtype).eps * squares.sqrt().item()
-    moved = max(part.abs().max().item() for part in difference.direction()) * difference.distance
+    moved = max(part.abs().max().item() for part in difference.direction() if part.numel()) * difference.distance
     if moved < spacing:
         rank_zero_warn(
             f"{one.penalty!r} moves the parameters by {moved:.1e}, and {dtype} resolves about {spacing:.1e} of them: "

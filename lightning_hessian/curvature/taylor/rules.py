@@ -550,19 +550,27 @@ def gradient_rule(call: Call) -> Any:
 
 
 def recurrent_rule(cell: recurrent.Cell) -> Rule:
-    """A recurrent layer by its formula. Under autocast it returns the dtype of PyTorch's fused kernel."""
+    """A recurrent layer by its formula. Under autocast the result has the dtype of a fused kernel, if any."""
     rule = composed(recurrent.recurrent(cell))
 
     def with_dtype(call: Call) -> Any:
         found = rule(call)
         device = call.args[0].device.type
-        is_fused = torch.is_autocast_enabled(device) and (device == "cuda" or call.function is torch.lstm)
+        is_fused = torch.is_autocast_enabled(device) and (device == "cuda" or _is_for_onednn(call))
         if not is_fused or call.args[0].dtype == torch.float64:
             return found
         with call.inside():
             return tuple(part.to(torch.get_autocast_dtype(device)) for part in found)
 
     return with_dtype
+
+
+def _is_for_onednn(call: Call) -> bool:
+    """oneDNN has a kernel for LSTMs without a projection, on padded sequences."""
+    if call.function is not torch.lstm or not torch._C._get_mkldnn_enabled() or not call.args[0].numel():
+        return False
+    starts = call.args[1]
+    return isinstance(starts, list | tuple) and starts[0].size(-1) == starts[1].size(-1)
 
 
 def einsum_rule(call: Call) -> Any:
