@@ -160,7 +160,7 @@ ONLY_VIT = (
     *("confidence penalty", "trace, relative", "Jacobian", "HessianNorm", DECAYED, "trace, dropout"),
     "trace, 4 probes",
 )
-UNDER_NOISE = ("none", "SAM", "gauss_newton", "two_pass", "mixup", "label smoothing")
+UNDER_NOISE = ("none", "SAM", "gauss_newton", "mixup")
 
 
 def read() -> list[dict]:
