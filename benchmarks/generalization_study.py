@@ -305,12 +305,16 @@ def by_seed(rows: Iterable[dict], metric: str) -> dict[int, float]:
     return {row["seed"]: row[metric] for row in rows if metric in row}
 
 
+def half_width(values: Sequence[float]) -> float:
+    """Half of the mean's 95 % interval by Student's t."""
+    return statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
+
+
 def interval(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
-    """Mean and half of the 95 % interval of Student's t; in bold where the interval excludes 0."""
+    """The mean and its 95 % interval; in bold where the interval excludes 0."""
     if len(values) < 2:
         return "-"
-    mean = factor * statistics.mean(values)
-    half = factor * statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
+    mean, half = factor * statistics.mean(values), factor * half_width(values)
     text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
     return f"**{text}**" if abs(mean) > half else text
 
@@ -413,8 +417,9 @@ def figures() -> None:
         names = sorted(found, key=lambda name: statistics.mean(found[name]))
         for i, name in enumerate(names):
             values = [100 * value for value in found[name]]
-            half = statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
-            axis.errorbar(statistics.mean(values), i, xerr=half, fmt="o", color=COLORS[kind_of(name)], capsize=2)
+            axis.errorbar(
+                statistics.mean(values), i, xerr=half_width(values), fmt="o", color=COLORS[kind_of(name)], capsize=2
+            )
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set_yticks(range(len(names)), names)
         axis.set(title=study.title, xlabel="test accuracy less none (points), 95 % interval")

@@ -79,7 +79,6 @@ def task(module, x, y):
 
 
 PENALTIES = {
-    "taylor": lh.HessianTrace(method="taylor"),
     "autograd": lh.HessianTrace(method="autograd"),
     "gauss_newton": lh.HessianTrace(method="gauss_newton"),
     "relative": lh.HessianTrace(scale="parameter"),

@@ -190,23 +190,22 @@ class GradientSum:
 
 def _plus(summed: list[Tensor | None], parts: list[Tensor | None], share: float) -> list[Tensor | None]:
     """summed + share * parts, where None is zero. Not in place: autograd may return one tensor as several gradients."""
-    result = list(summed)
-    pairs = [(i, old, part) for i, (old, part) in enumerate(zip(summed, parts, strict=True)) if part is not None]
-    first = [(i, part) for i, old, part in pairs if old is None]
-    more = [(i, old, part) for i, old, part in pairs if old is not None]
-    if first:
-        new = [part for _, part in first]
-        for (i, _), value in zip(first, new if share == 1 else _times(new, share), strict=True):
-            result[i] = value
-    if more:
-        olds, news = [old for _, old, _ in more], [part for *_, part in more]
-        if any(map(is_dtensor, news)):
-            sums = [torch.add(old, part, alpha=share) for old, part in zip(olds, news, strict=True)]
-        else:
-            sums = [*torch._foreach_add(olds, news, alpha=share)]
-        for (i, *_), value in zip(more, sums, strict=True):
-            result[i] = value
+    result, both = list(summed), []
+    for i, (old, part) in enumerate(zip(summed, parts, strict=True)):
+        if part is not None and old is None:
+            result[i] = part if share == 1 else part * share
+        elif part is not None and old is not None:
+            both.append((i, old, part))
+    places, olds, news = map(list, zip(*both, strict=True)) if both else ([], [], [])
+    for i, value in zip(places, _added(olds, news, share), strict=True):
+        result[i] = value
     return result
+
+
+def _added(olds: list[Tensor], news: list[Tensor], share: float) -> Sequence[Tensor]:
+    if not olds or any(map(is_dtensor, news)):  # not in one call with other tensors
+        return [torch.add(old, part, alpha=share) for old, part in zip(olds, news, strict=True)]
+    return torch._foreach_add(olds, news, alpha=share)
 
 
 class _PrecomputedGradient(torch.autograd.Function):
@@ -231,7 +230,7 @@ class _PrecomputedGradient(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _times(tensors: list[Tensor], factor: Tensor | float) -> Sequence[Tensor]:
+def _times(tensors: list[Tensor], factor: Tensor) -> Sequence[Tensor]:
     if any(map(is_dtensor, tensors)):  # not in one call with other tensors
         return [tensor * factor for tensor in tensors]
     return torch._foreach_mul(tensors, factor)
