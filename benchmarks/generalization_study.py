@@ -156,10 +156,7 @@ METHODS = (
 )
 SETTINGS = (("cnn", 0.0), ("vit", 0.0), ("vit", 0.2), ("vit", 0.4))
 """Networks and shares of wrong labels."""
-ONLY_VIT = (
-    *("confidence penalty", "trace, relative", "Jacobian", "HessianNorm", DECAYED, "trace, dropout"),
-    "trace, 4 probes",
-)
+ONLY_VIT = (*("confidence penalty", "trace, relative", "HessianNorm", DECAYED, "trace, dropout", "trace, 4 probes"),)
 UNDER_NOISE = ("none", "SAM", "gauss_newton", "mixup")
 
 
@@ -325,34 +322,46 @@ def difference(rows: Iterable[dict], others: Iterable[dict], metric: str) -> lis
     return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
 
 
+def line(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+def head(*columns: str) -> None:
+    line(*columns)
+    print(f"|{' --- |' * len(columns)}")
+
+
 def table(study: Study) -> None:
-    """The reported runs of all methods."""
+    """The reported runs of all methods: how well they generalize, and how sharp they end."""
     names = [name for name in METHODS if study.rows(name, "final")]
     reported = {name: study.rows(name, "final") for name in names}
     if "none" not in reported:
         return
     none, sam = reported["none"], reported.get("SAM", [])
     print(f"\n{study.title}. Means over {len(none)} seeds.\n")
-    header = (
-        *("method", "strength", "test accuracy (%)", "less none", "less SAM", "test loss", "less none"),
-        *("calibration error", "trace", "largest eigenvalue", "relative trace", "relative largest", "step (none = 1)"),
-    )
-    print(f"| {' | '.join(header)} |\n|{' --- |' * len(header)}")
-    reached = {name: statistics.mean(by_seed(reported[name], "test/accuracy").values()) for name in names}
-    for name in sorted(names, key=lambda name: -reached[name]):
+    mean = {
+        name: {metric: statistics.mean(by_seed(rows, metric).values()) for metric in rows[0] if "/" in metric}
+        for name, rows in reported.items()
+    }
+    names.sort(key=lambda name: -mean[name]["test/accuracy"])
+    columns = "test accuracy (%)", "less none", "less SAM", "test loss", "less none", "calibration error"
+    head("method", "strength", *columns, "step (none = 1)")
+    for name in names:
         rows = reported[name]
-        mean = {metric: statistics.mean(by_seed(rows, metric).values()) for metric in rows[0] if "/" in metric}
-        cells = [
-            *(name, f"{rows[0]['strength']:g}" if rows[0]["strength"] else "-", f"{100 * reached[name]:.2f}"),
+        line(
+            *(name, f"{rows[0]['strength']:g}" if rows[0]["strength"] else "-"),
+            f"{100 * mean[name]['test/accuracy']:.2f}",
             "" if name == "none" else interval(difference(rows, none, "test/accuracy"), 2, 100),
             "" if name == "SAM" else interval(difference(rows, sam, "test/accuracy"), 2, 100),
-            f"{mean['test/loss']:.3f}",
+            f"{mean[name]['test/loss']:.3f}",
             "" if name == "none" else interval(difference(rows, none, "test/loss"), 3),
-            f"{mean['test/calibration_error']:.3f}",
-            *(f"{mean[f'final/{what}']:.3g}" for what in SHARPNESS),
+            f"{mean[name]['test/calibration_error']:.3f}",
             study.steps(name),
-        ]
-        print(f"| {' | '.join(cells)} |")
+        )
+    print()
+    head("method", *SHARPNESS.values())
+    for name in names:
+        line(name, *(f"{mean[name][f'final/{what}']:.3g}" for what in SHARPNESS))
 
 
 SHARPNESS = {
@@ -379,8 +388,7 @@ def correlations(study: Study) -> None:
     if len(tuned) < 3:
         return
     print(f"\nSpearman's rank correlation, {study.title}: {len(rows)} runs.\n")
-    print("| sharpness | with | runs of one method, median (range) | all runs | methods at their best |")
-    print("| --- |" + " --- |" * 4)
+    head("sharpness", "with", "runs of one method, median (range)", "all runs", "methods at their best")
     for (key, sharpness), (gap, of) in itertools.product(SHARPNESS.items(), GAPS.items()):
 
         def rank(some: Sequence[Sequence[dict]]) -> float:
@@ -392,7 +400,7 @@ def correlations(study: Study) -> None:
 
         within = [rank([[row] for row in own]) for own in tuned.values()]
         told = f"{statistics.median(within):+.2f} ({min(within):+.2f} to {max(within):+.2f})"
-        print(f"| {sharpness} | {gap} | {told} | {rank([[row] for row in rows]):+.2f} | {rank(best):+.2f} |")
+        line(sharpness, gap, told, f"{rank([[row] for row in rows]):+.2f}", f"{rank(best):+.2f}")
 
 
 def grids(study: Study) -> None:
@@ -435,7 +443,7 @@ def figures() -> None:
         axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.title)
     for kind, color in COLORS.items():
         axes[0, 0].plot([], [], ".", color=color, label=kind)
-    axes[0, 0].legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(COLORS), fontsize="small")
     figure.savefig(RESULTS.parent / "sharpness.png", dpi=110)
 
 
