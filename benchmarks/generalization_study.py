@@ -128,7 +128,7 @@ def method(name: str, network: str, chosen: Chosen) -> Method:
     if name not in COMBINATIONS:
         return rows[name]
     if name not in chosen:
-        raise ValueError(f"{name}: run {', '.join(sum(COMBINATIONS[name], ()))} first.")
+        raise ValueError(f"{name}: run {COMBINATIONS[name][0]}, {', '.join(COMBINATIONS[name][1])} first.")
     (one, fixed), (other, best) = chosen[name]
     first, second = rows[one], rows[other]
     return Method(
@@ -141,23 +141,27 @@ def method(name: str, network: str, chosen: Chosen) -> Method:
     )
 
 
-AUGMENTED, DECAYED = "best augmentation + best trace", "weight decay + gauss_newton"
+TRACES = "trace", "two_pass", "gauss_newton", "gauss_newton, relative"
 COMBINATIONS = {
-    AUGMENTED: (("cutout", "mixup"), ("trace", "two_pass", "gauss_newton", "gauss_newton, relative")),
-    DECAYED: (("weight decay",), ("gauss_newton",)),
+    "cutout + best trace": ("cutout", TRACES),
+    "mixup + best trace": ("mixup", TRACES),
+    "weight decay + gauss_newton": ("weight decay", ("gauss_newton",)),
 }
-"""What they may be made of: the first part at its strength, the second tuned again."""
+"""What they are made of: the first part at its strength, and one of the second, tuned again."""
 Chosen = dict[str, list[tuple[str, float]]]
 """The parts of a combination that validation chose, with their strengths."""
 METHODS = (
     *("none", "SAM", "gauss_newton", "trace", "two_pass", "weight decay", "gauss_newton, relative", "mixup", "ASAM"),
-    *("label smoothing", "cutout", "confidence penalty", "trace, relative", "Jacobian", "HessianNorm", AUGMENTED),
-    *(DECAYED, "trace, dropout", "trace, 4 probes"),
+    *("label smoothing", "cutout", "confidence penalty", "trace, relative", "Jacobian", "HessianNorm"),
+    *(*COMBINATIONS, "trace, dropout", "trace, 4 probes"),
 )
 SETTINGS = (("cnn", 0.0), ("vit", 0.0), ("vit", 0.2), ("vit", 0.4))
 """Networks and shares of wrong labels."""
-ONLY_VIT = (*("confidence penalty", "trace, relative", "HessianNorm", DECAYED, "trace, dropout", "trace, 4 probes"),)
-UNDER_NOISE = ("none", "SAM", "gauss_newton", "mixup")
+ONLY_VIT = (
+    *("confidence penalty", "trace, relative", "HessianNorm", "mixup + best trace", "weight decay + gauss_newton"),
+    *("trace, dropout", "trace, 4 probes"),
+)
+UNDER_NOISE = ("none", "SAM", "gauss_newton", "mixup", "weight decay", "Jacobian")
 
 
 def read() -> list[dict]:
@@ -204,25 +208,26 @@ class Study:
         own, plain = (by_seed(self.rows(which, "cost"), "ms per step") for which in (name, "none"))
         return f"{statistics.median(own[seed] / plain[seed] for seed in own):.1f}" if own and plain else "-"
 
-    def best(self, name: str) -> float:
-        """The tuned strength with the highest mean validation accuracy at the end."""
+    def tuned(self, name: str) -> dict[float, float]:
+        """The mean validation accuracy at the end by strength, ascending."""
         of: dict[float, list[float]] = {}
         for row in self.rows(name, "tune"):
             of.setdefault(row["strength"], []).append(row["val/accuracy"])
-        return max(of, key=lambda strength: statistics.mean(of[strength]))
+        return {strength: statistics.mean(of[strength]) for strength in sorted(of)}
+
+    def best(self, name: str) -> float:
+        """The tuned strength with the highest mean validation accuracy."""
+        tuned = self.tuned(name)
+        return max(tuned, key=lambda strength: tuned[strength])
 
     def chosen_parts(self) -> Chosen:
-        """The parts of combinations that have the highest validation accuracy, where all candidates have run."""
-        accuracy = {
-            name: statistics.mean(row["val/accuracy"] for row in rows)
-            for name in sum(sum(COMBINATIONS.values(), ()), ())
-            if (rows := self.rows(name, "final"))
-        }
-        return {
-            name: [(best := max(part, key=lambda one: accuracy[one]), self.best(best)) for part in parts]
-            for name, parts in COMBINATIONS.items()
-            if all(one in accuracy for part in parts for one in part)
-        }
+        """The parts of combinations: the first, and the trace that did best in tuning, if all have been tuned."""
+        chosen: Chosen = {}
+        for name, (first, traces) in COMBINATIONS.items():
+            if all(self.rows(one, "tune") for one in (first, *traces)):
+                best = max(traces, key=lambda one: self.tuned(one)[self.best(one)])
+                chosen[name] = [(one, self.best(one)) for one in (first, best)]
+        return chosen
 
     def sweep(self, name: str, which: Method, stage: str, grid: Iterable[float], seeds: Sequence[int]) -> None:
         """Run what is not in the file."""
@@ -407,11 +412,8 @@ def grids(study: Study) -> None:
     """What was tuned: the validation accuracy of each strength."""
     print(f"\nTuning, {study.title}: strength, validation accuracy (%).\n")
     for name in METHODS:
-        of: dict[float, list[float]] = {}
-        for row in study.rows(name, "tune"):
-            of.setdefault(row["strength"], []).append(100 * row["val/accuracy"])
-        if of:
-            print(f"- {name}: " + ", ".join(f"{x:g} {statistics.mean(of[x]):.2f}" for x in sorted(of)))
+        if tuned := study.tuned(name):
+            print(f"- {name}: " + ", ".join(f"{x:g} {100 * accuracy:.2f}" for x, accuracy in tuned.items()))
 
 
 def figures() -> None:
