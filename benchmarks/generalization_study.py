@@ -8,9 +8,9 @@ The settings are those of `experiment=generalization`: 5,000 training and 5,000 
 CNN has batch norm, the vision transformer has none. The costliest methods run on the transformer only, and a part of
 the methods is also run there with 20 and 40 % wrong labels.
 
-Every method gets the same budget: three strengths with the two seeds 100 and 101. If the best is at an end of the grid,
-the grid is widened there. The strength with the highest mean validation accuracy at the end is trained with the seeds 0
-to 4, and only those runs are reported. The test set is read after training only.
+Every method is tuned by the same rule: three strengths with the two seeds 100 and 101. If the best is at an end of the
+grid, the grid is widened there. The strength with the highest mean validation accuracy at the end is trained with the
+seeds 0 to 4, and only those runs are in the tables. No choice uses the test set.
 
 The trace with four probes and the one with dropout take the strength of one probe: they differ in noise and cost.
 
@@ -67,7 +67,6 @@ class Method:
         grid: its values, ascending; empty if nothing is tuned.
         highest: an upper bound of the values.
         pattern: how a value is written.
-        like: the method whose strength it takes instead of being tuned: that of one probe.
     """
 
     overrides: Sequence[str]
@@ -75,7 +74,6 @@ class Method:
     grid: Sequence[float] = ()
     highest: float = float("inf")
     pattern: str = "{}"
-    like: str = ""
 
 
 def method(name: str, network: str, chosen: Chosen) -> Method:
@@ -95,10 +93,9 @@ def method(name: str, network: str, chosen: Chosen) -> Method:
             (1e-3, 3e-3, 1e-2) if network == "cnn" else (1e-1, 3e-1, 1.0),
         ),
         "trace": Method([*TAYLOR, *AS_IN_THE_PAPER], grid=(1e-4, 3e-4, 1e-3)),
-        "trace, 4 probes": Method([*TAYLOR, *AS_IN_THE_PAPER, "regularizer.penalty.probes=4"], like="trace"),
+        "trace, 4 probes": Method([*TAYLOR, *AS_IN_THE_PAPER, "regularizer.penalty.probes=4"]),
         "trace, dropout": Method(
             [*TAYLOR, *AS_IN_THE_PAPER, "regularizer.penalty.keep=0.1", "regularizer.penalty.drop=element"],
-            like="trace",
         ),
         "trace, relative": Method(TAYLOR, grid=(3e-4, 1e-3, 3e-3)),
         "two_pass": Method([*TRACE, "regularizer.penalty.method=two_pass", *AS_IN_THE_PAPER], grid=(1e-4, 3e-4, 1e-3)),
@@ -141,6 +138,8 @@ def method(name: str, network: str, chosen: Chosen) -> Method:
     )
 
 
+LIKE = {"trace, 4 probes": "trace", "trace, dropout": "trace"}
+"""Methods that take the strength of another."""
 TRACES = "trace", "two_pass", "gauss_newton", "gauss_newton, relative"
 COMBINATIONS = {
     "cutout + best trace": ("cutout", TRACES),
@@ -200,7 +199,7 @@ class Study:
                 grid.append(wider)
             else:
                 break
-        tuned = which.like or (name if grid else "")
+        tuned = name if grid else LIKE.get(name, "")
         self.sweep(name, which, "final", [self.best(tuned)] if tuned else [0.0], SEEDS)
 
     def steps(self, name: str) -> str:
@@ -219,6 +218,23 @@ class Study:
         """The tuned strength with the highest mean validation accuracy."""
         tuned = self.tuned(name)
         return max(tuned, key=lambda strength: tuned[strength])
+
+    def reported(self) -> dict[str, list[dict]]:
+        """The runs at the tuned strength of the methods that have run with all seeds."""
+        found = {}
+        for name in METHODS:
+            which = LIKE.get(name, name)
+            strength = self.best(which) if self.tuned(which) else 0.0
+            rows = [row for row in self.rows(name, "final") if row["strength"] == strength and "failed" not in row]
+            if len(rows) == len(SEEDS):
+                found[name] = rows
+        return found
+
+    def trained(self, name: str) -> list[dict]:
+        """All runs of a method, but those that collapsed: more than 5 points less accurate than plain training."""
+        least = statistics.mean(row["val/accuracy"] for row in self.rows("none", "final")) - 0.05
+        rows = [row for stage in ("tune", "final") for row in self.rows(name, stage)]
+        return [row for row in rows if row["val/accuracy"] > least]
 
     def chosen_parts(self) -> Chosen:
         """The parts of combinations: the first, and the trace that did best in tuning, if all have been tuned."""
@@ -327,6 +343,11 @@ def difference(rows: Iterable[dict], others: Iterable[dict], metric: str) -> lis
     return [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
 
 
+def rounded(x: float) -> str:
+    """To three digits, without an exponent."""
+    return f"{float(f'{x:.3g}'):g}" if abs(x) < 1e5 else f"{x:.2e}"
+
+
 def line(*cells: str) -> None:
     print(f"| {' | '.join(cells)} |")
 
@@ -337,36 +358,37 @@ def head(*columns: str) -> None:
 
 
 def table(study: Study) -> None:
-    """The reported runs of all methods: how well they generalize, and how sharp they end."""
-    names = [name for name in METHODS if study.rows(name, "final")]
-    reported = {name: study.rows(name, "final") for name in names}
-    if "none" not in reported:
-        return
-    none, sam = reported["none"], reported.get("SAM", [])
-    print(f"\n{study.title}. Means over {len(none)} seeds.\n")
+    """The reported runs of all methods: how accurate they are; their loss, calibration, sharpness and price."""
+    reported = study.reported()
     mean = {
         name: {metric: statistics.mean(by_seed(rows, metric).values()) for metric in rows[0] if "/" in metric}
         for name, rows in reported.items()
     }
-    names.sort(key=lambda name: -mean[name]["test/accuracy"])
-    columns = "test accuracy (%)", "less none", "less SAM", "test loss", "less none", "calibration error"
-    head("method", "strength", *columns, "step (none = 1)")
+    names = sorted(reported, key=lambda name: -mean[name]["test/accuracy"])
+
+    def less(name: str, other: str, metric: str, digits: int, factor: float = 1.0) -> str:
+        has_both = name != other and other in reported
+        return interval(difference(reported[name], reported[other], metric), digits, factor) if has_both else ""
+
+    print(f"\n{study.title}. Means over {len(SEEDS)} seeds.\n")
+    columns = "test accuracy (%)", "less none", "less SAM", "less weight decay", "validation, less none"
+    head("method", "strength", "tried", *columns)
     for name in names:
-        rows = reported[name]
+        strength, tried = reported[name][0]["strength"], len(study.tuned(name))
         line(
-            *(name, f"{rows[0]['strength']:g}" if rows[0]["strength"] else "-"),
+            *(name, f"{strength:g}" if strength else "-", f"{tried or '-'}"),
             f"{100 * mean[name]['test/accuracy']:.2f}",
-            "" if name == "none" else interval(difference(rows, none, "test/accuracy"), 2, 100),
-            "" if name == "SAM" else interval(difference(rows, sam, "test/accuracy"), 2, 100),
-            f"{mean[name]['test/loss']:.3f}",
-            "" if name == "none" else interval(difference(rows, none, "test/loss"), 3),
-            f"{mean[name]['test/calibration_error']:.3f}",
-            study.steps(name),
+            *(less(name, other, "test/accuracy", 2, 100) for other in ("none", "SAM", "weight decay")),
+            less(name, "none", "val/accuracy", 2, 100),
         )
     print()
-    head("method", *SHARPNESS.values())
+    head("method", "step (none = 1)", "test loss", "less none", "calibration error", *SHARPNESS.values())
     for name in names:
-        line(name, *(f"{mean[name][f'final/{what}']:.3g}" for what in SHARPNESS))
+        line(
+            *(name, study.steps(name), f"{mean[name]['test/loss']:.3f}", less(name, "none", "test/loss", 4)),
+            f"{mean[name]['test/calibration_error']:.3f}",
+            *(rounded(mean[name][f"final/{what}"]) for what in SHARPNESS),
+        )
 
 
 SHARPNESS = {
@@ -383,29 +405,36 @@ GAPS = {
 
 
 def correlations(study: Study) -> None:
-    """Whether sharpness ranks runs: of one method with different strengths, and of different methods."""
-    rows = [row for name in METHODS for stage in ("tune", "final") for row in study.rows(name, stage)]
-    rows = [row for row in rows if "final/trace" in row and all(math.isfinite(row[f"final/{s}"]) for s in SHARPNESS)]
-    methods = {name: [row for row in rows if row["method"] == name] for name in METHODS}
-    tuned = {name: own for name, own in methods.items() if len({row["strength"] for row in own}) >= 4}
-    best = [[row for row in own if row["stage"] == "final"] for own in methods.values()]
-    best = [own for own in best if own]
+    """Whether sharpness ranks the strengths of one method, and different methods."""
+    runs = {name: study.trained(name) for name in METHODS}
+    strengths = {name: list(_by_strength(rows)) for name, rows in runs.items()}
+    tuned = {name: own for name, own in strengths.items() if len(own) >= 4}
+    everything = [rows for own in strengths.values() for rows in own]
+    best = list(study.reported().values())
     if len(tuned) < 3:
         return
-    print(f"\nSpearman's rank correlation, {study.title}: {len(rows)} runs.\n")
-    head("sharpness", "with", "runs of one method, median (range)", "all runs", "methods at their best")
+    print(f"\nSpearman's rank correlation, {study.title}.\n")
+    within = f"strengths of one method: median (range) of {len(tuned)} methods"
+    head("sharpness", "with", within, f"all {len(everything)} strengths", f"{len(best)} methods at their best")
     for (key, sharpness), (gap, of) in itertools.product(SHARPNESS.items(), GAPS.items()):
 
-        def rank(some: Sequence[Sequence[dict]]) -> float:
+        def rank(points: Sequence[Sequence[dict]]) -> float:
             pairs = [
-                [statistics.mean(f(row) for row in own) for own in some]
+                [statistics.mean(f(row) for row in rows) for rows in points]
                 for f in (lambda row: row[f"final/{key}"], of)  # noqa: B023
             ]
             return float(stats.spearmanr(*pairs).statistic)
 
-        within = [rank([[row] for row in own]) for own in tuned.values()]
-        told = f"{statistics.median(within):+.2f} ({min(within):+.2f} to {max(within):+.2f})"
-        line(sharpness, gap, told, f"{rank([[row] for row in rows]):+.2f}", f"{rank(best):+.2f}")
+        ranks = [rank(own) for own in tuned.values()]
+        told = f"{statistics.median(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f})"
+        line(sharpness, gap, told, f"{rank(everything):+.2f}", f"{rank(best):+.2f}")
+
+
+def _by_strength(rows: Iterable[dict]) -> Iterable[list[dict]]:
+    of: dict[float, list[dict]] = {}
+    for row in rows:
+        of.setdefault(row["strength"], []).append(row)
+    return of.values()
 
 
 def grids(study: Study) -> None:
@@ -416,14 +445,13 @@ def grids(study: Study) -> None:
             print(f"- {name}: " + ", ".join(f"{x:g} {100 * accuracy:.2f}" for x, accuracy in tuned.items()))
 
 
-def figures() -> None:
+def figures(studies: Sequence[Study]) -> None:
     """The differences from plain training with their intervals, and sharpness against the gap."""
-    studies = [study for study in (Study(*setting, 1) for setting in SETTINGS) if study.rows("SAM", "final")]
     figure, axes = plt.subplots(1, len(studies), figsize=(5 * len(studies), 5), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
-        none = study.rows("none", "final")
-        found = {name: difference(study.rows(name, "final"), none, "test/accuracy") for name in METHODS[1:]}
-        found = {name: values for name, values in found.items() if len(values) > 1}
+        reported = study.reported()
+        none = reported.pop("none")
+        found = {name: difference(rows, none, "test/accuracy") for name, rows in reported.items()}
         names = sorted(found, key=lambda name: statistics.mean(found[name]))
         for i, name in enumerate(names):
             values = [100 * value for value in found[name]]
@@ -438,8 +466,7 @@ def figures() -> None:
     figure, axes = plt.subplots(1, len(studies), figsize=(4.4 * len(studies), 4), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
         for name in METHODS:
-            rows = [row for stage in ("tune", "final") for row in study.rows(name, stage) if "final/trace" in row]
-            rows = [row for row in rows if row["final/trace"] > 0]
+            rows = study.trained(name)
             gap = [GAPS["loss gap"](row) for row in rows]
             axis.plot([row["final/trace"] for row in rows], gap, ".", color=COLORS[kind_of(name)])
         axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.title)
@@ -465,11 +492,11 @@ def kind_of(name: str) -> str:
 
 
 def report() -> None:
-    studies = [Study(*setting, 1) for setting in SETTINGS]
+    studies = [study for study in (Study(*setting, 1) for setting in SETTINGS) if "none" in study.reported()]
     for show in (table, correlations, grids):
         for study in studies:
             show(study)
-    figures()
+    figures(studies)
 
 
 def main() -> None:
