@@ -131,7 +131,9 @@ def test_weight_decay_adds_its_multiple_of_the_weights_to_the_gradient():
     gradient = module.net.last.weight.grad.clone()
     module.optimizer().step()
     torch.testing.assert_close(module.net.last.weight, before - 0.1 * (gradient + 5e-3 * before))
+    plain, more = (composed(f"baseline={name}", "optimizer=adamw") for name in ("none", "weight_decay"))
     assert composed().optimizer.weight_decay == 5e-4
+    assert more.optimizer.weight_decay == 10 * plain.optimizer.weight_decay
 
 
 @pytest.mark.parametrize(

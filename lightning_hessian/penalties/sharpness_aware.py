@@ -35,7 +35,7 @@ class SharpnessAware(WeightPenalty):
     averaged (m-sharpness). Under DDP each process does so for its batch, as in the papers, or all take the same.
 
     Args:
-        rho: the length of the ascent step, positive. Usual values are 0.05 to 0.2, and 0.5 to 2 if ``adaptive``.
+        rho: the length of the ascent step, positive. Usual values are 0.05 to 0.2, and 0.2 to 2 if ``adaptive``.
         adaptive: measure the step relative to the size of each weight (ASAM).
         ascent: under DDP, along the gradient of the process's own batch (``"rank"``), or of all batches together
             (``"global"``, one more all-reduce). With FSDP2 it is always the latter.
