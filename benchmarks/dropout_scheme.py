@@ -4,7 +4,8 @@
 
 One batch of 100 images of Fashion-MNIST, networks after five epochs of plain training. Each cell has the standard
 deviation of one step's estimate over 100 probes, relative to tr(H), and the time of a penalized step (loss, penalty and
-gradient) in plain steps, the median of 15 rounds. The last column is what counts at equal time,
+gradient) in plain steps: the mean of 15 rounds, because it depends on what is dropped, over the median plain step. The
+last column is what counts at equal time,
 
     error = deviation * sqrt(time),
 
