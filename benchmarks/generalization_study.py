@@ -406,16 +406,16 @@ GAPS = {
 
 def correlations(study: Study) -> None:
     """Whether sharpness ranks the strengths of one method, and different methods."""
-    runs = {name: study.trained(name) for name in METHODS}
-    strengths = {name: list(_by_strength(rows)) for name, rows in runs.items()}
-    tuned = {name: own for name, own in strengths.items() if len(own) >= 4}
+    strengths = {name: list(_by_strength(study.trained(name))) for name in METHODS}
+    tuned = {name: own for name, own in strengths.items() if len(own) >= 3}
+    kinds = {kind: [own for name, own in tuned.items() if kind_of(name) in KINDS[kind]] for kind in KINDS}
     everything = [rows for own in strengths.values() for rows in own]
     best = list(study.reported().values())
-    if len(tuned) < 3:
+    if any(len(group) < 2 for group in kinds.values()):
         return
     print(f"\nSpearman's rank correlation, {study.title}.\n")
-    within = f"strengths of one method: median (range) of {len(tuned)} methods"
-    head("sharpness", "with", within, f"all {len(everything)} strengths", f"{len(best)} methods at their best")
+    within = [f"strengths of one method: {kind}, median (range) of {len(group)}" for kind, group in kinds.items()]
+    head("sharpness", "with", *within, f"all {len(everything)} strengths", f"{len(best)} methods at their best")
     for (key, sharpness), (gap, of) in itertools.product(SHARPNESS.items(), GAPS.items()):
 
         def rank(points: Sequence[Sequence[dict]]) -> float:
@@ -425,9 +425,11 @@ def correlations(study: Study) -> None:
             ]
             return float(stats.spearmanr(*pairs).statistic)
 
-        ranks = [rank(own) for own in tuned.values()]
-        told = f"{statistics.median(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f})"
-        line(sharpness, gap, told, f"{rank(everything):+.2f}", f"{rank(best):+.2f}")
+        cells = []
+        for group in kinds.values():
+            ranks = [rank(own) for own in group]
+            cells.append(f"{statistics.median(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f})")
+        line(sharpness, gap, *cells, f"{rank(everything):+.2f}", f"{rank(best):+.2f}")
 
 
 def _by_strength(rows: Iterable[dict]) -> Iterable[list[dict]]:
@@ -478,6 +480,10 @@ def figures(studies: Sequence[Study]) -> None:
 
 COLORS = {"none": "black", "penalty on the weights' curvature": "C0", "SAM, ASAM": "C1", "others": "C2", "both": "C3"}
 """By the kind of the method."""
+
+
+KINDS = {"curvature and SAM": ("penalty on the weights' curvature", "SAM, ASAM"), "others": ("others",)}
+"""For the correlations."""
 
 
 def kind_of(name: str) -> str:
