@@ -48,6 +48,8 @@ RESULTS = ROOT / "docs" / "trace" / "generalization.jsonl"
 FOLDER = ROOT / "outputs" / "generalization"
 TUNING_SEEDS, SEEDS, COST_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
 MOST_WIDENED = 4
+STEPS = 1500
+"""Of a run."""
 NETWORKS = {
     "cnn": ["model.width=16"],
     "vit": ["model=vit", "model.patch=7", "model.width=48", "model.depth=2", "optimizer=adamw"],
@@ -499,6 +501,8 @@ def kind_of(name: str) -> str:
 
 def report() -> None:
     studies = [study for study in (Study(*setting, 1) for setting in SETTINGS) if "none" in study.reported()]
+    milliseconds = [row.get("ms per step", 0.0) for row in read() if row["stage"] != "cost"]
+    print(f"{len(milliseconds)} runs, {sum(milliseconds) * STEPS / 3.6e6:.1f} core-hours in training steps.")
     for show in (table, correlations, grids):
         for study in studies:
             show(study)
