@@ -393,6 +393,27 @@ def table(study: Study) -> None:
         )
 
 
+PAIRS = (
+    *(("gauss_newton", other) for other in ("trace", "two_pass", "SAM", "mixup")),
+    *(("Jacobian", "gauss_newton"), ("trace, relative", "trace"), ("trace, dropout", "trace")),
+    *(("trace, 4 probes", "trace"), ("cutout + best trace", "cutout"), ("weight decay + gauss_newton", "weight decay")),
+)
+
+
+def pairs(study: Study) -> None:
+    """Differences between two methods."""
+    reported = study.reported()
+    found = [(one, other) for one, other in PAIRS if one in reported and other in reported]
+    print(f"\nPairs, {study.title}.\n")
+    head("method", "less", "test accuracy (points)", "validation accuracy (points)", "test loss")
+    for one, other in found:
+        accuracies = [
+            interval(difference(reported[one], reported[other], metric), 2, 100)
+            for metric in ("test/accuracy", "val/accuracy")
+        ]
+        line(one, other, *accuracies, interval(difference(reported[one], reported[other], "test/loss"), 4))
+
+
 SHARPNESS = {
     "trace": "trace",
     "largest_eigenvalue": "largest eigenvalue",
@@ -503,7 +524,7 @@ def report() -> None:
     studies = [study for study in (Study(*setting, 1) for setting in SETTINGS) if "none" in study.reported()]
     milliseconds = [row.get("ms per step", 0.0) for row in read() if row["stage"] != "cost"]
     print(f"{len(milliseconds)} runs, {sum(milliseconds) * STEPS / 3.6e6:.1f} core-hours in training steps.")
-    for show in (table, correlations, grids):
+    for show in (table, pairs, correlations, grids):
         for study in studies:
             show(study)
     figures(studies)
