@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 warnings.filterwarnings("ignore")
 
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from scipy import stats  # noqa: E402
 
 from lightning_hessian.cli import command  # noqa: E402
@@ -418,7 +419,7 @@ SHARPNESS = {
     "trace": "trace",
     "largest_eigenvalue": "largest eigenvalue",
     "relative_trace": "relative trace",
-    "relative_largest_eigenvalue": "relative largest eigenvalue",
+    "relative_largest_eigenvalue": "relative largest",
 }
 GAPS = {
     "loss gap": lambda row: row["test/loss"] - row["final/training_loss"],
@@ -470,10 +471,13 @@ def grids(study: Study) -> None:
             print(f"- {name}: " + ", ".join(f"{x:g} {100 * accuracy:.2f}" for x, accuracy in tuned.items()))
 
 
-def figures(studies: Sequence[Study]) -> None:
-    """The differences from plain training with their intervals, and sharpness against the gap."""
-    figure, axes = plt.subplots(1, len(studies), figsize=(5 * len(studies), 5), layout="constrained", squeeze=False)
-    for axis, study in zip(axes[0], studies, strict=True):
+def draw_differences(studies: Sequence[Study]) -> None:
+    """The differences from plain training with their intervals, without and with wrong labels."""
+    heights = [len([one for one in METHODS if study.rows(one, "final")]) for study in studies[::2]]
+    figure, axes = plt.subplots(
+        len(heights), 2, figsize=(10, 2 + 0.24 * sum(heights)), layout="constrained", height_ratios=heights
+    )
+    for axis, study in zip(axes.flat, studies, strict=True):
         reported = study.reported()
         none = reported.pop("none")
         found = {name: difference(rows, none, "test/accuracy") for name, rows in reported.items()}
@@ -485,20 +489,27 @@ def figures(studies: Sequence[Study]) -> None:
             )
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set_yticks(range(len(names)), names)
-        axis.set(title=study.title, xlabel="test accuracy less none (points), 95 % interval")
+        axis.set(title=study.title, xlabel="test accuracy less none (points)")
+    legend(figure)
     figure.savefig(RESULTS.parent / "generalization.png", dpi=110)
 
-    figure, axes = plt.subplots(1, len(studies), figsize=(4.4 * len(studies), 4), layout="constrained", squeeze=False)
+
+def draw_sharpness(studies: Sequence[Study]) -> None:
+    """Sharpness against the gap, of all runs."""
+    figure, axes = plt.subplots(1, len(studies), figsize=(10, 4), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
         for name in METHODS:
             rows = study.trained(name)
             gap = [GAPS["loss gap"](row) for row in rows]
             axis.plot([row["final/trace"] for row in rows], gap, ".", color=COLORS[kind_of(name)])
         axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.title)
-    for kind, color in COLORS.items():
-        axes[0, 0].plot([], [], ".", color=color, label=kind)
-    figure.legend(loc="outside upper center", ncols=len(COLORS), fontsize="small")
+    legend(figure)
     figure.savefig(RESULTS.parent / "sharpness.png", dpi=110)
+
+
+def legend(figure: Figure) -> None:
+    points = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=kind) for kind, color in COLORS.items()]
+    figure.legend(handles=points, loc="outside upper center", ncols=len(COLORS), fontsize="small")
 
 
 COLORS = {"none": "black", "penalty on the weights' curvature": "C0", "SAM, ASAM": "C1", "others": "C2", "both": "C3"}
@@ -527,7 +538,8 @@ def report() -> None:
     for show in (table, pairs, correlations, grids):
         for study in studies:
             show(study)
-    figures(studies)
+    draw_differences(studies)
+    draw_sharpness([study for study in studies if not study.noise])
 
 
 def main() -> None:
