@@ -5,12 +5,12 @@
     python benchmarks/generalization_study.py report    # the tables and figures of docs/trace.md
 
 The settings are those of `experiment=generalization`: 5,000 training and 5,000 validation images, 30 epochs. The small
-CNN has batch norm, the vision transformer has none. The costliest methods run on the transformer only, and a part of
-the methods is also run there with 20 and 40 % wrong labels.
+CNN has batch norm, the vision transformer has none. To save time, some methods run on the transformer only, and few of
+them also with 20 and 40 % wrong labels.
 
 Every method is tuned by the same rule: three strengths with the two seeds 100 and 101. If the best is at an end of the
 grid, the grid is widened there. The strength with the highest mean validation accuracy at the end is trained with the
-seeds 0 to 4, and only those runs are in the tables. No choice uses the test set.
+seeds 0 to 4. The tables have those runs, the correlations also those of tuning. No strength is chosen on the test set.
 
 The trace with four probes and the one with dropout take the strength of one probe: they differ in noise and cost.
 
@@ -50,7 +50,7 @@ FOLDER = ROOT / "outputs" / "generalization"
 TUNING_SEEDS, SEEDS, COST_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
 MOST_WIDENED = 4
 STEPS = 1500
-"""Of a run."""
+"""Training steps of a run."""
 NETWORKS = {
     "cnn": ["model.width=16"],
     "vit": ["model=vit", "model.patch=7", "model.width=48", "model.depth=2", "optimizer=adamw"],
@@ -146,7 +146,6 @@ LIKE = {"trace, 4 probes": "trace", "trace, dropout": "trace"}
 TRACES = "trace", "two_pass", "gauss_newton", "gauss_newton, relative"
 COMBINATIONS = {
     "cutout + best trace": ("cutout", TRACES),
-    "mixup + best trace": ("mixup", TRACES),
     "weight decay + gauss_newton": ("weight decay", ("gauss_newton",)),
 }
 """What they are made of: the first part at its strength, and one of the second, tuned again."""
@@ -160,10 +159,34 @@ METHODS = (
 SETTINGS = (("cnn", 0.0), ("vit", 0.0), ("vit", 0.2), ("vit", 0.4))
 """Networks and shares of wrong labels."""
 ONLY_VIT = (
-    *("confidence penalty", "trace, relative", "HessianNorm", "mixup + best trace", "weight decay + gauss_newton"),
-    *("trace, dropout", "trace, 4 probes"),
+    *("confidence penalty", "trace, relative", "HessianNorm", "weight decay + gauss_newton", "trace, dropout"),
+    "trace, 4 probes",
 )
-UNDER_NOISE = ("none", "SAM", "gauss_newton", "mixup", "weight decay", "Jacobian")
+UNDER_NOISE = ("none", "SAM", "gauss_newton", "mixup", "weight decay")
+PAIRS = (
+    *(("gauss_newton", other) for other in ("trace", "two_pass", "SAM", "mixup", "weight decay")),
+    *(("gauss_newton, relative", other) for other in ("SAM", "weight decay")),
+    *(("trace, relative", "trace"), ("trace, dropout", "trace"), ("trace, 4 probes", "trace")),
+    *(("cutout + best trace", "cutout"), ("cutout + best trace", "gauss_newton, relative")),
+    *(("weight decay + gauss_newton", "weight decay"), ("Jacobian", "gauss_newton"), ("Jacobian", "mixup")),
+)
+"""Which methods to compare."""
+SHARPNESS = {
+    "trace": "trace",
+    "largest_eigenvalue": "largest eigenvalue",
+    "relative_trace": "relative trace",
+    "relative_largest_eigenvalue": "relative largest",
+}
+"""What is measured at the end, and how the tables call it."""
+GAPS = {
+    "loss gap": lambda row: row["test/loss"] - row["final/training_loss"],
+    "test loss": lambda row: row["test/loss"],
+    "test error": lambda row: -row["test/accuracy"],
+}
+COLORS = {"none": "black", "penalty on the weights' curvature": "C0", "SAM, ASAM": "C1", "others": "C2", "both": "C3"}
+"""By the kind of the method."""
+KINDS = {"curvature and SAM": ("penalty on the weights' curvature", "SAM, ASAM"), "others": ("others",)}
+"""For the correlations."""
 
 
 def read() -> list[dict]:
@@ -207,8 +230,10 @@ class Study:
 
     def steps(self, name: str) -> str:
         """The time of a step in units of a plain one, the median over turns."""
-        own, plain = (by_seed(self.rows(which, "cost"), "ms per step") for which in (name, "none"))
-        return f"{statistics.median(own[seed] / plain[seed] for seed in own):.1f}" if own and plain else "-"
+        timed = Study(self.network, 0.0, 1)
+        own, plain = (by_seed(timed.rows(which, "cost"), "ms per step") for which in (name, "none"))
+        ratios = [own[seed] / plain[seed] for seed in own if seed in plain]
+        return f"{statistics.median(ratios):.1f}" if ratios else "-"
 
     def tuned(self, name: str) -> dict[float, float]:
         """The mean validation accuracy at the end by strength, ascending."""
@@ -233,11 +258,14 @@ class Study:
                 found[name] = rows
         return found
 
-    def trained(self, name: str) -> list[dict]:
-        """All runs of a method, but those that collapsed: more than 5 points less accurate than plain training."""
-        least = statistics.mean(row["val/accuracy"] for row in self.rows("none", "final")) - 0.05
-        rows = [row for stage in ("tune", "final") for row in self.rows(name, stage)]
-        return [row for row in rows if row["val/accuracy"] > least]
+    def trained(self, name: str) -> list[list[dict]]:
+        """The runs of a method by strength, but those that collapsed: 5 points less accurate than plain training."""
+        of: dict[float, list[dict]] = {}
+        for stage in ("tune", "final"):
+            for row in self.rows(name, stage):
+                of.setdefault(row["strength"], []).append(row)
+        least = mean_of(self.rows("none", "final"), "val/accuracy") - 0.05
+        return [rows for rows in of.values() if mean_of(rows, "val/accuracy") > least]
 
     def chosen_parts(self) -> Chosen:
         """The parts of combinations: the first, and the trace that did best in tuning, if all have been tuned."""
@@ -275,10 +303,10 @@ class Study:
 
     def cost(self) -> None:
         """Time two epochs of each method at its strength, in turns."""
-        final = {name: self.rows(name, "final") for name in METHODS}
+        reported = self.reported()
         for seed in COST_SEEDS:
-            for name, rows in final.items():
-                if rows and all(row["seed"] != seed for row in self.rows(name, "cost")):
+            for name, rows in reported.items():
+                if all(row["seed"] != seed for row in self.rows(name, "cost")):
                     which, strength = method(name, self.network, self.chosen_parts()), rows[0]["strength"]
                     short = "trainer.max_epochs=2", "trace.samples=100", "trace.probes=2", "objective.metric=null"
                     folder = self.command(name, which, "cost", strength, [seed], *short)
@@ -326,6 +354,10 @@ def by_seed(rows: Iterable[dict], metric: str) -> dict[int, float]:
     return {row["seed"]: row[metric] for row in rows if metric in row}
 
 
+def mean_of(rows: Iterable[dict], metric: str) -> float:
+    return statistics.mean(row[metric] for row in rows)
+
+
 def half_width(values: Sequence[float]) -> float:
     """Half of the mean's 95 % interval by Student's t."""
     return statistics.stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
@@ -347,7 +379,7 @@ def difference(rows: Iterable[dict], others: Iterable[dict], metric: str) -> lis
 
 
 def rounded(x: float) -> str:
-    """To three digits, without an exponent."""
+    """To three digits, without an exponent below 100,000."""
     return f"{float(f'{x:.3g}'):g}" if abs(x) < 1e5 else f"{x:.2e}"
 
 
@@ -364,8 +396,7 @@ def table(study: Study) -> None:
     """The reported runs of all methods: how accurate they are; their loss, calibration, sharpness and price."""
     reported = study.reported()
     mean = {
-        name: {metric: statistics.mean(by_seed(rows, metric).values()) for metric in rows[0] if "/" in metric}
-        for name, rows in reported.items()
+        name: {metric: mean_of(rows, metric) for metric in rows[0] if "/" in metric} for name, rows in reported.items()
     }
     names = sorted(reported, key=lambda name: -mean[name]["test/accuracy"])
 
@@ -374,6 +405,9 @@ def table(study: Study) -> None:
         return interval(difference(reported[name], reported[other], metric), digits, factor) if has_both else ""
 
     print(f"\n{study.title}. Means over {len(SEEDS)} seeds.\n")
+    for name in METHODS:
+        if name not in reported and (rows := study.rows(name, "final")):
+            print(f"Not reported: {name}, {len(rows)} runs.")
     columns = "test accuracy (%)", "less none", "less SAM", "less weight decay", "validation, less none"
     head("method", "strength", "tried", *columns)
     for name in names:
@@ -394,13 +428,6 @@ def table(study: Study) -> None:
         )
 
 
-PAIRS = (
-    *(("gauss_newton", other) for other in ("trace", "two_pass", "SAM", "mixup")),
-    *(("Jacobian", "gauss_newton"), ("trace, relative", "trace"), ("trace, dropout", "trace")),
-    *(("trace, 4 probes", "trace"), ("cutout + best trace", "cutout"), ("weight decay + gauss_newton", "weight decay")),
-)
-
-
 def pairs(study: Study) -> None:
     """Differences between two methods."""
     reported = study.reported()
@@ -415,22 +442,9 @@ def pairs(study: Study) -> None:
         line(one, other, *accuracies, interval(difference(reported[one], reported[other], "test/loss"), 4))
 
 
-SHARPNESS = {
-    "trace": "trace",
-    "largest_eigenvalue": "largest eigenvalue",
-    "relative_trace": "relative trace",
-    "relative_largest_eigenvalue": "relative largest",
-}
-GAPS = {
-    "loss gap": lambda row: row["test/loss"] - row["final/training_loss"],
-    "test loss": lambda row: row["test/loss"],
-    "test error": lambda row: -row["test/accuracy"],
-}
-
-
 def correlations(study: Study) -> None:
     """Whether sharpness ranks the strengths of one method, and different methods."""
-    strengths = {name: list(_by_strength(study.trained(name))) for name in METHODS}
+    strengths = {name: study.trained(name) for name in METHODS}
     tuned = {name: own for name, own in strengths.items() if len(own) >= 3}
     kinds = {kind: [own for name, own in tuned.items() if kind_of(name) in KINDS[kind]] for kind in KINDS}
     everything = [rows for own in strengths.values() for rows in own]
@@ -443,24 +457,17 @@ def correlations(study: Study) -> None:
     for (key, sharpness), (gap, of) in itertools.product(SHARPNESS.items(), GAPS.items()):
 
         def rank(points: Sequence[Sequence[dict]]) -> float:
-            pairs = [
+            values = [
                 [statistics.mean(f(row) for row in rows) for rows in points]
                 for f in (lambda row: row[f"final/{key}"], of)  # noqa: B023
             ]
-            return float(stats.spearmanr(*pairs).statistic)
+            return float(stats.spearmanr(*values).statistic)
 
         cells = []
         for group in kinds.values():
             ranks = [rank(own) for own in group]
             cells.append(f"{statistics.median(ranks):+.2f} ({min(ranks):+.2f} to {max(ranks):+.2f})")
         line(sharpness, gap, *cells, f"{rank(everything):+.2f}", f"{rank(best):+.2f}")
-
-
-def _by_strength(rows: Iterable[dict]) -> Iterable[list[dict]]:
-    of: dict[float, list[dict]] = {}
-    for row in rows:
-        of.setdefault(row["strength"], []).append(row)
-    return of.values()
 
 
 def grids(study: Study) -> None:
@@ -473,11 +480,16 @@ def grids(study: Study) -> None:
 
 def draw_differences(studies: Sequence[Study]) -> None:
     """The differences from plain training with their intervals, without and with wrong labels."""
-    heights = [len([one for one in METHODS if study.rows(one, "final")]) for study in studies[::2]]
+    studies = [study for study in studies if len(study.reported()) > 1]
+    rows = [
+        max(len(study.reported()) for study in pair) for pair in (studies[i : i + 2] for i in range(0, len(studies), 2))
+    ]
     figure, axes = plt.subplots(
-        len(heights), 2, figsize=(10, 2 + 0.24 * sum(heights)), layout="constrained", height_ratios=heights
+        len(rows), 2, figsize=(10, 2 + 0.24 * sum(rows)), layout="constrained", height_ratios=rows, squeeze=False
     )
-    for axis, study in zip(axes.flat, studies, strict=True):
+    for axis in axes.flat[len(studies) :]:
+        axis.set_visible(False)
+    for axis, study in zip(axes.flat, studies, strict=False):
         reported = study.reported()
         none = reported.pop("none")
         found = {name: difference(rows, none, "test/accuracy") for name, rows in reported.items()}
@@ -495,11 +507,11 @@ def draw_differences(studies: Sequence[Study]) -> None:
 
 
 def draw_sharpness(studies: Sequence[Study]) -> None:
-    """Sharpness against the gap, of all runs."""
+    """Sharpness against the gap, of all runs that did not collapse and have a positive trace."""
     figure, axes = plt.subplots(1, len(studies), figsize=(10, 4), layout="constrained", squeeze=False)
     for axis, study in zip(axes[0], studies, strict=True):
         for name in METHODS:
-            rows = study.trained(name)
+            rows = [row for rows in study.trained(name) for row in rows if row["final/trace"] > 0]
             gap = [GAPS["loss gap"](row) for row in rows]
             axis.plot([row["final/trace"] for row in rows], gap, ".", color=COLORS[kind_of(name)])
         axis.set(xscale="log", xlabel="trace of the Hessian", ylabel="test loss - training loss", title=study.title)
@@ -510,14 +522,6 @@ def draw_sharpness(studies: Sequence[Study]) -> None:
 def legend(figure: Figure) -> None:
     points = [plt.Line2D([], [], marker="o", linestyle="", color=color, label=kind) for kind, color in COLORS.items()]
     figure.legend(handles=points, loc="outside upper center", ncols=len(COLORS), fontsize="small")
-
-
-COLORS = {"none": "black", "penalty on the weights' curvature": "C0", "SAM, ASAM": "C1", "others": "C2", "both": "C3"}
-"""By the kind of the method."""
-
-
-KINDS = {"curvature and SAM": ("penalty on the weights' curvature", "SAM, ASAM"), "others": ("others",)}
-"""For the correlations."""
 
 
 def kind_of(name: str) -> str:
