@@ -449,7 +449,7 @@ def correlations(study: Study) -> None:
     kinds = {kind: [own for name, own in tuned.items() if kind_of(name) in KINDS[kind]] for kind in KINDS}
     everything = [rows for own in strengths.values() for rows in own]
     best = list(study.reported().values())
-    if any(len(group) < 2 for group in kinds.values()):
+    if any(len(group) < 3 for group in kinds.values()):
         return
     print(f"\nSpearman's rank correlation, {study.title}.\n")
     within = [f"strengths of one method: {kind}, median (range) of {len(group)}" for kind, group in kinds.items()]
@@ -500,6 +500,7 @@ def draw_differences(studies: Sequence[Study]) -> None:
                 statistics.mean(values), i, xerr=half_width(values), fmt="o", color=COLORS[kind_of(name)], capsize=2
             )
         axis.axvline(0, color="gray", linewidth=0.8)
+        axis.locator_params(axis="x", nbins=6)
         axis.set_yticks(range(len(names)), names)
         axis.set(title=study.title, xlabel="test accuracy less none (points)")
     legend(figure)
