@@ -22,6 +22,7 @@ time.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -190,7 +191,13 @@ KINDS = {"curvature and SAM": ("penalty on the weights' curvature", "SAM, ASAM")
 
 
 def read() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return _parsed(RESULTS.stat().st_mtime_ns) if RESULTS.exists() else []
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(_changed: int) -> list[dict]:
+    """The rows; a run in another process may append some, so they are read again when the file has changed."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
 class Study:
@@ -225,8 +232,7 @@ class Study:
                 grid.append(wider)
             else:
                 break
-        tuned = name if grid else LIKE.get(name, "")
-        self.sweep(name, which, "final", [self.best(tuned)] if tuned else [0.0], SEEDS)
+        self.sweep(name, which, "final", [self.strength(name)], SEEDS)
 
     def steps(self, name: str) -> str:
         """The time of a step in units of a plain one, the median over turns."""
@@ -237,34 +243,33 @@ class Study:
 
     def tuned(self, name: str) -> dict[float, float]:
         """The mean validation accuracy at the end by strength, ascending."""
-        of: dict[float, list[float]] = {}
-        for row in self.rows(name, "tune"):
-            of.setdefault(row["strength"], []).append(row["val/accuracy"])
-        return {strength: statistics.mean(of[strength]) for strength in sorted(of)}
+        of = by_strength(self.rows(name, "tune"))
+        return {strength: mean_of(of[strength], "val/accuracy") for strength in sorted(of)}
 
     def best(self, name: str) -> float:
         """The tuned strength with the highest mean validation accuracy."""
         tuned = self.tuned(name)
         return max(tuned, key=lambda strength: tuned[strength])
 
+    def strength(self, name: str) -> float:
+        """The strength to report, after tuning; 0 if there is nothing to tune."""
+        return 0.0 if name == "none" else self.best(LIKE.get(name, name))
+
     def reported(self) -> dict[str, list[dict]]:
         """The runs at the tuned strength of the methods that have run with all seeds."""
         found = {}
         for name in METHODS:
-            which = LIKE.get(name, name)
-            strength = self.best(which) if self.tuned(which) else 0.0
-            rows = [row for row in self.rows(name, "final") if row["strength"] == strength and "failed" not in row]
-            if len(rows) == len(SEEDS):
-                found[name] = rows
+            if rows := self.rows(name, "final"):
+                strength = self.strength(name)
+                rows = [row for row in rows if row["strength"] == strength and "failed" not in row]
+                if len(rows) == len(SEEDS):
+                    found[name] = rows
         return found
 
     def trained(self, name: str) -> list[list[dict]]:
         """The runs of a method by strength, but those that collapsed: 5 points less accurate than plain training."""
-        of: dict[float, list[dict]] = {}
-        for stage in ("tune", "final"):
-            for row in self.rows(name, stage):
-                of.setdefault(row["strength"], []).append(row)
         least = mean_of(self.rows("none", "final"), "val/accuracy") - 0.05
+        of = by_strength([*self.rows(name, "tune"), *self.rows(name, "final")])
         return [rows for rows in of.values() if mean_of(rows, "val/accuracy") > least]
 
     def chosen_parts(self) -> Chosen:
@@ -303,11 +308,11 @@ class Study:
 
     def cost(self) -> None:
         """Time two epochs of each method at its strength, in turns."""
-        reported = self.reported()
+        names = self.reported()
         for seed in COST_SEEDS:
-            for name, rows in reported.items():
+            for name in names:
                 if all(row["seed"] != seed for row in self.rows(name, "cost")):
-                    which, strength = method(name, self.network, self.chosen_parts()), rows[0]["strength"]
+                    which, strength = method(name, self.network, self.chosen_parts()), self.strength(name)
                     short = "trainer.max_epochs=2", "trace.samples=100", "trace.probes=2", "objective.metric=null"
                     folder = self.command(name, which, "cost", strength, [seed], *short)
                     self.keep(name, "cost", strength, [seed], folder)
@@ -354,6 +359,13 @@ def by_seed(rows: Iterable[dict], metric: str) -> dict[int, float]:
     return {row["seed"]: row[metric] for row in rows if metric in row}
 
 
+def by_strength(rows: Iterable[dict]) -> dict[float, list[dict]]:
+    of: dict[float, list[dict]] = {}
+    for row in rows:
+        of.setdefault(row["strength"], []).append(row)
+    return of
+
+
 def mean_of(rows: Iterable[dict], metric: str) -> float:
     return statistics.mean(row[metric] for row in rows)
 
@@ -365,8 +377,6 @@ def half_width(values: Sequence[float]) -> float:
 
 def interval(values: Sequence[float], digits: int, factor: float = 1.0) -> str:
     """The mean and its 95 % interval; in bold where the interval excludes 0."""
-    if len(values) < 2:
-        return "-"
     mean, half = factor * statistics.mean(values), factor * half_width(values)
     text = f"{mean:+.{digits}f} ± {half:.{digits}f}"
     return f"**{text}**" if abs(mean) > half else text
@@ -411,7 +421,7 @@ def table(study: Study) -> None:
     columns = "test accuracy (%)", "less none", "less SAM", "less weight decay", "validation, less none"
     head("method", "strength", "tried", *columns)
     for name in names:
-        strength, tried = reported[name][0]["strength"], len(study.tuned(name))
+        strength, tried = study.strength(name), len(study.tuned(name))
         line(
             *(name, f"{strength:g}" if strength else "-", f"{tried or '-'}"),
             f"{100 * mean[name]['test/accuracy']:.2f}",
